@@ -1,0 +1,9 @@
+"""`python -m prism_megatron` and `torchrun -m prism_megatron`: the same as `prism-megatron`."""
+
+from __future__ import annotations
+
+import sys
+
+from prism_megatron.cli import main
+
+sys.exit(main())

@@ -1,0 +1,191 @@
+"""The command line: one stage, its configuration files, and overrides.
+
+    prism-megatron STAGE --config FILE [--config OVERLAY ...] [section.field=value ...] [--dry-run]
+    prism-megatron checkpoint NAME ...
+    prism-megatron doctor [--json]
+
+The configuration is checked before anything imports torch. A mistake of the user ends with one
+message and exit status 2; a defect of ours keeps its traceback.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from prism_megatron.config import load as configuration
+from prism_megatron.config.schema import Pairs, Section, Stage
+
+ENTRY_POINTS = {
+    "digit-sums": "prism_megatron.data.digit_sums:build",
+    "tiny-model": "prism_megatron.pipelines.tiny_model:run",
+    "convert": "prism_megatron.pipelines.convert:run",
+    "sft": "prism_megatron.pipelines.sft:run",
+    "upcycle": "prism_megatron.pipelines.upcycle:run",
+    "pairs": "prism_megatron.pipelines.pairs:run",
+    "warmup": "prism_megatron.pipelines.warmup:run",
+    "align": "prism_megatron.pipelines.alignment:run",
+    "rlvr": "prism_megatron.pipelines.rlvr:run",
+    "evaluate": "prism_megatron.pipelines.evaluate:run",
+    "report": "prism_megatron.report:run",
+}
+"""Stage to the function that takes its configuration."""
+
+CHECKPOINT_TOOLS = ("hf-to-megatron", "megatron-to-hf", "upcycle")
+OUR_PACKAGES = ("prism_megatron", "checkpoint_tools", "model_providers")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command `argv` (default: sys.argv) and return its exit status."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(_overview())
+        return 0 if arguments else 2
+    name, *rest = arguments
+    try:
+        if name == "doctor":
+            return int(_function("prism_megatron.doctor:main")(rest))
+        if name == "checkpoint":
+            return _checkpoint(rest)
+        return _stage(name, rest)
+    except (ValueError, FileNotFoundError) as error:
+        if not _is_mistake_of_user(error):
+            raise
+        _report(error)
+        return 2
+
+
+def _stage(name: str, arguments: Sequence[str]) -> int:
+    if name not in ENTRY_POINTS:
+        commands = [*ENTRY_POINTS, "checkpoint", "doctor"]
+        raise ValueError(configuration.unknown("command", name, commands))
+    options = _stage_parser(name).parse_intermixed_args(arguments)
+    config = configuration.load(name, options.config, options.overrides)
+    if not options.dry_run or "WORLD_SIZE" in os.environ:
+        configuration.check_layouts(config, int(os.environ.get("WORLD_SIZE", "1")))
+    if options.dry_run:
+        if _rank() == 0:
+            print(configuration.to_yaml(config), end="")
+        return 0
+    _save(config)
+    _function(ENTRY_POINTS[name])(config)
+    return 0
+
+
+def _save(config: Section) -> None:
+    """Record the configuration of a stage that owns its run folder, once for all ranks."""
+    if isinstance(config, Stage | Pairs) and _rank() == 0:
+        configuration.save(config, config.run.dir)
+
+
+def _checkpoint(arguments: Sequence[str]) -> int:
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(f"usage: prism-megatron checkpoint {{{','.join(CHECKPOINT_TOOLS)}}} ...")
+        return 0 if arguments else 2
+    name, *rest = arguments
+    if name not in CHECKPOINT_TOOLS:
+        raise ValueError(configuration.unknown("checkpoint tool", name, CHECKPOINT_TOOLS))
+    module = name.replace("-", "_")
+    return int(_function(f"checkpoint_tools.{module}:main")(rest) or 0)
+
+
+def _function(entry_point: str) -> Callable[..., Any]:
+    module, _, function = entry_point.partition(":")
+    resolved: Callable[..., Any] = getattr(import_module(module), function)
+    return resolved
+
+
+def _stage_parser(name: str) -> argparse.ArgumentParser:
+    section = configuration.STAGES[name]
+    parser = argparse.ArgumentParser(
+        prog=f"prism-megatron {name}",
+        description=section.__doc__,
+        epilog=_keys(section),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--config",
+        action="append",
+        required=True,
+        type=Path,
+        metavar="FILE",
+        help="YAML file of this stage; given again, an overlay whose keys win",
+    )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="check and print the resolved configuration, and end"
+    )
+    parser.add_argument(
+        "overrides", nargs="*", metavar="section.field=value", help="win over the files"
+    )
+    return parser
+
+
+def _keys(section: type[Section]) -> str:
+    """Every configuration key, indented by section: type, default, meaning."""
+    lines = ["configuration keys:"]
+    for key, type_and_default, meaning in configuration.describe(section):
+        depth = key.count(".")
+        indent, name = "  " * (depth + 1), key.rpartition(".")[2]
+        if type_and_default == "section":
+            lines += ["", f"{indent}{name}:  {meaning}"]
+        else:
+            lines += [f"{indent}{name}  ({type_and_default})", f"{indent}    {meaning}"]
+    return "\n".join(lines)
+
+
+def _overview() -> str:
+    """The help without a stage: every command with the first sentence of its meaning."""
+    stages = [
+        f"  {name:<12}{(configuration.STAGES[name].__doc__ or '').splitlines()[0]}"
+        for name in ENTRY_POINTS
+    ]
+    usage = (__doc__ or "").split("\n\n")[1]
+    return "\n".join(
+        [
+            "usage:",
+            usage,
+            "",
+            "stages, in the order of a whole run (STAGE --help lists its configuration keys):",
+            *stages,
+            "",
+            "tools:",
+            f"  {'checkpoint':<12}{', '.join(CHECKPOINT_TOOLS)}",
+            f"  {'doctor':<12}Versions, active acceleration and known bad version pairs.",
+        ]
+    )
+
+
+def _is_mistake_of_user(error: Exception) -> bool:
+    """Whether our own code raised it on purpose, rather than a library because of a defect."""
+    return isinstance(error, FileNotFoundError) or _raised_in(error).startswith(OUR_PACKAGES)
+
+
+def _raised_in(error: Exception) -> str:
+    """Name of the module that raised."""
+    trace = error.__traceback__
+    assert trace is not None, "a caught exception has a traceback"
+    while trace.tb_next is not None:
+        trace = trace.tb_next
+    return str(trace.tb_frame.f_globals.get("__name__", ""))
+
+
+def _report(error: Exception) -> None:
+    """Print the message; once for a configuration, which every rank reads alike."""
+    rank = _rank()
+    if rank and _raised_in(error).startswith(("prism_megatron.config", __name__)):
+        return
+    if os.environ.get("PRISM_TRACEBACK") == "1":
+        traceback.print_exception(error)
+        return
+    prefix = f"prism-megatron (rank {rank})" if rank else "prism-megatron"
+    print(f"{prefix}: {error}", file=sys.stderr)
+
+
+def _rank() -> int:
+    return int(os.environ.get("RANK", "0"))

@@ -1,0 +1,298 @@
+"""Every configuration key of every stage: type, default, meaning. Unknown keys are errors."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+
+class Section(BaseModel):
+    """Base of all configuration sections: frozen, and a misspelt key fails."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class Run(Section):
+    """Where a stage writes and what it draws random numbers from."""
+
+    dir: Path
+    """Folder of this stage's outputs: checkpoints/, hf/, metrics.jsonl, quarantine.jsonl."""
+    seed: int = 1234
+    """Seed of data order, sampling and initialisation."""
+
+
+class Parallel(Section):
+    """How one model is split over the ranks; data parallel size is world / (tensor * pipeline)."""
+
+    tensor: int = Field(1, ge=1)
+    """Tensor-parallel ranks."""
+    pipeline: int = Field(1, ge=1)
+    """Pipeline stages."""
+    expert: int = Field(1, ge=1)
+    """Expert-parallel ranks; experts are spread over them."""
+    sequence: bool = True
+    """Sequence parallelism: activations between blocks are split over the tensor-parallel ranks.
+    Has no effect at tensor=1."""
+
+    @property
+    def sequence_parallel(self) -> bool:
+        return self.sequence and self.tensor > 1
+
+
+class Model(Section):
+    """Which model, and how it is laid out."""
+
+    path: Path
+    """Hugging Face directory or Megatron checkpoint; either holds config, processor and weights."""
+    parallel: Parallel = Parallel()
+    """Parallel layout of this model alone."""
+    freeze_vision: bool = False
+    """Keep the vision tower and its mergers as they are."""
+
+
+class Optimizer(Section):
+    """AdamW with a warm-up and a constant or cosine schedule."""
+
+    lr: float = Field(gt=0)
+    """Peak learning rate."""
+    weight_decay: float = Field(0.01, ge=0)
+    """Decoupled weight decay; biases and norms are exempt."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Adam's exponential decay rates."""
+    eps: float = Field(1e-8, gt=0)
+    """Adam's denominator offset."""
+    clip_grad: float = Field(1.0, ge=0)
+    """Global gradient-norm limit over all ranks; 0 turns clipping off."""
+    warmup_steps: int = Field(0, ge=0)
+    """Steps of linear learning-rate warm-up."""
+    schedule: Literal["constant", "cosine"] = "constant"
+    """What follows the warm-up; cosine falls to almost zero at the last step."""
+
+
+class Train(Section):
+    """Length of a run, its micro-batches and its checkpoints."""
+
+    steps: int = Field(ge=0)
+    """Optimizer steps."""
+    micro_batch_tokens: int = Field(4096, ge=1)
+    """Most tokens in one packed micro-batch; a longer single sequence is an error."""
+    save_every: int = Field(0, ge=0)
+    """Steps between training checkpoints; 0 saves only at the end."""
+    keep_checkpoints: int = Field(1, ge=1)
+    """Training checkpoints kept; older ones are removed after a newer one is complete."""
+    stop_at: int | None = Field(None, ge=1)
+    """Stop cleanly (checkpoint written, no export) after this step, as a preemption would; the
+    schedules still run to `steps`."""
+
+
+class Data(Section):
+    """A data file and what to do with rows that can't be used."""
+
+    path: Path
+    """SFT: sharegpt JSON; alignment and RLVR: parquet; warm-up: JSONL."""
+    system_prompt: Path | None = None
+    """Text file put before every prompt as the system turn, unless the row brings its own."""
+    max_prompt_tokens: int = Field(2048, ge=1)
+    """Longest prompt, image tokens included; longer rows are quarantined."""
+    max_response_tokens: int = Field(6144, ge=1)
+    """Longest response or demonstration; longer rows are quarantined."""
+    max_bad_share: float = Field(0.01, ge=0, le=1)
+    """Share of rows that may be quarantined before the run stops."""
+
+
+class Sampling(Section):
+    """How responses are sampled."""
+
+    n: int = Field(16, ge=1)
+    """Responses a prompt."""
+    max_new_tokens: int = Field(6144, ge=1)
+    """Longest response."""
+    temperature: float = Field(1.0, gt=0)
+    """Softmax temperature; greedy decoding is not a policy that can be trained."""
+    top_p: float = Field(1.0, gt=0, le=1)
+    """Nucleus mass."""
+    batch_size: int = Field(64, ge=1)
+    """Responses that the embedded engine decodes at once."""
+
+
+class Stage(Section):
+    """What every training stage has."""
+
+    run: Run
+    backend: Literal["cpu", "cuda"] = "cpu"
+    """Device, collectives and layer kernels: cpu = gloo and plain torch in fp32."""
+    data: Data
+    train: Train
+
+
+class SFT(Stage):
+    """Stage 1: supervised fine-tuning on demonstrations, loss on the response only."""
+
+    model: Model
+    optimizer: Optimizer
+    batch_size: int = Field(ge=1)
+    """Sequences an optimizer step, over all ranks."""
+
+
+class Pairs(Section):
+    """Sampling of student responses next to the teacher's, for the discriminator warm-up."""
+
+    run: Run
+    backend: Literal["cpu", "cuda"] = "cpu"
+    """Device that samples."""
+    data: Data
+    model: Path
+    """Hugging Face directory of the policy that plays the student."""
+    sampling: Sampling
+    out: Path
+    """Pairwise JSONL that is written."""
+
+
+class Warmup(Stage):
+    """Discriminator warm-up: Bradley-Terry on caption and reasoning pairs."""
+
+    model: Model
+    optimizer: Optimizer
+    batch_size: int = Field(ge=1)
+    """Pairs an optimizer step, over all ranks."""
+    aux_loss_coef: float = Field(0.01, ge=0)
+    """Weight of the router's load-balancing loss."""
+
+
+class Align(Stage):
+    """Stage 2: the adversarial game between policy and discriminator."""
+
+    policy: Model
+    policy_optimizer: Optimizer
+    discriminator: Model
+    discriminator_optimizer: Optimizer
+    prompts_per_step: int = Field(ge=1)
+    """Prompts a step; each gets sampling.n responses."""
+    sampling: Sampling
+    caption_weight: float = Field(0.5, ge=0)
+    """Weight of the perception stream in the advantage."""
+    reasoning_weight: float = Field(0.5, ge=0)
+    """Weight of the reasoning stream in the advantage."""
+    format_penalty: float = Field(1.5, ge=0)
+    """What a response that does not split into its sections loses in advantage."""
+    score_reg_coef: float = Field(1e-3, ge=0)
+    """Weight of the squared-score regulariser that keeps scores near zero."""
+    aux_loss_coef: float = Field(0.01, ge=0)
+    """Weight of the router's load-balancing loss."""
+
+
+class RLVR(Stage):
+    """Stage 3: GRPO on verifiable rewards."""
+
+    policy: Model
+    policy_optimizer: Optimizer
+    prompts_per_step: int = Field(ge=1)
+    """Prompts a step; each gets sampling.n responses."""
+    sampling: Sampling
+    accuracy_weight: float = Field(0.8, ge=0)
+    """Reward of a right answer in the right format."""
+    format_weight: float = Field(0.2, ge=0)
+    """Reward of the right format."""
+    clip_low: float = Field(0.2, gt=0)
+    """The ratio is clipped below 1 - clip_low where the advantage is negative."""
+    clip_high: float = Field(0.2, gt=0)
+    """The ratio is clipped above 1 + clip_high where the advantage is positive."""
+    mini_batches: int = Field(1, ge=1)
+    """Optimizer steps that one batch of rollouts is split into."""
+
+
+class Evaluate(Section):
+    """Greedy decoding of an exported model on held-out rows with plain transformers."""
+
+    run: Run
+    backend: Literal["cpu", "cuda"] = "cpu"
+    """Device that decodes."""
+    data: Data
+    model: Path
+    """Hugging Face directory."""
+    stage: str
+    """Name that the result carries in the summary."""
+    max_new_tokens: int = Field(64, ge=1)
+    """Longest response."""
+    batch_size: int = Field(64, ge=1)
+    """Prompts decoded at once."""
+
+
+class Convert(Section):
+    """Hugging Face directory to Megatron checkpoint."""
+
+    backend: Literal["cpu", "cuda"] = "cpu"
+    """Device and collectives of the conversion."""
+    hf: Path
+    """Hugging Face directory."""
+    out: Path
+    """Megatron checkpoint that is written."""
+    parallel: Parallel = Parallel()
+    """Layout of the ranks that convert; the checkpoint loads at any layout."""
+
+
+class Upcycle(Section):
+    """Dense model to Mixture-of-Experts discriminator."""
+
+    hf: Path
+    """Dense Hugging Face directory."""
+    out: Path
+    """Mixture-of-Experts Hugging Face directory that is written, value head included."""
+    num_experts: int = Field(4, ge=2)
+    """Experts a layer, each a noisy copy of the dense MLP."""
+    top_k: int = Field(2, ge=1)
+    """Experts a token takes."""
+    noise_std: float = Field(0.01, ge=0)
+    """Standard deviation of the noise on every expert weight."""
+    router_std: float = Field(0.02, gt=0)
+    """Standard deviation of the router's initial weights."""
+    seed: int = 1234
+    """Seed of noise, router and head."""
+
+    @model_validator(mode="after")
+    def _top_k_fits(self) -> Self:
+        if self.top_k > self.num_experts:
+            raise ValueError(
+                f"top_k={self.top_k} experts a token, but num_experts={self.num_experts}; "
+                "lower top_k"
+            )
+        return self
+
+
+class DigitSums(Section):
+    """The quickstart's data: questions about pairs of handwritten digits."""
+
+    out: Path
+    """Folder that gets sft.json, prompts.parquet, heldout.parquet and images/."""
+    train_rows: int = Field(4000, ge=1)
+    """Training questions."""
+    heldout_rows: int = Field(400, ge=1)
+    """Held-out questions, on digit scans that no training question shows."""
+    seed: int = 1234
+    """Seed of the split and the pairing."""
+
+
+class TinyModel(Section):
+    """A random-initialised tiny Qwen3-VL in Hugging Face format."""
+
+    out: Path
+    """Hugging Face directory that is written."""
+    data: Path
+    """sharegpt JSON whose texts train the byte-level BPE."""
+    system_prompt: Path
+    """Text file of the system prompt, which the BPE sees too."""
+    vocab_size: int = Field(384, ge=300)
+    """Size of the byte-level BPE with its special tokens."""
+    seed: int = 1234
+    """Seed of the initialisation."""
+
+
+class Report(Section):
+    """Summary, plots and rollout page of a finished run."""
+
+    dir: Path
+    """Run folder that holds the stages' folders; the report is written here."""
+    stages: tuple[str, ...] = ("sft", "align", "rlvr")
+    """Evaluated stages in order."""

@@ -1,0 +1,116 @@
+"""The data that flows between the parts: prompts, rollouts, sequences and packed micro-batches.
+
+Shapes use: T packed tokens of one micro-batch, S sequences in it, V visual tokens, P image
+patches, D values a patch, N distinct images.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class ImageInputs:
+    """One preprocessed image, as the Hugging Face processor returns it.
+
+    pixel_values: [P, D] float, patches in merge-block order; grid_thw: (t, h, w) in patches.
+    The image takes t*h*w / merge_size**2 tokens.
+    """
+
+    key: str
+    pixel_values: Tensor
+    grid_thw: tuple[int, int, int]
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A tokenised prompt whose image placeholders are already expanded to one id a feature row."""
+
+    row_id: str
+    input_ids: tuple[int, ...]
+    images: tuple[ImageInputs, ...]
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """One sampled response.
+
+    ids: response token ids, the end-of-turn id included when the model wrote it.
+    logprobs: log-probability of each id under the sampling model, same length as ids.
+    finish_reason: "stop" (ended by end-of-turn) or "length".
+    weight_version: version of the weights that sampled it.
+    """
+
+    ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    finish_reason: str
+    weight_version: int
+
+
+@dataclass(frozen=True)
+class Sequence:
+    """One training sequence: the prompt's tokens followed by the response's.
+
+    response_mask: [L] bool, True on the tokens whose log-probability is trained (response tokens).
+    per_token: named [L] float tensors that follow the tokens (advantages, old log-probabilities),
+    aligned with input_ids (value at l belongs to the token input_ids[l]).
+    """
+
+    input_ids: Tensor
+    images: tuple[ImageInputs, ...]
+    response_mask: Tensor
+    per_token: dict[str, Tensor] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return int(self.input_ids.numel())
+
+
+@dataclass
+class PackedBatch:
+    """One micro-batch: S sequences laid end to end in one row of T tokens (THD layout).
+
+    input_ids    [T] int64     labels [T] int64: the next token of the same sequence (0 at its end)
+    position_ids [3, T] int64  interleaved-MRoPE positions (t, h, w), starting anew in each sequence
+    cu_seqlens   [S+1] int32   sequence i is input_ids[cu_seqlens[i]:cu_seqlens[i+1]]; trailing
+                               padding, if any, is the last sequence
+    loss_mask    [T] float     1 where labels[t] is trained, i.e. the *predicted* token is response
+    padding_mask [T] bool      True on padding tokens
+    pixel_values [P, D] / image_grid_thw [N, 3] int64: the distinct images, each once; None if none
+    visual_index [V] int64     positions in [0, T) of the visual tokens, ascending
+    feature_index[V] int64     for each of them its row among the image features of the N images
+    per_token    name -> [T]   values aligned with *labels* (shifted left by one, like loss_mask)
+    num_sequences              S without the padding sequence
+
+    Example: two sequences "A B | c d" and "E | f", response after the bar, no padding:
+    input_ids = [A B c d E f], labels = [B c d 0 f 0], loss_mask = [0 1 1 0 1 0],
+    cu_seqlens = [0 4 6].
+    """
+
+    input_ids: Tensor
+    labels: Tensor
+    position_ids: Tensor
+    cu_seqlens: Tensor
+    loss_mask: Tensor
+    padding_mask: Tensor
+    visual_index: Tensor
+    feature_index: Tensor
+    pixel_values: Tensor | None
+    image_grid_thw: Tensor | None
+    num_sequences: int
+    per_token: dict[str, Tensor] = field(default_factory=dict)
+
+    def to(self, device: torch.device | str) -> PackedBatch:
+        """The same batch with every tensor on `device`."""
+
+        def move(value: Any) -> Any:
+            if isinstance(value, Tensor):
+                return value.to(device)
+            if isinstance(value, dict):
+                return {name: tensor.to(device) for name, tensor in value.items()}
+            return value
+
+        return PackedBatch(**{name: move(value) for name, value in vars(self).items()})
