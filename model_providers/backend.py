@@ -1,0 +1,126 @@
+"""The backend seam: device, collectives, layer kernels and precision, chosen once at start.
+
+Nothing else asks where it runs. What a backend can't do is data (`supports`), compared with the
+configuration before a model is built.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.models.backends import BackendSpecProvider
+from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+from model_providers.parallel import Layout, ParallelState
+
+
+@dataclass(frozen=True)
+class Backend:
+    """Where models run and out of what they are built."""
+
+    name: str
+    device: torch.device
+    dtype: torch.dtype
+    process_group_backend: str
+    layers: BackendSpecProvider
+    moe_dispatcher: str
+    grouped_gemm: bool
+    supports: dict[str, int]
+    """Largest size of each parallel dimension that this backend can run; absent means any."""
+
+    def check(self, layout: Layout) -> None:
+        """ValueError if the layout asks for what this backend can't do."""
+        for name, largest in self.supports.items():
+            asked = getattr(layout, name)
+            if asked > largest:
+                raise ValueError(
+                    f"backend {self.name!r} runs {name} parallelism up to {largest}, the layout "
+                    f"asks for {asked}; lower it or choose another backend"
+                )
+
+    def init_process_group(self, timeout_seconds: float = 600) -> None:
+        """Join the world that torchrun or srun started; a lone process is a world of one."""
+        if dist.is_initialized():
+            return
+        if "RANK" not in os.environ:
+            os.environ.update(
+                RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="0"
+            )
+        if self.device.type == "cuda":
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group(
+            self.process_group_backend, timeout=timedelta(seconds=timeout_seconds)
+        )
+        # the one piece of megatron.core's global state that its layers need: a scratch buffer
+        parallel_state._set_global_memory_buffer()
+
+    def seed(self, seed: int, parallel: ParallelState) -> None:
+        """Seed torch and megatron.core's model-parallel random states."""
+        torch.manual_seed(seed)
+        model_parallel_cuda_manual_seed(
+            seed,
+            tp_rank=parallel.tensor_rank,
+            ep_rank=parallel.groups.ep.rank(),
+            etp_rank=parallel.groups.expt_tp.rank(),
+        )
+
+
+def create(name: str) -> Backend:
+    """The backend of that name: "cpu" (gloo, torch layers, fp32) or "cuda" (NCCL, Transformer
+    Engine layers, BF16).
+
+    Raises:
+        ValueError: "cuda" without a GPU or without a Transformer Engine that loads.
+    """
+    builders: dict[str, Any] = {"cpu": _cpu, "cuda": _cuda}
+    if name not in builders:
+        raise ValueError(f"backend {name!r} is not one of {sorted(builders)}")
+    return builders[name]()
+
+
+def _cpu() -> Backend:
+    from model_providers import megatron_cpu
+    from model_providers.cpu_layers import TorchSpecProvider
+
+    megatron_cpu.apply()
+    return Backend(
+        name="cpu",
+        device=torch.device("cpu"),
+        dtype=torch.float32,
+        process_group_backend="gloo",
+        layers=TorchSpecProvider(),
+        # alltoall wants CUDA streams, and gloo has no uneven all-to-all
+        moe_dispatcher="allgather",
+        grouped_gemm=False,
+        supports={"context": 1, "expert_tensor": 1, "virtual_pipeline": 1},
+    )
+
+
+def _cuda() -> Backend:
+    if not torch.cuda.is_available():
+        raise ValueError("backend 'cuda' needs a GPU and none is visible; use backend=cpu here")
+    try:
+        import transformer_engine.pytorch  # noqa: F401
+    except (ImportError, OSError) as error:
+        raise ValueError(
+            f"backend 'cuda' needs a Transformer Engine that loads: {error}. Install the pinned "
+            "version (constraints-gpu.txt) and see `prism-megatron doctor`."
+        ) from error
+    from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider
+
+    return Backend(
+        name="cuda",
+        device=torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))),
+        dtype=torch.bfloat16,
+        process_group_backend="nccl",
+        layers=TESpecProvider(),
+        moe_dispatcher="alltoall",
+        grouped_gemm=True,
+        supports={"context": 1, "virtual_pipeline": 1},
+    )

@@ -1,0 +1,295 @@
+"""Qwen3-VL architectures: read from a Hugging Face config.json, turned into megatron.core configs.
+
+Both dialects are read: transformers 4.57 (rope_theta and rope_scaling) and 5.x (rope_parameters).
+What the file does not say is an error, since class defaults differ between transformers versions.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from model_providers.backend import Backend
+from model_providers.parallel import Layout
+
+
+@dataclass(frozen=True)
+class VisionConfig:
+    """The vision tower (transformers Qwen3VLVisionConfig)."""
+
+    depth: int
+    hidden_size: int
+    intermediate_size: int
+    num_heads: int
+    out_hidden_size: int
+    in_channels: int
+    patch_size: int
+    temporal_patch_size: int
+    spatial_merge_size: int
+    num_position_embeddings: int
+    deepstack_visual_indexes: tuple[int, ...]
+
+    @property
+    def patch_dim(self) -> int:
+        """Values of one flattened patch."""
+        return self.in_channels * self.temporal_patch_size * self.patch_size**2
+
+
+@dataclass(frozen=True)
+class Qwen3VLConfig:
+    """One Qwen3-VL, dense (num_experts=0) or Mixture-of-Experts, with or without a value head."""
+
+    vocab_size: int
+    hidden_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    intermediate_size: int
+    num_experts: int
+    top_k: int
+    moe_intermediate_size: int
+    rms_norm_eps: float
+    rope_theta: float
+    mrope_section: tuple[int, int, int]
+    tie_word_embeddings: bool
+    image_token_id: int
+    video_token_id: int
+    vision: VisionConfig
+
+    @classmethod
+    def from_hf(cls, path: Path | str) -> Qwen3VLConfig:
+        """Read `path`/config.json; ValueError names what is missing or not supported."""
+        file = Path(path) / "config.json"
+        if not file.exists():
+            raise FileNotFoundError(f"{file} not found; give a Hugging Face Qwen3-VL directory")
+        return cls.from_dict(json.loads(file.read_text()), str(file))
+
+    @classmethod
+    def from_dict(cls, raw: dict[str, Any], source: str) -> Qwen3VLConfig:
+        """The same from the parsed file; `source` names it in errors."""
+        kind = raw.get("model_type")
+        if kind not in ("qwen3_vl", "qwen3_vl_moe"):
+            raise ValueError(f"{source}: model_type is {kind!r}, wanted qwen3_vl or qwen3_vl_moe")
+        text, vision = _Fields(raw, "text_config", source), _Fields(raw, "vision_config", source)
+        text.expect("hidden_act", "silu")
+        vision.expect("hidden_act", "gelu_pytorch_tanh")
+        rope = text.values.get("rope_parameters") or text.values.get("rope_scaling") or {}
+        theta = rope.get("rope_theta", text.values.get("rope_theta"))
+        if theta is None or "mrope_section" not in rope:
+            raise ValueError(
+                f"{source}: text_config has no rope_theta or no mrope_section; defaults differ "
+                "tenfold between transformers versions, so write both into rope_parameters"
+            )
+        if rope.get("rope_type", "default") != "default":
+            raise ValueError(f"{source}: rope_type {rope['rope_type']!r} is not supported")
+        moe = kind == "qwen3_vl_moe"
+        if moe and (
+            text.values.get("mlp_only_layers") or text.values.get("decoder_sparse_step", 1) != 1
+        ):
+            raise ValueError(f"{source}: mixed dense and expert layers are not supported")
+        experts = text.values.get("num_experts", text.values.get("num_local_experts"))
+        if moe and experts is None:
+            raise ValueError(f"{source}: text_config lacks num_experts")
+        return cls(
+            vocab_size=text["vocab_size"],
+            hidden_size=text["hidden_size"],
+            num_layers=text["num_hidden_layers"],
+            num_heads=text["num_attention_heads"],
+            num_kv_heads=text["num_key_value_heads"],
+            head_dim=text["head_dim"],
+            intermediate_size=text["intermediate_size"],
+            num_experts=experts if moe else 0,
+            top_k=text["num_experts_per_tok"] if moe else 0,
+            moe_intermediate_size=text["moe_intermediate_size"] if moe else 0,
+            rms_norm_eps=text["rms_norm_eps"],
+            rope_theta=float(theta),
+            mrope_section=tuple(rope["mrope_section"]),
+            # the top level decides: text_config's default is True even where the model unties
+            tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
+            image_token_id=raw["image_token_id"],
+            video_token_id=raw["video_token_id"],
+            vision=VisionConfig(
+                depth=vision["depth"],
+                hidden_size=vision["hidden_size"],
+                intermediate_size=vision["intermediate_size"],
+                num_heads=vision["num_heads"],
+                out_hidden_size=vision["out_hidden_size"],
+                in_channels=vision["in_channels"],
+                patch_size=vision["patch_size"],
+                temporal_patch_size=vision["temporal_patch_size"],
+                spatial_merge_size=vision["spatial_merge_size"],
+                num_position_embeddings=vision["num_position_embeddings"],
+                deepstack_visual_indexes=tuple(vision["deepstack_visual_indexes"]),
+            ),
+        )
+
+    @property
+    def num_deepstack(self) -> int:
+        """Decoder layers that get a deepstack feature added after them."""
+        return len(self.vision.deepstack_visual_indexes)
+
+    def check_layout(self, layout: Layout) -> None:
+        """ValueError if this model can't be split as `layout` says, before any collective."""
+        divisible = {
+            "attention heads": (self.num_heads, layout.tensor),
+            "key-value heads": (self.num_kv_heads, layout.tensor),
+            "vision heads": (self.vision.num_heads, layout.tensor),
+            "vision feed-forward size": (self.vision.intermediate_size, layout.tensor),
+            "decoder layers": (self.num_layers, layout.pipeline * layout.virtual_pipeline),
+        }
+        if self.num_experts:
+            divisible["experts"] = (self.num_experts, layout.expert)
+            divisible["expert feed-forward size"] = (
+                self.moe_intermediate_size,
+                layout.expert_tensor,
+            )
+        else:
+            divisible["feed-forward size"] = (self.intermediate_size, layout.tensor)
+            if layout.expert > 1:
+                raise ValueError(
+                    f"expert parallel size {layout.expert}, but the model is dense; set it to 1"
+                )
+        for what, (number, parts) in divisible.items():
+            if number % parts:
+                raise ValueError(
+                    f"{number} {what} can't be split in {parts}; choose sizes that divide {number}"
+                )
+        if self.num_experts and layout.tensor > 1 and not layout.sequence_parallel:
+            raise ValueError(
+                "experts with tensor parallelism need sequence parallelism; set sequence=true"
+            )
+
+
+class _Fields:
+    """A sub-dictionary whose missing keys are errors that name the file."""
+
+    def __init__(self, raw: dict[str, Any], key: str, source: str) -> None:
+        if key not in raw:
+            raise ValueError(f"{source}: no {key}")
+        self.values: dict[str, Any] = raw[key]
+        self.where = f"{source}: {key}"
+
+    def __getitem__(self, key: str) -> Any:
+        if self.values.get(key) is None:
+            raise ValueError(f"{self.where} lacks {key}, and its default is not safe to assume")
+        return self.values[key]
+
+    def expect(self, key: str, value: object) -> None:
+        if self.values.get(key) != value:
+            raise ValueError(f"{self.where}.{key} is {self.values.get(key)!r}, wanted {value!r}")
+
+
+@dataclass
+class TextTransformerConfig(TransformerConfig):
+    """megatron.core's configuration of the decoder, plus what its deepstack layers need."""
+
+    num_deepstack: int = 0
+    """Features that ride along: feature i is added after decoder layer i."""
+
+
+def text_transformer_config(
+    config: Qwen3VLConfig, layout: Layout, backend: Backend, aux_loss_coef: float = 0.0
+) -> TextTransformerConfig:
+    """The decoder as megatron.core sees it.
+
+    aux_loss_coef weighs the load-balancing loss, averaged over layers, whose balanced value is
+    top_k as in transformers' load_balancing_loss_func; megatron.core's is 1 a layer and summed
+    over layers, hence the factor.
+    """
+    experts: dict[str, Any] = {}
+    if config.num_experts:
+        experts = dict(
+            num_moe_experts=config.num_experts,
+            moe_router_topk=config.top_k,
+            moe_ffn_hidden_size=config.moe_intermediate_size,
+            moe_router_load_balancing_type="aux_loss" if aux_loss_coef else "none",
+            moe_aux_loss_coeff=aux_loss_coef * config.top_k / config.num_layers,
+            moe_router_dtype="fp32",
+            moe_token_dispatcher_type=backend.moe_dispatcher,
+            moe_grouped_gemm=backend.grouped_gemm,
+        )
+    transformer = TextTransformerConfig(
+        num_layers=config.num_layers,
+        hidden_size=config.hidden_size,
+        num_attention_heads=config.num_heads,
+        num_query_groups=config.num_kv_heads,
+        kv_channels=config.head_dim,
+        ffn_hidden_size=config.moe_intermediate_size or config.intermediate_size,
+        normalization="RMSNorm",
+        layernorm_epsilon=config.rms_norm_eps,
+        qk_layernorm=True,
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        add_bias_linear=False,
+        num_deepstack=config.num_deepstack,
+        sequence_parallel=layout.sequence_parallel,
+        **experts,
+        **_common(layout, backend),
+    )
+    if layout.pipeline > 1:
+        # packed rows differ in length from one micro-batch to the next. Set after construction:
+        # megatron.core refuses it with the allgather dispatcher, whose ranks here hold rows of
+        # equal length by construction (data/packing.py pads them).
+        transformer.variable_seq_lengths = True
+    return transformer
+
+
+def vision_transformer_config(
+    config: Qwen3VLConfig, layout: Layout, backend: Backend
+) -> TransformerConfig:
+    """The vision tower's blocks; they live whole on the first pipeline stage."""
+    vision = config.vision
+    common = _common(layout, backend) | dict(pipeline_model_parallel_size=1)
+    common["virtual_pipeline_model_parallel_size"] = None
+    common["expert_model_parallel_size"] = common["expert_tensor_parallel_size"] = 1
+    return TransformerConfig(
+        num_layers=vision.depth,
+        hidden_size=vision.hidden_size,
+        num_attention_heads=vision.num_heads,
+        ffn_hidden_size=vision.intermediate_size,
+        normalization="LayerNorm",
+        layernorm_epsilon=1e-6,
+        activation_func=partial(F.gelu, approximate="tanh"),
+        add_bias_linear=True,
+        # images are short and their number per micro-batch varies: the tower is split over tensor
+        # ranks by heads and features only
+        sequence_parallel=False,
+        **common,
+    )
+
+
+def _common(layout: Layout, backend: Backend) -> dict[str, Any]:
+    virtual = layout.virtual_pipeline if layout.virtual_pipeline > 1 else None
+    return dict(
+        tensor_model_parallel_size=layout.tensor,
+        pipeline_model_parallel_size=layout.pipeline,
+        virtual_pipeline_model_parallel_size=virtual,
+        context_parallel_size=layout.context,
+        expert_model_parallel_size=layout.expert,
+        expert_tensor_parallel_size=layout.expert_tensor,
+        params_dtype=backend.dtype,
+        pipeline_dtype=backend.dtype,
+        bf16=backend.dtype is torch.bfloat16,
+        attention_dropout=0.0,
+        hidden_dropout=0.0,
+        # losses arrive already divided by global counts, so gradients are summed, never averaged
+        calculate_per_token_loss=True,
+        # weights always come from a checkpoint, and coverage is checked
+        perform_initialization=False,
+        use_cpu_initialization=backend.device.type == "cpu",
+        gradient_accumulation_fusion=False,
+        bias_activation_fusion=False,
+        bias_dropout_fusion=False,
+        masked_softmax_fusion=False,
+        persist_layer_norm=False,
+        apply_rope_fusion=False,
+        batch_p2p_comm=False,
+    )

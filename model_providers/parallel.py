@@ -1,0 +1,163 @@
+"""One model's parallel layout and its process groups.
+
+Policy and discriminator live on the same ranks with layouts of their own, so no group is global:
+every megatron.core call gets the ProcessGroupCollection of its model.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch.distributed as dist
+from megatron.core.hyper_comm_grid import HyperCommGrid
+from megatron.core.process_groups_config import ProcessGroupCollection
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Sizes of one model's parallel dimensions; data parallel is what is left of the world.
+
+    tensor x pipeline x data = world for attention and dense layers;
+    expert_tensor x expert x pipeline x expert_data = world for the experts.
+    """
+
+    tensor: int = 1
+    pipeline: int = 1
+    virtual_pipeline: int = 1
+    context: int = 1
+    expert: int = 1
+    expert_tensor: int = 1
+    sequence_parallel: bool = False
+
+    def data(self, world: int) -> int:
+        """Data-parallel size at `world` ranks; ValueError if that does not divide."""
+        return _quotient(
+            world, {"tensor": self.tensor, "pipeline": self.pipeline, "context": self.context}
+        )
+
+    def expert_data(self, world: int) -> int:
+        """Data-parallel size of the experts at `world` ranks."""
+        return _quotient(
+            world,
+            {
+                "expert_tensor": self.expert_tensor,
+                "expert": self.expert,
+                "pipeline": self.pipeline,
+            },
+        )
+
+
+def _quotient(world: int, factors: dict[str, int]) -> int:
+    product = 1
+    for size in factors.values():
+        product *= size
+    if world % product:
+        terms = " * ".join(f"{name}={size}" for name, size in factors.items())
+        raise ValueError(
+            f"Parallel layout {terms} needs a multiple of {product} ranks, but the world has "
+            f"{world}. Start {product * max(1, world // product)} ranks or lower one of the sizes."
+        )
+    return world // product
+
+
+@dataclass(frozen=True)
+class ParallelState:
+    """A layout with the process groups that this rank belongs to."""
+
+    layout: Layout
+    groups: ProcessGroupCollection
+    alone: dist.ProcessGroup
+    """The group of this rank only."""
+
+    @classmethod
+    def create(cls, layout: Layout) -> ParallelState:
+        """Build the groups; every rank of the world calls this, in the same order for each model.
+
+        Rank order is Megatron's: tensor fastest, then context, data, pipeline.
+        """
+        world = dist.get_world_size()
+        data, expert_data = layout.data(world), layout.expert_data(world)
+        grid = HyperCommGrid(
+            [layout.tensor, layout.context, data, layout.pipeline], ["tp", "cp", "dp", "pp"]
+        )
+        grid.register_view(
+            "expert",
+            [layout.expert_tensor, layout.expert, expert_data, layout.pipeline],
+            ["expt_tp", "ep", "expt_dp", "pp"],
+            shared_dims=["pp"],
+        )
+        groups = ProcessGroupCollection(
+            tp=grid.create_pg("tp"),
+            cp=grid.create_pg("cp"),
+            pp=grid.create_pg("pp"),
+            dp=grid.create_pg("dp"),
+            mp=grid.create_pg(["tp", "pp"]),
+            tp_cp=grid.create_pg(["tp", "cp"]),
+            dp_cp=grid.create_pg(["cp", "dp"]),
+            tp_dp_cp=grid.create_pg(["tp", "cp", "dp"]),
+            ep=grid.create_pg("ep", view="expert"),
+            expt_tp=grid.create_pg("expt_tp", view="expert"),
+            expt_dp=grid.create_pg("expt_dp", view="expert"),
+            tp_ep=grid.create_pg(["expt_tp", "ep"], view="expert"),
+            tp_ep_pp=grid.create_pg(["expt_tp", "ep", "pp"], view="expert"),
+        )
+        groups.intra_dp_cp = groups.dp_cp
+        groups.intra_expt_dp = groups.expt_dp
+        # one optimizer instance spans the world
+        groups.intra_dist_opt = dist.group.WORLD
+        groups.embd = _embedding_group(groups.pp)
+        groups.pos_embd = None
+        alone, _ = dist.new_subgroups(group_size=1)
+        return cls(layout, groups, alone)
+
+    @property
+    def groups_of_one_stage(self) -> ProcessGroupCollection:
+        """The groups as a module sees them that lives whole on one pipeline stage."""
+        one_stage = ProcessGroupCollection(**vars(self.groups))
+        one_stage.pp = self.alone
+        return one_stage
+
+    @property
+    def tensor_rank(self) -> int:
+        return self.groups.tp.rank()
+
+    @property
+    def data_rank(self) -> int:
+        return self.groups.dp.rank()
+
+    @property
+    def data_size(self) -> int:
+        return self.groups.dp.size()
+
+    @property
+    def pipeline_rank(self) -> int:
+        return self.groups.pp.rank()
+
+    @property
+    def is_first_stage(self) -> bool:
+        return self.pipeline_rank == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        return self.pipeline_rank == self.layout.pipeline - 1
+
+    @property
+    def last_stage_rank(self) -> int:
+        """World rank that holds the last pipeline stage next to this rank."""
+        return dist.get_process_group_ranks(self.groups.pp)[-1]
+
+
+def _embedding_group(pipeline: dist.ProcessGroup) -> dist.ProcessGroup | None:
+    """First and last stage of this rank's pipeline, which share tied embeddings.
+
+    None on ranks of the stages between.
+    """
+    pipelines: list[list[int]] = [[] for _ in range(dist.get_world_size())]
+    dist.all_gather_object(pipelines, dist.get_process_group_ranks(pipeline))
+    mine = None
+    for ranks in sorted(set(map(tuple, pipelines))):
+        ends = sorted({ranks[0], ranks[-1]})
+        group = dist.new_group(ends)
+        if dist.get_rank() in ends:
+            mine = group
+    return mine

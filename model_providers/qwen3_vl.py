@@ -1,0 +1,338 @@
+"""Qwen3-VL composed from megatron.core: vision tower, decoder with deepstack, one of two heads.
+
+    pixel_values --> VisionModel --> features [1 + F, V, h]   (first pipeline stage only)
+                                        |  row 0 replaces the placeholder embeddings
+    input_ids --> embedding ------------+--> hidden [T, 1, h]
+                                        |
+                              decoder layer i, then += features[1 + i] at the visual tokens
+                                        |
+                pipeline payload to the next stage = [hidden ; features not yet added]
+                                        |
+                  last stage: final norm --> log p(label) [T]  or  score [T]
+
+With sequence parallelism every tensor-parallel rank holds its slice of the T tokens and of the
+visual rows in it. A row belongs to one rank only, so features enter through a copy whose backward
+sums over the ranks; a plain slice would lose the other ranks' share of the tower's gradient.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal, Protocol
+
+import torch
+from megatron.core import tensor_parallel
+from megatron.core.enums import ModelType
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, VocabParallelEmbedding
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_block import TransformerBlock, get_num_layers_to_build
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+
+from model_providers.backend import Backend
+from model_providers.config import (
+    Qwen3VLConfig,
+    text_transformer_config,
+    vision_transformer_config,
+)
+from model_providers.layers import decoder_block
+from model_providers.packed import packed_seq_params
+from model_providers.parallel import ParallelState
+from model_providers.vision import VisionModel
+
+Head = Literal["language", "score"]
+
+
+class Batch(Protocol):
+    """What the model reads of a micro-batch; shapes as in prism_megatron.types.PackedBatch."""
+
+    input_ids: Tensor
+    labels: Tensor
+    position_ids: Tensor
+    cu_seqlens: Tensor
+    padding_mask: Tensor
+    visual_index: Tensor
+    feature_index: Tensor
+    pixel_values: Tensor | None
+    image_grid_thw: Tensor | None
+
+
+class ScoreHead(nn.Module):
+    """Linear hidden -> 1 without bias, in fp32 (the reference's v_head, which is bf16 there).
+
+    Under sequence parallelism each tensor-parallel rank scores its own tokens, hence the mark.
+    """
+
+    def __init__(self, hidden_size: int, sequence_parallel: bool) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(1, hidden_size, dtype=torch.float32))
+        self.weight.sequence_parallel = sequence_parallel  # type: ignore[attr-defined]
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """[T, 1, h] -> [T]."""
+        return nn.functional.linear(hidden.float(), self.weight).flatten()
+
+
+class Embedding(MegatronModule):
+    """The word embeddings, split over the tensor-parallel ranks by vocabulary."""
+
+    def __init__(
+        self, config: TransformerConfig, vocab: int, hidden: int, group: ProcessGroup
+    ) -> None:
+        super().__init__(config)
+        self.tp_group = group
+        self.word_embeddings = VocabParallelEmbedding(
+            vocab,
+            hidden,
+            init_method=config.init_method,
+            reduce_scatter_embeddings=config.sequence_parallel,
+            config=config,
+            tp_group=group,
+        )
+
+
+class LanguageModel(MegatronModule):
+    """Embedding, decoder and head of one pipeline stage."""
+
+    def __init__(
+        self,
+        config: Qwen3VLConfig,
+        parallel: ParallelState,
+        backend: Backend,
+        head: Head,
+        aux_loss_coef: float,
+    ) -> None:
+        transformer = text_transformer_config(config, parallel.layout, backend, aux_loss_coef)
+        super().__init__(transformer)
+        self.pre_process, self.post_process = parallel.is_first_stage, parallel.is_last_stage
+        self.tied = config.tie_word_embeddings and head == "language"
+        vocab = padded_vocab_size(config.vocab_size, parallel.layout.tensor)
+        self.tp_group = parallel.groups.tp
+        if self.pre_process or (self.post_process and self.tied):
+            self.embedding = Embedding(transformer, vocab, config.hidden_size, parallel.groups.tp)
+        self.decoder = TransformerBlock(
+            transformer,
+            decoder_block(
+                transformer,
+                backend.layers,
+                get_num_layers_to_build(transformer, None, parallel.pipeline_rank),
+            ),
+            pre_process=self.pre_process,
+            post_process=self.post_process,
+            pg_collection=parallel.groups,
+        )
+        if self.post_process and head == "language":
+            self.output_layer = ColumnParallelLinear(
+                config.hidden_size,
+                vocab,
+                bias=False,
+                gather_output=False,
+                skip_weight_param_allocation=self.tied,
+                config=transformer,
+                init_method=transformer.init_method,
+                tp_group=parallel.groups.tp,
+            )
+        elif self.post_process:
+            self.score_head = ScoreHead(config.hidden_size, transformer.sequence_parallel)
+        if self.tied and self.post_process and not self.pre_process:
+            # a copy of the first stage's, which the gradient norm counts already
+            self.embedding.word_embeddings.weight.shared = True
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: Any = None
+    ) -> dict[str, Any]:
+        state = super().sharded_state_dict(prefix, sharded_offsets, metadata)
+        if f"{prefix}output_layer.weight" in state:
+            # its padding depends on the tensor-parallel size, as the embedding's does, which
+            # megatron.core marks itself
+            state[f"{prefix}output_layer.weight"].allow_shape_mismatch = True
+        if self.post_process and not self.pre_process and self.tied:
+            # the last stage's copy of the tied embedding is a replica of the first stage's
+            copy = state[f"{prefix}embedding.word_embeddings.weight"]
+            copy.replica_id = (1, *copy.replica_id[1:])
+        return state
+
+
+class Qwen3VLModel(MegatronModule):
+    """One pipeline stage of Qwen3-VL; see the data flow at the top of the file.
+
+    head="language" gives log-probabilities of the labels, head="score" a scalar a token.
+    """
+
+    # asked for by megatron.core's schedules
+    model_type = ModelType.encoder_or_decoder
+
+    def __init__(
+        self,
+        config: Qwen3VLConfig,
+        parallel: ParallelState,
+        backend: Backend,
+        head: Head = "language",
+        aux_loss_coef: float = 0.0,
+    ) -> None:
+        """Raises ValueError if the layout does not fit the model or the backend."""
+        backend.check(parallel.layout)
+        config.check_layout(parallel.layout)
+        language_model = LanguageModel(config, parallel, backend, head, aux_loss_coef)
+        super().__init__(language_model.config)
+        self.tp_group = parallel.groups.tp
+        self.architecture, self.parallel, self.backend, self.head = config, parallel, backend, head
+        self.pre_process, self.post_process = parallel.is_first_stage, parallel.is_last_stage
+        self.language_model = language_model
+        if self.pre_process:
+            self.vision_model = VisionModel(
+                vision_transformer_config(config, parallel.layout, backend),
+                config.vision,
+                parallel,
+                backend,
+            )
+        self._payload: Tensor | None = None
+
+    @property
+    def share_embeddings_and_output_weights(self) -> bool:
+        """Read by megatron.core, which sums tied weights' gradients over first and last stage."""
+        return self.language_model.tied
+
+    def shared_embedding_or_output_weight(self) -> Tensor:
+        return self.language_model.embedding.word_embeddings.weight
+
+    def set_input_tensor(self, input_tensor: Tensor | list[Tensor | None] | None) -> None:
+        """Called by the schedule with the previous stage's payload."""
+        self._payload = input_tensor[0] if isinstance(input_tensor, list) else input_tensor
+
+    def freeze_vision(self) -> None:
+        """Stop gradients of tower and mergers."""
+        if self.pre_process:
+            self.vision_model.requires_grad_(False)
+
+    def forward(self, batch: Batch, output: Literal["head", "logits"] = "head") -> Tensor:
+        """The next stage's payload or, on the last stage, log p(labels) or scores, [T] fp32.
+
+        output="logits" gives the language head's logits [T, vocab / tensor] instead.
+        """
+        rows = self._local_visual_rows(batch)
+        if self.pre_process:
+            hidden, features = self._embed(batch, rows)
+        else:
+            hidden, features = self._unpack(batch, rows)
+            self.language_model.decoder.set_input_tensor(hidden)
+        hidden = self.language_model.decoder(
+            hidden,
+            attention_mask=None,
+            context=features,
+            context_mask=rows.local,
+            rotary_pos_emb=mrope_angles(self.architecture, batch.position_ids),
+            packed_seq_params=packed_seq_params(batch.cu_seqlens, self.backend),
+            padding_mask=self._local_padding(batch) if self.architecture.num_experts else None,
+        )
+        if not self.post_process:
+            return self._pack(hidden, features)
+        if self.head == "score":
+            scores = self.language_model.score_head(hidden)
+            if self.config.sequence_parallel:
+                scores = tensor_parallel.gather_from_sequence_parallel_region(
+                    scores, tensor_parallel_output_grad=False, group=self.parallel.groups.tp
+                )
+            return scores
+        logits = self._logits(hidden)
+        if output == "logits":
+            return logits
+        labels = batch.labels.unsqueeze(1)
+        return -tensor_parallel.vocab_parallel_cross_entropy(
+            logits.unsqueeze(1).float(), labels, tp_group=self.parallel.groups.tp
+        ).squeeze(1)
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        weight = self.shared_embedding_or_output_weight() if self.language_model.tied else None
+        logits = self.language_model.output_layer(hidden, weight=weight)[0].squeeze(1)
+        padding = self._padding_columns(logits.shape[1])
+        return logits.masked_fill(padding, float("-inf")) if padding is not None else logits
+
+    def _padding_columns(self, width: int) -> Tensor | None:
+        """Which of this rank's vocabulary columns exist only to make the vocabulary divisible."""
+        vocab = self.architecture.vocab_size
+        first = self.parallel.tensor_rank * width
+        if first + width <= vocab:
+            return None
+        return torch.arange(first, first + width, device=self.backend.device) >= vocab
+
+    def _slice(self, total: int) -> tuple[int, int]:
+        """First token and number of tokens that this tensor-parallel rank holds between blocks."""
+        if not self.config.sequence_parallel:
+            return 0, total
+        size = total // self.parallel.layout.tensor
+        return self.parallel.tensor_rank * size, size
+
+    def _local_padding(self, batch: Batch) -> Tensor:
+        first, size = self._slice(batch.input_ids.numel())
+        return batch.padding_mask[None, first : first + size]
+
+    def _local_visual_rows(self, batch: Batch) -> _VisualRows:
+        first, size = self._slice(batch.input_ids.numel())
+        index = batch.visual_index
+        mine = (index >= first) & (index < first + size)
+        return _VisualRows(index[mine] - first, batch.feature_index[mine])
+
+    def _embed(self, batch: Batch, rows: _VisualRows) -> tuple[Tensor, Tensor | None]:
+        """-> hidden [T_local, 1, h] with the images in place, deepstack features [F, V, h]."""
+        hidden = self.language_model.embedding.word_embeddings(batch.input_ids.unsqueeze(0))
+        if not self.config.sequence_parallel:
+            hidden = hidden.transpose(0, 1).contiguous()
+        if batch.pixel_values is None:
+            return hidden, None
+        features = self.vision_model(batch.pixel_values, batch.image_grid_thw)
+        if self.config.sequence_parallel:
+            features = tensor_parallel.copy_to_tensor_model_parallel_region(
+                features, group=self.parallel.groups.tp
+            )
+        features = features[:, rows.feature]
+        hidden = hidden.index_copy(0, rows.local, features[0].unsqueeze(1))
+        return hidden, features[1:]
+
+    def _pack(self, hidden: Tensor, features: Tensor | None) -> Tensor:
+        """[hidden ; features that later stages add], along the token dimension."""
+        last = self.language_model.decoder.layers[-1].layer_number
+        left = self.architecture.num_deepstack - last
+        if features is None or left <= 0:
+            return hidden
+        return torch.cat([hidden, features[-left:].flatten(0, 1).unsqueeze(1)])
+
+    def _unpack(self, batch: Batch, rows: _VisualRows) -> tuple[Tensor, Tensor | None]:
+        payload = self._payload
+        assert payload is not None, "a later pipeline stage runs through the schedule"
+        size = self._slice(batch.input_ids.numel())[1]
+        first_layer = self.language_model.decoder.layers[0].layer_number - 1
+        left = self.architecture.num_deepstack - first_layer
+        if batch.pixel_values is None or left <= 0:
+            assert payload.shape[0] == size
+            return payload, None
+        features = payload[size:].squeeze(1).unflatten(0, (left, rows.local.numel()))
+        return payload[:size].contiguous(), features
+
+
+class _VisualRows:
+    """Visual tokens of this rank: rows of its hidden states, rows of the image features."""
+
+    def __init__(self, local: Tensor, feature: Tensor) -> None:
+        self.local, self.feature = local, feature
+
+
+def mrope_angles(config: Qwen3VLConfig, position_ids: Tensor) -> Tensor:
+    """Interleaved MRoPE: positions [3, T] -> angles [T, 1, 1, head_dim] in fp32.
+
+    Frequency 3j+1 below 3 * section[1] turns with the height, 3j+2 below 3 * section[2] with the
+    width, every other one with time (transformers apply_interleaved_mrope).
+    """
+    dim = config.head_dim
+    exponent = torch.arange(0, dim, 2, dtype=torch.float, device=position_ids.device) / dim
+    angles = position_ids.float()[..., None] / config.rope_theta**exponent
+    time = angles[0].clone()
+    for axis in (1, 2):
+        turned = slice(axis, 3 * config.mrope_section[axis], 3)
+        time[:, turned] = angles[axis, :, turned]
+    return torch.cat([time, time], dim=-1)[:, None, None]
+
+
+def padded_vocab_size(vocab_size: int, tensor: int) -> int:
+    """Smallest multiple of the tensor-parallel size that holds the vocabulary."""
+    return -(-vocab_size // tensor) * tensor

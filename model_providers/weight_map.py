@@ -1,0 +1,498 @@
+"""The one table between Hugging Face and Megatron weights of Qwen3-VL, read in both directions.
+
+Each rule names a Megatron parameter, the Hugging Face tensors that it is made of, how the full
+tensors translate (`Transform.to_megatron`, `.to_hf`) and how the Megatron tensor is split over the
+tensor-parallel ranks (`.shards`, `.join`). Pipeline and expert parallelism only decide which rank
+holds a parameter. Checkpoint import and export, weight sync and the embedded engine all use it; a
+missing or surplus name is an error.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from model_providers.config import Qwen3VLConfig
+from model_providers.parallel import ParallelState
+from model_providers.qwen3_vl import Qwen3VLModel, padded_vocab_size
+
+
+class Transform:
+    """A tensor that is the same on both sides and whole on every tensor-parallel rank."""
+
+    def to_megatron(self, tensors: list[Tensor], config: Qwen3VLConfig) -> Tensor:
+        return tensors[0]
+
+    def to_hf(self, tensor: Tensor, config: Qwen3VLConfig) -> list[Tensor]:
+        return [tensor]
+
+    def shards(self, tensor: Tensor, parts: int) -> list[Tensor]:
+        return [tensor] * parts
+
+    def join(self, shards: list[Tensor]) -> Tensor:
+        return shards[0]
+
+
+class Split(Transform):
+    """Split evenly along one dimension: 0 for column-parallel layers, 1 for row-parallel ones."""
+
+    def __init__(self, dim: int) -> None:
+        self.dim = dim
+
+    def shards(self, tensor: Tensor, parts: int) -> list[Tensor]:
+        return list(tensor.chunk(parts, dim=self.dim))
+
+    def join(self, shards: list[Tensor]) -> Tensor:
+        return torch.cat(shards, dim=self.dim)
+
+
+class Vocabulary(Split):
+    """Rows padded with zeros until the tensor-parallel ranks divide them; the padding is dropped
+    on the way out."""
+
+    def __init__(self) -> None:
+        super().__init__(0)
+
+    def shards(self, tensor: Tensor, parts: int) -> list[Tensor]:
+        missing = padded_vocab_size(tensor.shape[0], parts) - tensor.shape[0]
+        return super().shards(nn.functional.pad(tensor, (0, 0, 0, missing)), parts)
+
+    def to_hf(self, tensor: Tensor, config: Qwen3VLConfig) -> list[Tensor]:
+        return [tensor[: config.vocab_size]]
+
+
+class GroupedQKV(Split):
+    """q, k, v -> rows grouped by key-value head: [its query heads, k, v] for each."""
+
+    def __init__(self) -> None:
+        super().__init__(0)
+
+    def to_megatron(self, tensors: list[Tensor], config: Qwen3VLConfig) -> Tensor:
+        groups = config.num_kv_heads
+        return torch.cat([t.unflatten(0, (groups, -1)) for t in tensors], dim=1).flatten(0, 1)
+
+    def to_hf(self, tensor: Tensor, config: Qwen3VLConfig) -> list[Tensor]:
+        queries = config.num_heads // config.num_kv_heads
+        grouped = tensor.unflatten(0, (config.num_kv_heads, -1))
+        sizes = [queries * config.head_dim, config.head_dim, config.head_dim]
+        return [part.flatten(0, 1) for part in grouped.split(sizes, dim=1)]
+
+
+class VisionQKV(Split):
+    """The tower's fused [q; k; v], weight or bias -> [q_h, k_h, v_h] head by head."""
+
+    def __init__(self) -> None:
+        super().__init__(0)
+
+    def to_megatron(self, tensors: list[Tensor], config: Qwen3VLConfig) -> Tensor:
+        heads = config.vision.num_heads
+        return tensors[0].unflatten(0, (3, heads, -1)).transpose(0, 1).flatten(0, 2)
+
+    def to_hf(self, tensor: Tensor, config: Qwen3VLConfig) -> list[Tensor]:
+        heads = config.vision.num_heads
+        return [tensor.unflatten(0, (heads, 3, -1)).transpose(0, 1).flatten(0, 2)]
+
+
+class GatedUp(Split):
+    """gate and up -> [gate; up]; a rank's shard is [its gate rows; its up rows]."""
+
+    def __init__(self) -> None:
+        super().__init__(0)
+
+    def to_megatron(self, tensors: list[Tensor], config: Qwen3VLConfig) -> Tensor:
+        return torch.cat(tensors)
+
+    def to_hf(self, tensor: Tensor, config: Qwen3VLConfig) -> list[Tensor]:
+        return list(tensor.chunk(2))
+
+    def shards(self, tensor: Tensor, parts: int) -> list[Tensor]:
+        halves = [half.chunk(parts) for half in tensor.chunk(2)]
+        return [torch.cat(pair) for pair in zip(*halves, strict=True)]
+
+    def join(self, shards: list[Tensor]) -> Tensor:
+        halves = [shard.chunk(2) for shard in shards]
+        return torch.cat([half for side in zip(*halves, strict=True) for half in side])
+
+
+class FusedGatedUp(GatedUp):
+    """One expert's [gate; up], fused on the Hugging Face side too."""
+
+    def to_megatron(self, tensors: list[Tensor], config: Qwen3VLConfig) -> Tensor:
+        return tensors[0]
+
+    def to_hf(self, tensor: Tensor, config: Qwen3VLConfig) -> list[Tensor]:
+        return [tensor]
+
+
+class Patches(Transform):
+    """Conv3d kernel [h, 3, t, p, p] <-> the same as a matrix [h, 3 * t * p * p]."""
+
+    def to_megatron(self, tensors: list[Tensor], config: Qwen3VLConfig) -> Tensor:
+        return tensors[0].flatten(1)
+
+    def to_hf(self, tensor: Tensor, config: Qwen3VLConfig) -> list[Tensor]:
+        v = config.vision
+        shape = (v.in_channels, v.temporal_patch_size, v.patch_size, v.patch_size)
+        return [tensor.unflatten(1, shape)]
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Megatron name and Hugging Face names, with {L} for the layer and {E} for the expert.
+
+    An {E} on the Megatron side only means slice E of a fused [experts, ...] tensor.
+    """
+
+    megatron: tuple[str, ...]
+    """The same parameter as each backend's layers name it."""
+    hf: tuple[str, ...]
+    transform: Transform
+
+
+SAME = Transform()
+_LAYER, _HF_LAYER = "language_model.decoder.layers.{L}.", "model.language_model.layers.{L}."
+_BLOCK, _HF_BLOCK = "vision_model.decoder.layers.{L}.", "model.visual.blocks.{L}."
+
+
+def _merger(megatron: str, hf: str) -> list[Rule]:
+    return [
+        Rule((megatron + "norm.weight",), (hf + "norm.weight",), SAME),
+        Rule((megatron + "norm.bias",), (hf + "norm.bias",), SAME),
+        Rule((megatron + "linear_fc1.weight",), (hf + "linear_fc1.weight",), Split(0)),
+        Rule((megatron + "linear_fc1.bias",), (hf + "linear_fc1.bias",), Split(0)),
+        Rule((megatron + "linear_fc2.weight",), (hf + "linear_fc2.weight",), Split(1)),
+        Rule((megatron + "linear_fc2.bias",), (hf + "linear_fc2.bias",), SAME),
+    ]
+
+
+def _norm(layer: str, own: str, fused_into: str, hf: str, *parts: str) -> list[Rule]:
+    """A norm before a linear layer, which Transformer Engine fuses into that layer."""
+    return [
+        Rule((f"{layer}{own}.{part}", f"{layer}{fused_into}.layer_norm_{part}"), (hf + part,), SAME)
+        for part in parts
+    ]
+
+
+RULES: tuple[Rule, ...] = (
+    Rule(
+        ("language_model.embedding.word_embeddings.weight",),
+        ("model.language_model.embed_tokens.weight",),
+        Vocabulary(),
+    ),
+    Rule(("language_model.output_layer.weight",), ("lm_head.weight",), Vocabulary()),
+    # the name that the reference's value head has in its shards
+    Rule(("language_model.score_head.weight",), ("v_head.1.weight",), SAME),
+    Rule(
+        ("language_model.decoder.final_layernorm.weight",),
+        ("model.language_model.norm.weight",),
+        SAME,
+    ),
+    *_norm(
+        _LAYER,
+        "input_layernorm",
+        "self_attention.linear_qkv",
+        _HF_LAYER + "input_layernorm.",
+        "weight",
+    ),
+    Rule(
+        (_LAYER + "self_attention.linear_qkv.weight",),
+        tuple(f"{_HF_LAYER}self_attn.{x}_proj.weight" for x in "qkv"),
+        GroupedQKV(),
+    ),
+    Rule(
+        (_LAYER + "self_attention.q_layernorm.weight",),
+        (_HF_LAYER + "self_attn.q_norm.weight",),
+        SAME,
+    ),
+    Rule(
+        (_LAYER + "self_attention.k_layernorm.weight",),
+        (_HF_LAYER + "self_attn.k_norm.weight",),
+        SAME,
+    ),
+    Rule(
+        (_LAYER + "self_attention.linear_proj.weight",),
+        (_HF_LAYER + "self_attn.o_proj.weight",),
+        Split(1),
+    ),
+    *_norm(
+        _LAYER,
+        "pre_mlp_layernorm",
+        "mlp.linear_fc1",
+        _HF_LAYER + "post_attention_layernorm.",
+        "weight",
+    ),
+    Rule(
+        (_LAYER + "mlp.linear_fc1.weight",),
+        (_HF_LAYER + "mlp.gate_proj.weight", _HF_LAYER + "mlp.up_proj.weight"),
+        GatedUp(),
+    ),
+    Rule((_LAYER + "mlp.linear_fc2.weight",), (_HF_LAYER + "mlp.down_proj.weight",), Split(1)),
+    Rule((_LAYER + "mlp.router.weight",), (_HF_LAYER + "mlp.gate.weight",), SAME),
+    Rule(
+        (
+            _LAYER + "mlp.experts.local_experts.{E}.linear_fc1.weight",
+            _LAYER + "mlp.experts.linear_fc1.weight{E}",
+        ),
+        (_HF_LAYER + "mlp.experts.gate_up_proj",),
+        FusedGatedUp(),
+    ),
+    Rule(
+        (
+            _LAYER + "mlp.experts.local_experts.{E}.linear_fc2.weight",
+            _LAYER + "mlp.experts.linear_fc2.weight{E}",
+        ),
+        (_HF_LAYER + "mlp.experts.down_proj",),
+        Split(1),
+    ),
+    Rule(
+        ("vision_model.patch_embed.weight",), ("model.visual.patch_embed.proj.weight",), Patches()
+    ),
+    Rule(("vision_model.patch_embed.bias",), ("model.visual.patch_embed.proj.bias",), SAME),
+    Rule(("vision_model.pos_embed.weight",), ("model.visual.pos_embed.weight",), SAME),
+    *_norm(
+        _BLOCK,
+        "input_layernorm",
+        "self_attention.linear_qkv",
+        _HF_BLOCK + "norm1.",
+        "weight",
+        "bias",
+    ),
+    *(
+        Rule(
+            (f"{_BLOCK}self_attention.linear_qkv.{part}",),
+            (f"{_HF_BLOCK}attn.qkv.{part}",),
+            VisionQKV(),
+        )
+        for part in ("weight", "bias")
+    ),
+    Rule(
+        (_BLOCK + "self_attention.linear_proj.weight",), (_HF_BLOCK + "attn.proj.weight",), Split(1)
+    ),
+    Rule((_BLOCK + "self_attention.linear_proj.bias",), (_HF_BLOCK + "attn.proj.bias",), SAME),
+    *_norm(_BLOCK, "pre_mlp_layernorm", "mlp.linear_fc1", _HF_BLOCK + "norm2.", "weight", "bias"),
+    Rule((_BLOCK + "mlp.linear_fc1.weight",), (_HF_BLOCK + "mlp.linear_fc1.weight",), Split(0)),
+    Rule((_BLOCK + "mlp.linear_fc1.bias",), (_HF_BLOCK + "mlp.linear_fc1.bias",), Split(0)),
+    Rule((_BLOCK + "mlp.linear_fc2.weight",), (_HF_BLOCK + "mlp.linear_fc2.weight",), Split(1)),
+    Rule((_BLOCK + "mlp.linear_fc2.bias",), (_HF_BLOCK + "mlp.linear_fc2.bias",), SAME),
+    *_merger("vision_model.merger.", "model.visual.merger."),
+    *_merger("vision_model.deepstack_merger_list.{L}.", "model.visual.deepstack_merger_list.{L}."),
+)
+
+
+def _pattern(template: str) -> re.Pattern[str]:
+    escaped = re.escape(template).replace(r"\{L\}", r"(?P<L>\d+)").replace(r"\{E\}", r"(?P<E>\d+)")
+    return re.compile(escaped + "$")
+
+
+_PATTERNS = [(_pattern(name), rule) for rule in RULES for name in rule.megatron]
+
+
+@dataclass(frozen=True, order=True)
+class Task:
+    """One parameter of the whole model and where it lives."""
+
+    hf: tuple[str, ...]
+    """Hugging Face names, layers numbered over all stages."""
+    expert: int
+    """Index in the fused expert tensor; -1 for other parameters."""
+    stage: int
+    expert_rank: int
+    shape: tuple[int, ...]
+    """Shape of one shard."""
+    dtype: str
+
+    @property
+    def key(self) -> tuple[tuple[str, ...], int]:
+        return self.hf, self.expert
+
+
+@dataclass(frozen=True)
+class _Local:
+    """A task of this rank with its parameter."""
+
+    task: Task
+    parameter: nn.Parameter
+    transform: Transform
+    is_expert: bool
+
+
+def _local_tasks(model: Qwen3VLModel) -> Iterator[_Local]:
+    parallel = model.parallel
+    layers = model.language_model.decoder.layers
+    first_layer = layers[0].layer_number - 1 if len(layers) else 0
+    experts = model.architecture.num_experts // max(1, parallel.layout.expert)
+    for name, parameter in model.named_parameters():
+        match, rule = _match(name)
+        found = match.groupdict()
+        is_expert = "E" in found
+        layer = int(found.get("L", -1))
+        if name.startswith("language_model."):
+            layer += first_layer
+        expert_rank = parallel.groups.ep.rank() if is_expert else 0
+        expert = expert_rank * experts + int(found["E"]) if is_expert else -1
+        task = Task(
+            hf=tuple(hf.replace("{L}", str(layer)) for hf in rule.hf),
+            expert=expert,
+            stage=parallel.pipeline_rank,
+            expert_rank=expert_rank,
+            shape=tuple(parameter.shape),
+            dtype=str(parameter.dtype).removeprefix("torch."),
+        )
+        yield _Local(task, parameter, rule.transform, is_expert)
+
+
+def _match(name: str) -> tuple[re.Match[str], Rule]:
+    for pattern, rule in _PATTERNS:
+        if match := pattern.match(name):
+            return match, rule
+    raise AssertionError(f"no rule maps the Megatron parameter {name}; add one to RULES")
+
+
+def _tensor_group(local: _Local, parallel: ParallelState) -> dist.ProcessGroup:
+    return parallel.groups.expt_tp if local.is_expert else parallel.groups.tp
+
+
+def _all_tasks(model: Qwen3VLModel, local: list[_Local]) -> list[Task]:
+    """Every task of the model, tied copies once, in the same order on every rank."""
+    mine = [entry.task for entry in local]
+    gathered: list[list[Task]] = [mine] * dist.get_world_size()
+    dist.all_gather_object(gathered, mine)
+    first: dict[tuple[tuple[str, ...], int], Task] = {}
+    for task in sorted({task for tasks in gathered for task in tasks}):
+        first.setdefault(task.key, task)
+    return list(first.values())
+
+
+def load_hf_weights(model: Qwen3VLModel, tensors: Mapping[str, Tensor], source: str) -> None:
+    """Fill the model's parameters from full Hugging Face tensors; each rank reads what it holds.
+
+    tensors: name -> tensor, read lazily; fused experts as [experts, 2 * ffn, hidden] and
+    [experts, hidden, ffn] (checkpoint_tools.hf_weights turns older layouts).
+
+    Raises:
+        ValueError: a name is missing or surplus, or a shape differs; before anything is written.
+    """
+    local = list(_local_tasks(model))
+    wanted = {name for task in _all_tasks(model, local) for name in task.hf}
+    found = set(tensors) - _droppable(model)
+    if wanted != found:
+        raise ValueError(
+            f"{source} does not fit the model: {_listing('missing', wanted - found)}"
+            f"{_listing('surplus', found - wanted)}Check that the checkpoint is of this "
+            "architecture and complete."
+        )
+    shards = [_shard(entry, model, tensors, source) for entry in local]
+    with torch.no_grad():
+        for entry, shard in zip(local, shards, strict=True):
+            entry.parameter.copy_(shard)
+
+
+def _droppable(model: Qwen3VLModel) -> set[str]:
+    """Tensors that a checkpoint may carry and this model does not use: the language head of a
+    model that ties it or that scores instead."""
+    unused = model.head == "score" or model.architecture.tie_word_embeddings
+    return {"lm_head.weight"} if unused else set()
+
+
+def _listing(what: str, names: set[str], most: int = 5) -> str:
+    if not names:
+        return ""
+    shown = ", ".join(sorted(names)[:most])
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return f"{len(names)} {what} ({shown}{more}). "
+
+
+def _shard(
+    entry: _Local, model: Qwen3VLModel, tensors: Mapping[str, Tensor], source: str
+) -> Tensor:
+    group = _tensor_group(entry, model.parallel)
+    parts = [tensors[name] for name in entry.task.hf]
+    if entry.is_expert:
+        parts = [part[entry.task.expert] for part in parts]
+    shapes = [tuple(part.shape) for part in parts]
+    try:
+        full = entry.transform.to_megatron(parts, model.architecture)
+        shard = entry.transform.shards(full, group.size())[group.rank()]
+    except RuntimeError as error:
+        raise ValueError(
+            f"{source}: {entry.task.hf} {shapes} can't be converted: {error}"
+        ) from error
+    if tuple(shard.shape) != tuple(entry.parameter.shape):
+        raise ValueError(
+            f"{source}: {', '.join(entry.task.hf)} with shape {shapes} gives a shard of "
+            f"{tuple(shard.shape)}, the model wants {tuple(entry.parameter.shape)}; config.json "
+            "and weights are of different models"
+        )
+    return shard
+
+
+def iter_hf_weights(
+    model: Qwen3VLModel, read: Callable[[nn.Parameter], Tensor] = nn.Parameter.detach
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield every weight under its Hugging Face name, whole, on every rank.
+
+    `read` says what to take of a parameter: its value, or its gradient to compare layouts.
+
+    All ranks iterate together. One parameter, or one layer's experts, is gathered at a time, so
+    no rank ever holds the whole model. Tied weights come once, under the embedding's name.
+    """
+    local = {entry.task.key: entry for entry in _local_tasks(model)}
+    experts: dict[str, list[Tensor]] = {}
+    for task in _all_tasks(model, list(local.values())):
+        full = _gather(task, local.get(task.key), model, read)
+        transform = _transform_of(task)
+        pieces = transform.to_hf(full, model.architecture)
+        for name, piece in zip(task.hf, pieces, strict=True):
+            if task.expert < 0:
+                yield name, piece
+                continue
+            stack = experts.setdefault(name, [])
+            assert len(stack) == task.expert, "experts arrive in order"
+            stack.append(piece)
+            if len(stack) == model.architecture.num_experts:
+                yield name, torch.stack(experts.pop(name))
+    assert not experts, f"experts missing for {sorted(experts)}"
+
+
+_HF_PATTERNS = [(_pattern(rule.hf[0]), rule.transform) for rule in RULES]
+
+
+def _transform_of(task: Task) -> Transform:
+    return next(transform for pattern, transform in _HF_PATTERNS if pattern.match(task.hf[0]))
+
+
+def _gather(
+    task: Task,
+    entry: _Local | None,
+    model: Qwen3VLModel,
+    read: Callable[[nn.Parameter], Tensor],
+) -> Tensor:
+    """The full Megatron tensor on every rank: joined over tensor ranks where it lives, then sent
+    to the other expert ranks and pipeline stages."""
+    groups = model.parallel.groups
+    group = groups.expt_tp if task.expert >= 0 else groups.tp
+    transform = _transform_of(task)
+    # the tied copy on the last stage has the same key as the embedding on the first
+    owner = entry is not None and model.parallel.pipeline_rank == task.stage
+    if owner:
+        assert entry is not None
+        shard = read(entry.parameter).contiguous()
+        assert shard.dtype == entry.parameter.dtype, "other ranks receive the parameter's dtype"
+        shards = [torch.empty_like(shard) for _ in range(group.size())]
+        dist.all_gather(shards, shard, group=group)
+        full = transform.join(shards).contiguous()
+    else:
+        empty = torch.empty(
+            task.shape, dtype=getattr(torch, task.dtype), device=model.backend.device
+        )
+        full = transform.join([empty] * group.size()).contiguous()
+    if task.expert >= 0 and groups.ep.size() > 1 and model.parallel.pipeline_rank == task.stage:
+        dist.broadcast(full, group=groups.ep, group_src=task.expert_rank)
+    if groups.pp.size() > 1:
+        dist.broadcast(full, group=groups.pp, group_src=task.stage)
+    return full
