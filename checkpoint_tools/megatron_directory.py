@@ -1,0 +1,181 @@
+"""Megatron checkpoints: a torch_dist folder that loads at any layout, with the Hugging Face config
+and processor beside it in hf/, so that one path says everything about a model.
+
+    DIR/*.distcp, metadata.json, common.pt   weights and, in training, optimizer and schedule
+    DIR/hf/                                  config.json, tokenizer, processor
+"""
+
+from __future__ import annotations
+
+import os
+import queue
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.core import CheckpointingException
+from megatron.core.dist_checkpointing.strategies import filesystem_async
+from torch.distributed.checkpoint.api import CheckpointException
+
+from checkpoint_tools.hf_directory import HFDirectory, copy_config
+from model_providers.backend import Backend
+from model_providers.config import Qwen3VLConfig
+from model_providers.parallel import ParallelState
+from model_providers.qwen3_vl import Head, Qwen3VLModel
+from model_providers.weight_map import load_hf_weights
+
+SHARDING = "fully_reshardable"
+
+
+def hf_directory(path: Path) -> Path:
+    """Where the config and processor of a Hugging Face or Megatron directory lie.
+
+    Raises FileNotFoundError if `path` is neither.
+    """
+    if (path / "metadata.json").exists() and (path / "hf" / "config.json").exists():
+        return path / "hf"
+    if (path / "config.json").exists():
+        return path
+    raise FileNotFoundError(
+        f"{path} is neither a Hugging Face directory (no config.json) nor a complete Megatron "
+        "checkpoint (no metadata.json with hf/config.json)"
+    )
+
+
+def load_model(
+    path: Path,
+    parallel: ParallelState,
+    backend: Backend,
+    head: Head = "language",
+    aux_loss_coef: float = 0.0,
+) -> Qwen3VLModel:
+    """Build the model that `path` holds and load its weights, whichever of the two formats it is.
+
+    Raises:
+        ValueError: weights and config disagree, or the layout does not fit.
+    """
+    hf = hf_directory(path)
+    model = Qwen3VLModel(Qwen3VLConfig.from_hf(hf), parallel, backend, head, aux_loss_coef)
+    model.to(backend.device)
+    if hf == path:
+        load_hf_weights(model, HFDirectory(path), str(path))
+    else:
+        load(path, model)
+    return model
+
+
+def save(
+    path: Path,
+    model: Qwen3VLModel,
+    hf: Path,
+    optimizer: Any = None,
+    scheduler: Any = None,
+) -> None:
+    """Write the checkpoint; it appears under its name only when complete. All ranks call this.
+
+    With optimizer and scheduler the checkpoint can be trained on, at any other layout too.
+    """
+    staging = path.with_name(f".{path.name}.partial")
+    is_writer = dist.get_rank() == 0
+    if is_writer:
+        shutil.rmtree(staging, ignore_errors=True)
+        staging.mkdir(parents=True)
+    dist.barrier()
+    # the writers are threads of this process; megatron.core's own queue would start another process
+    # in every rank, which outlives a killed run
+    filesystem_async._results_queue = queue.Queue()
+    dist_checkpointing.save(_state(model, optimizer, scheduler), str(staging))
+    dist.barrier()
+    if is_writer:
+        copy_config(hf, staging / "hf")
+        shutil.rmtree(path, ignore_errors=True)
+        os.replace(staging, path)
+    dist.barrier()
+
+
+def load(path: Path, model: Qwen3VLModel, optimizer: Any = None, scheduler: Any = None) -> None:
+    """Load weights, and with them optimizer and schedule where given.
+
+    Raises:
+        ValueError: the checkpoint is of another architecture, or a tensor is missing or of another
+            shape than the model's.
+    """
+    _check_architecture(path, model)
+    wanted = _state(model, optimizer, scheduler, is_loading=True)
+    try:
+        state = dist_checkpointing.load(wanted, str(path))
+    except CheckpointException as error:
+        # torch's, which is no Exception and prints every rank's traceback
+        reasons = "; ".join(sorted({str(reason) for reason, _ in error.failures.values()}))
+        raise ValueError(f"{path} does not fit the model: {reasons}") from error
+    except (CheckpointingException, KeyError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{path} does not fit the model: {error}") from error
+    model.load_state_dict(state["model"])
+    if optimizer is not None:
+        _load_optimizer(optimizer, state["optimizer"])
+        scheduler.load_state_dict(state["scheduler"])
+
+
+def _check_architecture(path: Path, model: Qwen3VLModel) -> None:
+    saved, wanted = vars(Qwen3VLConfig.from_hf(path / "hf")), vars(model.architecture)
+    differing = [
+        f"{name} {saved[name]}, not {wanted[name]}" for name in saved if saved[name] != wanted[name]
+    ]
+    if differing:
+        raise ValueError(f"{path} does not fit the model: it has {'; '.join(differing)}")
+
+
+def _optimizer_state(
+    optimizer: Any, weights: dict[str, Any], is_loading: bool, metadata: dict[str, Any]
+) -> dict[str, Any]:
+    """Moments and main weights under the names of the weights, and how many steps were taken.
+
+    megatron.core would also save what depends on the layout: how many optimizers it chains (the
+    experts have their own where they are spread over ranks) and their parameter groups.
+    """
+    parts = [
+        part.sharded_state_dict(weights, is_loading=is_loading, metadata=metadata)
+        for part in optimizer.chained_optimizers
+    ]
+    groups = [group for part in parts for group in part["optimizer"]["param_groups"]]
+    return {
+        "step": max(int(group.get("step") or 0) for group in groups),
+        "parts": {i: part["param_state"] for i, part in enumerate(parts)},
+    }
+
+
+def _load_optimizer(optimizer: Any, saved: dict[str, Any]) -> None:
+    for i, part in enumerate(optimizer.chained_optimizers):
+        state = part.state_dict()
+        for group in state["optimizer"]["param_groups"]:
+            group["step"] = saved["step"]
+        state["param_state"] = saved["parts"][i]
+        state["param_state_sharding_type"] = SHARDING
+        part.load_state_dict(state)
+    _separate_steps(optimizer)
+
+
+def _separate_steps(optimizer: Any) -> None:
+    """megatron.core gives torch's Adam one step counter for all parameters (DistributedOptimizer.
+    load_state_dict), which each of them would then advance."""
+    for part in optimizer.chained_optimizers:
+        for moments in part.optimizer.state.values():
+            if "step" in moments:
+                moments["step"] = moments["step"].clone()
+
+
+def _state(
+    model: Qwen3VLModel, optimizer: Any, scheduler: Any, is_loading: bool = False
+) -> dict[str, Any]:
+    metadata = {
+        "dp_cp_group": model.parallel.groups.dp_cp,
+        "distrib_optim_sharding_type": SHARDING,
+    }
+    weights = model.sharded_state_dict(metadata=metadata)
+    state: dict[str, Any] = {"model": weights}
+    if optimizer is not None:
+        state["optimizer"] = _optimizer_state(optimizer, weights, is_loading, metadata)
+        state["scheduler"] = scheduler.state_dict()
+    return state
