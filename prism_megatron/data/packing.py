@@ -1,0 +1,149 @@
+"""Sequences into packed micro-batches: which go together, and the one row they make.
+
+lengths -> plan_micro_batches -> indices per data-parallel rank and micro-batch
+those sequences -> pack -> PackedBatch (one row of T tokens, THD layout)
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Sequence as Ordered
+
+import torch
+from torch import Tensor
+
+from prism_megatron.data.mrope import mrope_positions
+from prism_megatron.types import ImageInputs, PackedBatch, Sequence
+
+
+def plan_micro_batches(
+    lengths: Ordered[int], *, dp_size: int, max_tokens: int
+) -> list[list[list[int]]]:
+    """Indices of the sequences of each micro-batch: plan[dp_rank][micro_batch] -> indices.
+
+    Every rank gets the same number of micro-batches, no micro-batch exceeds `max_tokens`, and the
+    k-th micro-batches of the ranks hold about equally many tokens (longest sequence first into the
+    lightest micro-batch). With fewer sequences than ranks some lists are empty. The plan depends on
+    the arguments alone. ValueError if one sequence is longer than `max_tokens`.
+    """
+    for index, length in enumerate(lengths):
+        if length > max_tokens:
+            raise ValueError(
+                f"sequence {index} has {length} tokens, a micro-batch holds "
+                f"train.micro_batch_tokens={max_tokens}; raise it or lower the data's token limits"
+            )
+    num_micro_batches = max(1, -(-sum(lengths) // (max_tokens * dp_size)))
+    while (bins := _lightest_first(lengths, num_micro_batches * dp_size, max_tokens)) is None:
+        num_micro_batches += 1
+    # Neighbours in load run at the same time on different ranks.
+    bins.sort(key=lambda members: (-sum(lengths[i] for i in members), members))
+    return [[sorted(bins[k]) for k in range(rank, len(bins), dp_size)] for rank in range(dp_size)]
+
+
+def _lightest_first(
+    lengths: Ordered[int], num_bins: int, max_tokens: int
+) -> list[list[int]] | None:
+    """Longest sequence first into the lightest bin; None if one does not fit."""
+    heap: list[tuple[int, int]] = [(0, number) for number in range(num_bins)]
+    bins: list[list[int]] = [[] for _ in range(num_bins)]
+    for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        load, number = heapq.heappop(heap)
+        if load + lengths[index] > max_tokens:
+            return None
+        bins[number].append(index)
+        heapq.heappush(heap, (load + lengths[index], number))
+    return bins
+
+
+def packed_length(sequences: Ordered[Sequence], pad_multiple: int) -> int:
+    """Tokens T of the row that `pack` makes: a multiple of `pad_multiple`, at least one."""
+    total = sum(len(sequence) for sequence in sequences)
+    return max(1, -(-total // pad_multiple)) * pad_multiple
+
+
+def pack(
+    sequences: Ordered[Sequence],
+    *,
+    image_token_id: int,
+    merge_size: int,
+    pad_id: int,
+    pad_multiple: int = 1,
+    pad_to: int | None = None,
+    per_token: Ordered[str] = (),
+) -> PackedBatch:
+    """One packed micro-batch of the sequences in the given order.
+
+    The row is padded to `pad_to` tokens, or to a multiple of `pad_multiple`; padding is a sequence
+    of its own at the end. No sequences make a row of padding alone, for a rank that has none.
+    per_token: names of the sequences' values to carry; each sequence must have every one of them.
+    An image that several sequences show (same key) is in pixel_values once.
+    """
+    length = packed_length(sequences, pad_multiple) if pad_to is None else pad_to
+    total = sum(len(sequence) for sequence in sequences)
+    if total > length:
+        raise ValueError(
+            f"{len(sequences)} sequences have {total} tokens, more than pad_to={length}"
+        )
+    padding = length - total
+    pad_row = torch.full((padding,), pad_id, dtype=torch.int64)
+    parts = [sequence.input_ids for sequence in sequences] + [pad_row] * bool(padding)
+    input_ids = torch.cat(parts)
+    positions = [
+        mrope_positions(
+            sequence.input_ids,
+            [image.grid_thw for image in sequence.images],
+            image_token_id=image_token_id,
+            merge_size=merge_size,
+        )
+        for sequence in sequences
+    ] + [torch.arange(padding).expand(3, -1)] * bool(padding)
+    images = {image.key: image for sequence in sequences for image in sequence.images}
+    return PackedBatch(
+        input_ids=input_ids,
+        labels=_shifted([s.input_ids for s in sequences], length, torch.int64),
+        position_ids=torch.cat(positions, dim=1),
+        cu_seqlens=torch.tensor([0, *map(len, parts)]).cumsum(0).to(torch.int32),
+        loss_mask=_shifted([s.response_mask for s in sequences], length, torch.float32),
+        padding_mask=torch.arange(length) >= total,
+        pixel_values=torch.cat([i.pixel_values for i in images.values()]) if images else None,
+        image_grid_thw=torch.tensor([i.grid_thw for i in images.values()]) if images else None,
+        visual_index=(input_ids == image_token_id).nonzero().flatten(),
+        feature_index=_feature_index(sequences, images, merge_size),
+        num_sequences=len(sequences),
+        per_token={
+            name: _shifted([s.per_token[name] for s in sequences], length, torch.float32)
+            for name in per_token
+        },
+    )
+
+
+def _shifted(values: Ordered[Tensor], length: int, dtype: torch.dtype) -> Tensor:
+    """[T]: at each token the value of the next one of its sequence; 0 at ends and on padding."""
+    row = torch.zeros(length, dtype=dtype)
+    start = 0
+    for value in values:
+        row[start : start + len(value) - 1] = value[1:]
+        start += len(value)
+    return row
+
+
+def _feature_index(
+    sequences: Ordered[Sequence], images: dict[str, ImageInputs], merge_size: int
+) -> Tensor:
+    """[V] int64: row among the features of the distinct images, for every visual token in turn."""
+    first_row: dict[str, int] = {}
+    rows = 0
+    for key, image in images.items():
+        first_row[key] = rows
+        rows += _num_tokens(image, merge_size)
+    spans = [
+        torch.arange(_num_tokens(image, merge_size)) + first_row[image.key]
+        for sequence in sequences
+        for image in sequence.images
+    ]
+    return torch.cat(spans) if spans else torch.empty(0, dtype=torch.int64)
+
+
+def _num_tokens(image: ImageInputs, merge_size: int) -> int:
+    t, h, w = image.grid_thw
+    return t * h * w // merge_size**2

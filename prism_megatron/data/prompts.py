@@ -1,0 +1,217 @@
+"""Rows into token ids and preprocessed images, with the model's own processor.
+
+    row -> chat template -> ids, one placeholder an image -> placeholders expanded -> Prompt
+    Prompt + response ids -> Sequence
+
+Prompt and response are tokenised apart, so a demonstration has the ids that a rollout of the same
+text would have.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import re
+from collections import OrderedDict
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from PIL import Image
+from torch import Tensor
+from transformers import AutoProcessor
+
+from prism_megatron.config import schema
+from prism_megatron.data.rows import ImageSource, Message, Row, RowError
+from prism_megatron.types import ImageInputs, Prompt, Sequence
+
+IMAGE_PLACEHOLDER = "<image>"
+END_OF_TURN = "<|im_end|>"
+CACHED_PATCH_BYTES = 512 * 2**20
+
+
+class PromptEncoder:
+    """Turns rows into prompts and texts into training sequences.
+
+    processor: a Qwen3VLProcessor. system_prompt: the system turn of rows that bring none; None
+    leaves it to the chat template. Rows that can't be encoded raise RowError.
+    """
+
+    def __init__(
+        self,
+        processor: Any,
+        *,
+        system_prompt: str | None,
+        max_prompt_tokens: int,
+        max_response_tokens: int,
+    ):
+        self.processor = processor
+        self.tokenizer = processor.tokenizer
+        self.system_prompt = system_prompt
+        self.max_prompt_tokens = max_prompt_tokens
+        self.max_response_tokens = max_response_tokens
+        self.image_token_id: int = processor.image_token_id
+        self.end_id: int = self.tokenizer.convert_tokens_to_ids(END_OF_TURN)
+        self.pad_id: int = self.tokenizer.pad_token_id
+        self.merge_size: int = processor.image_processor.merge_size
+        control = [t.content for t in self.tokenizer.added_tokens_decoder.values() if t.special]
+        self._control = re.compile("|".join(map(re.escape, control)))
+        self._images = _ImageCache(processor.image_processor)
+        if system_prompt is not None and (found := self._control.search(system_prompt)):
+            raise ValueError(
+                f"the system prompt contains the control token {found[0]!r}; remove it"
+            )
+
+    @classmethod
+    def from_config(cls, model: Path, data: schema.Data) -> Self:
+        """The encoder of a Hugging Face directory for one stage's data section."""
+        return cls(
+            AutoProcessor.from_pretrained(model),
+            system_prompt=data.system_prompt.read_text().strip() if data.system_prompt else None,
+            max_prompt_tokens=data.max_prompt_tokens,
+            max_response_tokens=data.max_response_tokens,
+        )
+
+    def encode_prompt(self, row: Row) -> Prompt:
+        """The row's turns and the opening of the assistant's, images preprocessed."""
+        found = sum(message.content.count(IMAGE_PLACEHOLDER) for message in row.messages)
+        if found != len(row.images):
+            raise RowError(
+                f"placeholder count: {found} {IMAGE_PLACEHOLDER} in the text, "
+                f"{len(row.images)} images"
+            )
+        images = tuple(self._images.get(source) for source in row.images)
+        ids = self._expand(self._render(row.messages), images)
+        if len(ids) > self.max_prompt_tokens:
+            raise RowError(
+                f"overlong prompt: {len(ids)} tokens with its images, "
+                f"data.max_prompt_tokens={self.max_prompt_tokens}"
+            )
+        return Prompt(row.row_id, tuple(ids), images)
+
+    def encode_section(self, text: str) -> tuple[int, ...]:
+        """Ids of a response or a part of one, without the end of the turn."""
+        if found := self._control.search(text):
+            raise RowError(f"control token in a text: {found[0]!r}")
+        ids = self.tokenizer(text, add_special_tokens=False).input_ids
+        if len(ids) + 1 > self.max_response_tokens:
+            raise RowError(
+                f"overlong response: {len(ids) + 1} tokens with the end of the turn, "
+                f"data.max_response_tokens={self.max_response_tokens}"
+            )
+        return tuple(ids)
+
+    def encode_response(self, text: str) -> tuple[int, ...]:
+        """Ids of a whole response as a model samples it: the end-of-turn token is the last."""
+        return (*self.encode_section(text), self.end_id)
+
+    def sft_sequence(self, prompt: Prompt, response_text: str) -> Sequence:
+        """A demonstration: response and end of turn are trained, the prompt is not."""
+        return rollout_sequence(prompt, self.encode_response(response_text), {})
+
+    def section_sequence(self, prompt: Prompt, section_text: str) -> Sequence:
+        """What the discriminator scores: prompt, section, end of turn.
+
+        Teacher's and student's sections are tokenised here from text and closed by the same token,
+        whose position carries the score, so neither tokenisation nor ending tells them apart. (The
+        reference scores different kinds of tokens for the two: prism-method section 2.4.)
+        """
+        return rollout_sequence(prompt, self.encode_response(section_text), {})
+
+    def decode(self, ids: tuple[int, ...]) -> str:
+        """Text of response ids, without the end-of-turn token."""
+        text = ids[:-1] if ids and ids[-1] == self.end_id else ids
+        decoded: str = self.tokenizer.decode(text, skip_special_tokens=False)
+        return decoded
+
+    def _render(self, messages: tuple[Message, ...]) -> list[int]:
+        """Ids of the chat with one placeholder token an image."""
+        turns = [_typed(message) for message in messages]
+        for message in messages:
+            # A user's literal control token would end the turn or claim an image.
+            if found := self._control.search(message.content):
+                raise RowError(f"control token in a text: {found[0]!r}")
+        if self.system_prompt is not None and messages[0].role != "system":
+            turns.insert(0, _typed(Message("system", self.system_prompt)))
+        text = self.processor.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+        ids: list[int] = self.tokenizer(text, add_special_tokens=False).input_ids
+        return ids
+
+    def _expand(self, ids: list[int], images: tuple[ImageInputs, ...]) -> list[int]:
+        """Each image's placeholder repeated once a feature row."""
+        counts = iter(images)
+        expanded: list[int] = []
+        for token in ids:
+            if token == self.image_token_id:
+                t, h, w = next(counts).grid_thw
+                expanded += [token] * (t * h * w // self.merge_size**2)
+            else:
+                expanded.append(token)
+        return expanded
+
+
+def rollout_sequence(
+    prompt: Prompt, response_ids: tuple[int, ...], per_token: Mapping[str, Tensor]
+) -> Sequence:
+    """Prompt and response as one training sequence of L tokens.
+
+    per_token: values of the response tokens, each [len(response_ids)]; 0 on the prompt.
+    """
+    num_prompt, num_response = len(prompt.input_ids), len(response_ids)
+    for name, value in per_token.items():
+        assert value.shape == (num_response,), f"{name}: {value.shape}, {num_response} tokens"
+    zeros = torch.zeros(num_prompt)
+    return Sequence(
+        input_ids=torch.tensor([*prompt.input_ids, *response_ids], dtype=torch.int64),
+        images=prompt.images,
+        response_mask=torch.arange(num_prompt + num_response) >= num_prompt,
+        per_token={name: torch.cat([zeros, value]) for name, value in per_token.items()},
+    )
+
+
+def _typed(message: Message) -> dict[str, Any]:
+    """A turn for the chat template: text parts, and an image part for each placeholder."""
+    parts: list[dict[str, str]] = []
+    for number, text in enumerate(message.content.split(IMAGE_PLACEHOLDER)):
+        if number:
+            parts.append({"type": "image"})
+        if text:
+            parts.append({"type": "text", "text": text})
+    return {"role": message.role, "content": parts}
+
+
+class _ImageCache:
+    """Preprocessed images by the content of their files, the least recently used dropped first."""
+
+    def __init__(self, image_processor: Any):
+        self._processor = image_processor
+        self._entries: OrderedDict[str, ImageInputs] = OrderedDict()
+        self._bytes = 0
+
+    def get(self, source: ImageSource) -> ImageInputs:
+        """The image's patches; RowError if it can't be read, decoded or resized."""
+        data = source.read()
+        key = hashlib.sha256(data).hexdigest()
+        if key not in self._entries:
+            self._add(_preprocess(self._processor, key, data))
+        self._entries.move_to_end(key)
+        return self._entries[key]
+
+    def _add(self, image: ImageInputs) -> None:
+        self._entries[image.key] = image
+        self._bytes += image.pixel_values.nbytes
+        while self._bytes > CACHED_PATCH_BYTES and len(self._entries) > 1:
+            _, dropped = self._entries.popitem(last=False)
+            self._bytes -= dropped.pixel_values.nbytes
+
+
+def _preprocess(image_processor: Any, key: str, data: bytes) -> ImageInputs:
+    """Decode and cut into patches; resized once only, by the processor."""
+    try:
+        image = Image.open(io.BytesIO(data)).convert("RGB")
+        inputs = image_processor(images=[image], return_tensors="pt")
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise RowError(f"unreadable image: {error}") from error
+    t, h, w = inputs["image_grid_thw"][0].tolist()
+    return ImageInputs(key, inputs["pixel_values"], (t, h, w))

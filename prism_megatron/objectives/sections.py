@@ -1,0 +1,103 @@
+"""The sections of a response: caption, think, answer.
+
+    ids --token_bytes--> bytes --> text --split_sections--> Sections --> two discriminator inputs
+
+Teacher and student go through one path. Their text is split by `split_sections` and the
+discriminator reads `Sections.caption_text` and `Sections.reasoning_text`, tokenised anew for both
+sides. Sampled ids are not fed to it: a policy samples merges that the tokenizer itself never
+writes, and the teacher, known as text alone, never shows them, so the ids would give the class
+away. The white space between sections is made uniform for the same reason.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+
+from tokenizers import decoders
+from transformers import PreTrainedTokenizerFast
+from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+TAGS = ("<caption>", "</caption>", "<think>", "</think>", "<answer>", "</answer>")
+_LAYOUT = re.compile(
+    r"\s*<caption>(.*)</caption>\s*<think>(.*)</think>\s*<answer>(.*)</answer>\s*",
+    re.DOTALL | re.ASCII,
+)
+_CONTROL_TOKEN = re.compile(r"<\|\w+\|>")
+_REPLACEMENT = "\N{REPLACEMENT CHARACTER}".encode()
+
+
+@dataclass(frozen=True)
+class Sections:
+    """The bodies of a valid response, as written, without their tags."""
+
+    caption: str
+    think: str
+    answer: str
+
+    @property
+    def caption_text(self) -> str:
+        """What the perception stream reads."""
+        return f"<caption>{self.caption}</caption>"
+
+    @property
+    def reasoning_text(self) -> str:
+        """What the reasoning stream reads: thinking and answer, without the caption."""
+        return f"<think>{self.think}</think>\n<answer>{self.answer}</answer>"
+
+
+def split_sections(text: str) -> Sections | None:
+    """The sections of a response, or None if it is not valid.
+
+    Valid is: exactly one caption, think and answer section in this order, none of them blank,
+    nothing but white space around them, no chat control token (`<|...|>`) anywhere. Source: the
+    format of PRISM, with the reference's pattern (dp_critic.py and mm_gad_no_llm.py) corrected:
+    that one accepts blank and repeated sections, and reads an answer that stands inside thinking.
+    """
+    if any(text.count(tag) != 1 for tag in TAGS) or _CONTROL_TOKEN.search(text):
+        return None
+    match = _LAYOUT.fullmatch(text)
+    if match is None or not all(body.strip() for body in match.groups()):
+        return None
+    return Sections(*match.groups())
+
+
+def sections_of(caption: str, reasoning: str) -> Sections | None:
+    """The sections of an answer that a data row holds in two parts, tags included; None if they do
+    not make up a valid response. The teacher's rows go through this, so that its text is made
+    uniform like a student's."""
+    return split_sections(f"{caption}\n{reasoning}")
+
+
+def token_bytes(tokenizer: PreTrainedTokenizerFast) -> tuple[bytes, ...]:
+    """The bytes that each token id stands for, special tokens as they are spelt.
+
+    Raises ValueError if the tokenizer is not a byte-level BPE, as Qwen's is.
+    """
+    if not isinstance(tokenizer.backend_tokenizer.decoder, decoders.ByteLevel):
+        raise ValueError(
+            f"{type(tokenizer).__name__} decodes with {tokenizer.backend_tokenizer.decoder}; "
+            "section boundaries need a byte-level BPE tokenizer such as Qwen3-VL's"
+        )
+    byte_of = {character: byte for byte, character in bytes_to_unicode().items()}
+    added = {index: token.content for index, token in tokenizer.added_tokens_decoder.items()}
+    table = [_REPLACEMENT] * (max(tokenizer.get_vocab().values()) + 1)
+    for piece, index in tokenizer.get_vocab().items():
+        if index in added:
+            table[index] = added[index].encode()
+        else:
+            table[index] = bytes(byte_of[character] for character in piece)
+    return tuple(table)
+
+
+def response_text(ids: Seq[int], table: Seq[bytes], end_ids: Collection[int]) -> str:
+    """The text of a sampled response without its end-of-turn token.
+
+    Other control tokens stay visible, so that `split_sections` refuses them; what is not UTF-8 and
+    ids outside the tokenizer's vocabulary (embedding tables are padded) become U+FFFD.
+    """
+    body = ids[:-1] if ids and ids[-1] in end_ids else ids
+    pieces = (table[index] if index < len(table) else _REPLACEMENT for index in body)
+    return b"".join(pieces).decode(errors="replace")
