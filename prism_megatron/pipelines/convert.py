@@ -1,0 +1,13 @@
+"""Hugging Face directory to Megatron checkpoint, by the ranks that the layout names."""
+
+from __future__ import annotations
+
+from checkpoint_tools.hf_to_megatron import convert
+from model_providers import backend as backends
+from prism_megatron.config import schema
+from prism_megatron.training.setup import layout_of
+
+
+def run(config: schema.Convert) -> None:
+    """Write config.out; it loads at any layout."""
+    convert(config.hf, config.out, layout_of(config.parallel), backends.create(config.backend))

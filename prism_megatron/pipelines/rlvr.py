@@ -1,0 +1,133 @@
+"""Stage 3, reinforcement learning with verifiable rewards (GRPO).
+
+prompts x n --> rollout engine --> responses --> 0.8 accuracy + 0.2 format
+    --> advantage within each prompt's group --> clipped policy update --> weight sync
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from checkpoint_tools.megatron_directory import hf_directory
+from model_providers.weight_map import iter_hf_weights
+from prism_megatron.config import schema
+from prism_megatron.data.prompts import PromptEncoder
+from prism_megatron.data.rows import BatchStream, PromptRow, read_prompts
+from prism_megatron.objectives.advantages import group_normalise
+from prism_megatron.objectives.rewards import Reward, response_reward
+from prism_megatron.objectives.sections import response_text, token_bytes
+from prism_megatron.rollout.fleet import EmbeddedFleet
+from prism_megatron.rollout.local import LocalEngine
+from prism_megatron.rollout.weight_sync import InProcessSync
+from prism_megatron.training.loop import Metrics, TrainingLoop
+from prism_megatron.training.policy import policy_update
+from prism_megatron.training.runner import ModelRunner
+from prism_megatron.training.setup import build_encoder, build_runner, open_quarantine, start
+from prism_megatron.types import Prompt, Rollout
+
+
+@dataclass(frozen=True)
+class Task:
+    """A prompt whose answer can be checked."""
+
+    prompt: Prompt
+    truth: str
+    equivalents: tuple[str, ...]
+
+
+def run(config: schema.RLVR) -> None:
+    """Train config.policy for train.steps steps and export it to run.dir/hf."""
+    backend = start(config.backend, config.policy)
+    encoder = build_encoder(config.policy.path, config.data)
+    quarantine = open_quarantine(config.run, config.data)
+
+    def task(row: PromptRow) -> Task:
+        return Task(encoder.encode_prompt(row), row.ground_truth, row.equivalents)
+
+    stream = BatchStream(
+        read_prompts(config.data.path),
+        task,
+        quarantine,
+        batch_size=config.prompts_per_step,
+        seed=config.run.seed,
+    )
+    policy = build_runner(
+        config.policy,
+        config.policy_optimizer,
+        backend,
+        config.train,
+        config.run,
+        pad_id=encoder.pad_id,
+        updates_per_step=config.mini_batches,
+    )
+    loop = TrainingLoop(
+        config, {"policy": (policy, config.policy.path)}, stream, quarantine, shown="reward"
+    )
+    done = loop.resume()
+    engine = EmbeddedFleet(
+        LocalEngine(hf_directory(config.policy.path), seed=config.run.seed, pretrained=False)
+    )
+    trainer = Trainer(config, encoder, policy, engine)
+    trainer.sync(done)
+    if loop.run(lambda: trainer.step(stream.next_batch(), loop.step)):
+        loop.export("policy")
+
+
+class Trainer:
+    """The policy and the engine that samples from it."""
+
+    def __init__(
+        self,
+        config: schema.RLVR,
+        encoder: PromptEncoder,
+        policy: ModelRunner,
+        engine: EmbeddedFleet,
+    ) -> None:
+        self.config, self.encoder = config, encoder
+        self.policy, self.engine = policy, engine
+        self.table = token_bytes(encoder.tokenizer)
+
+    def step(self, tasks: list[Task], number: int) -> Metrics:
+        """Sample, reward, train, hand the weights to the engine."""
+        config = self.config
+        rollouts = self.engine.generate([t.prompt for t in tasks], config.sampling, number)
+        pairs = [(t, r) for t, group in zip(tasks, rollouts, strict=True) for r in group]
+        rewards = [self._reward(task, rollout) for task, rollout in pairs]
+        totals = torch.tensor([reward.total for reward in rewards])
+        groups = torch.arange(len(tasks)).repeat_interleave(config.sampling.n)
+
+        policy = policy_update(
+            self.policy,
+            [(task.prompt, rollout) for task, rollout in pairs],
+            group_normalise(totals, groups),
+            clip_low=config.clip_low,
+            clip_high=config.clip_high,
+            mini_batches=config.mini_batches,
+        )
+        self.sync(number + 1)
+        return {
+            "reward": float(totals.mean()),
+            "accuracy": sum(reward.accuracy for reward in rewards) / len(rewards),
+            "format_rate": sum(reward.format for reward in rewards) / len(rewards),
+            "response_tokens": sum(len(r.ids) for _, r in pairs) / len(pairs),
+            **policy,
+            "weight_version": self.engine.weight_version,
+        }
+
+    def sync(self, version: int) -> None:
+        """Give the engine the policy's weights; it must answer with the version."""
+        InProcessSync(self.engine).sync(iter_hf_weights(self.policy.model), version)
+
+    def _reward(self, task: Task, rollout: Rollout) -> Reward:
+        """A response that was cut off has no answer, whatever it had written before."""
+        if rollout.finish_reason != "stop":
+            return Reward(0.0, 0.0, 0.0)
+        return response_reward(
+            response_text(rollout.ids, self.table, (self.encoder.end_id,)),
+            task.truth,
+            task.equivalents,
+            accuracy_weight=self.config.accuracy_weight,
+            format_weight=self.config.format_weight,
+        )

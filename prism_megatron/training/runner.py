@@ -1,0 +1,318 @@
+"""One model in training: forward-backward over packed micro-batches, optimizer step, inference.
+
+    sequences --plan--> micro-batches of each data-parallel rank --> megatron.core schedule
+        --> loss_fn(output, batch) -> (loss already divided by global counts, metric sums)
+        --> gradients summed over data-parallel ranks --> clip --> AdamW
+
+This is the only caller of megatron.core's forward-backward function. Losses come divided by counts
+over the whole step, gradients are only ever summed, so neither depends on how the step is split
+into micro-batches, data-parallel ranks or pipeline stages.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.distributed import (
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    finalize_model_grads,
+)
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
+from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
+from torch import Tensor
+
+from model_providers.qwen3_vl import Qwen3VLModel
+from prism_megatron.config.schema import Optimizer
+from prism_megatron.data.packing import pack, packed_length, plan_micro_batches
+from prism_megatron.types import PackedBatch, Sequence
+
+LossFn = Callable[[Tensor, PackedBatch], tuple[Tensor, dict[str, Tensor]]]
+"""(model output [T], micro-batch) -> (loss, sums to add up over the step)."""
+
+ExtractFn = Callable[[Tensor, PackedBatch], list[Tensor]]
+"""(model output [T], micro-batch) -> one result a sequence."""
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one optimizer step did: metric sums over the whole batch, gradient norm, rate used."""
+
+    sums: dict[str, float]
+    grad_norm: float
+    lr: float
+
+
+class ModelRunner:
+    """A model with its optimizer and its layout; every rank of the world calls every method."""
+
+    def __init__(
+        self,
+        model: Qwen3VLModel,
+        *,
+        micro_batch_tokens: int,
+        pad_id: int,
+        optimizer: Optimizer | None,
+        steps: int = 0,
+    ) -> None:
+        """Wrap a model whose weights are loaded.
+
+        micro_batch_tokens: most tokens of a packed row; pad_id: token that fills rows up;
+        steps: length of the learning-rate schedule. Without an optimizer the model only infers.
+        """
+        self.model = model
+        self.micro_batch_tokens, self.pad_id = micro_batch_tokens, pad_id
+        self.parallel = model.parallel
+        self.ddp: DistributedDataParallel | None = None
+        if optimizer is None:
+            model.requires_grad_(False)
+            return
+        self.ddp = _wrap(model)
+        self.optimizer = _optimizer(optimizer, self.ddp, model)
+        self.scheduler = _scheduler(optimizer, self.optimizer, steps)
+
+    def train_step(self, sequences: list[Sequence], loss_fn: LossFn) -> StepResult:
+        """One optimizer step over all sequences of the step, which every rank passes alike."""
+        assert self.ddp is not None, "this runner has no optimizer"
+        self.model.train()
+        self.ddp.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        batches = self._micro_batches(sequences)
+        self._set_router_loss_scale(batches)
+        sums = self._forward_backward(batches, loss_fn)
+        # before the update, so that a warm-up does not begin with a step at rate zero
+        self.scheduler.step(increment=1)
+        rate = float(self.optimizer.param_groups[0]["lr"])
+        updated, grad_norm, _ = self.optimizer.step()
+        if not updated or grad_norm is None or not torch.isfinite(torch.tensor(grad_norm)):
+            raise FloatingPointError(
+                f"gradient norm is {grad_norm}; the step was not taken. Lower the learning rate or "
+                "look at the batch in question: losses are checked before, so a layer overflowed"
+            )
+        return StepResult(sums, float(grad_norm), rate)
+
+    @torch.no_grad()
+    def infer(self, sequences: list[Sequence], extract: ExtractFn) -> list[Tensor]:
+        """One result a sequence, in order, on every rank; nothing is trained or dropped out."""
+        self.model.eval()
+        plan = self._plan(sequences)
+        mine = plan[self.parallel.data_rank]
+        batches = self._micro_batches(sequences, plan)
+        found: dict[int, Tensor] = {}
+        order = iter(mine)
+
+        def collect(output: Tensor, batch: PackedBatch) -> tuple[Tensor, dict[str, Tensor]]:
+            found.update(zip(next(order), extract(output, batch), strict=True))
+            return output.sum(), {}
+
+        self._run(batches, collect, forward_only=True)
+        return self._share(found, len(sequences))
+
+    def _share(self, found: dict[int, Tensor], count: int) -> list[Tensor]:
+        """Results of all data-parallel ranks, from the last pipeline stage to every rank."""
+        merged: dict[int, Tensor] = {}
+        gathered: list[Any] = [None] * self.parallel.data_size
+        dist.all_gather_object(gathered, found, group=self.parallel.groups.dp)
+        for part in gathered:
+            merged.update(part)
+        if self.parallel.layout.pipeline > 1:
+            box = [merged]
+            dist.broadcast_object_list(
+                box, src=self.parallel.last_stage_rank, group=self.parallel.groups.pp
+            )
+            merged = box[0]
+        assert len(merged) == count, f"{len(merged)} results for {count} sequences"
+        return [merged[i] for i in range(count)]
+
+    def _plan(self, sequences: list[Sequence]) -> list[list[list[int]]]:
+        return plan_micro_batches(
+            [len(s) for s in sequences],
+            dp_size=self.parallel.data_size,
+            max_tokens=self.micro_batch_tokens,
+        )
+
+    def _micro_batches(
+        self, sequences: list[Sequence], plan: list[list[list[int]]] | None = None
+    ) -> list[PackedBatch]:
+        """This rank's micro-batches. Row i is as long on every data-parallel rank, since expert
+        parallelism gathers tokens over them."""
+        plan = plan if plan is not None else self._plan(sequences)
+        layout, architecture = self.parallel.layout, self.model.architecture
+        multiple = layout.tensor if layout.sequence_parallel else 1
+        per_token = tuple(sequences[0].per_token)
+        batches = []
+        for i, members in enumerate(plan[self.parallel.data_rank]):
+            longest = max(packed_length([sequences[j] for j in r[i]], multiple) for r in plan)
+            batch = pack(
+                [sequences[j] for j in members],
+                image_token_id=architecture.image_token_id,
+                merge_size=architecture.vision.spatial_merge_size,
+                pad_id=self.pad_id,
+                pad_multiple=multiple,
+                pad_to=longest if layout.expert > 1 else None,
+                per_token=per_token,
+            )
+            batches.append(batch.to(self.model.backend.device))
+        return batches
+
+    def _set_router_loss_scale(self, batches: list[PackedBatch]) -> None:
+        """The load-balancing loss of a micro-batch counts by its share of the step's tokens.
+
+        megatron.core multiplies it by the micro-batch's tokens and leaves the division to us. It
+        means each tensor-parallel rank's own tokens times the number of ranks, but its all-reduce
+        of the counts works in place (get_tokens_per_expert_and_token_count), so that every rank
+        multiplies by all tokens times the number of ranks.
+        """
+        if not self.model.architecture.num_experts:
+            return
+        tokens = torch.stack([(~batch.padding_mask).sum() for batch in batches]).sum().float()
+        dist.all_reduce(tokens, group=self.parallel.groups.dp)
+        # one element, as in the default that megatron.core copies into the same tensor
+        scale = (1.0 / (tokens * self.parallel.layout.tensor)).reshape(1)
+        self.model.config.moe_grad_scale_func = lambda: scale
+
+    def _forward_backward(self, batches: list[PackedBatch], loss_fn: LossFn) -> dict[str, float]:
+        tracker = get_moe_metrics_tracker()
+        tracker.clear()
+        collected = self._run(batches, loss_fn, forward_only=False)
+        sums: dict[str, Tensor] = {}
+        for part in collected:
+            for name, value in part.items():
+                sums[name] = sums.get(name, torch.zeros((), dtype=torch.float64)) + value.double()
+        return self._reduce(sums) | self._router_metrics(len(batches))
+
+    def _reduce(self, sums: dict[str, Tensor]) -> dict[str, float]:
+        """Metric sums over data-parallel ranks, from the last stage to all ranks."""
+        box: list[Any] = [list(sums)]
+        dist.broadcast_object_list(
+            box, src=self.parallel.last_stage_rank, group=self.parallel.groups.pp
+        )
+        names = box[0]
+        zero = torch.zeros((), dtype=torch.float64)
+        values = torch.stack([sums.get(name, zero).cpu() for name in names] or [zero])
+        values = values.to(self.model.backend.device)
+        dist.all_reduce(values, group=self.parallel.groups.dp)
+        dist.broadcast(values, src=self.parallel.last_stage_rank, group=self.parallel.groups.pp)
+        return dict(zip(names, values.tolist(), strict=False))
+
+    def _router_metrics(self, micro_batches: int) -> dict[str, float]:
+        """Mean over layers and micro-batches of the load-balancing loss; top_k when balanced."""
+        entry = get_moe_metrics_tracker().metrics.get("load_balancing_loss")
+        if entry is None:
+            return {}
+        value = entry.values.mean() / micro_batches * self.model.architecture.top_k
+        dist.all_reduce(value, group=self.parallel.groups.tp_cp)
+        dist.all_reduce(value, group=self.parallel.groups.dp)
+        dist.all_reduce(value, group=self.parallel.groups.pp)
+        return {"aux_loss": float(value) / self.parallel.data_size}
+
+    def _run(
+        self, batches: list[PackedBatch], loss_fn: LossFn, forward_only: bool
+    ) -> list[dict[str, Tensor]]:
+        """megatron.core's schedule over the micro-batches; loss_fn runs on the last stage only."""
+
+        def forward_step(iterator: Iterator[PackedBatch], model: Any) -> tuple[Tensor, Any]:
+            batch = next(iterator)
+
+            def loss(output: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+                value, sums = loss_fn(output, batch)
+                if not torch.isfinite(value):
+                    raise FloatingPointError(f"loss is {float(value)} in a micro-batch of {batch}")
+                # the count is unused: losses are already divided (see finalize below)
+                return value, torch.zeros((), dtype=torch.int), sums
+
+            return model(batch), loss
+
+        groups = self.parallel.groups
+        pipeline = self.parallel.layout.pipeline
+        schedule = get_forward_backward_func(pp_size=pipeline, vp_size=None)
+        return schedule(
+            forward_step_func=forward_step,
+            data_iterator=iter(batches),
+            model=self.ddp if self.ddp is not None else self.model,
+            num_microbatches=len(batches),
+            seq_length=1,
+            micro_batch_size=1,
+            forward_only=forward_only,
+            pg_collection=groups,
+            p2p_communicator=P2PCommunicator(groups.pp, self.model.config)
+            if pipeline > 1
+            else None,
+        )
+
+
+def _wrap(model: Qwen3VLModel) -> DistributedDataParallel:
+    def finalize(models: list[Any], num_tokens: Tensor | None, **kwargs: Any) -> None:
+        # None: gradients are already those of the normalised loss
+        finalize_model_grads(models, None, **kwargs)
+
+    model.config.finalize_model_grads_func = finalize
+    return DistributedDataParallel(
+        model.config,
+        DistributedDataParallelConfig(
+            grad_reduce_in_fp32=True,
+            overlap_grad_reduce=False,
+            use_distributed_optimizer=True,
+        ),
+        model,
+        pg_collection=model.parallel.groups,
+    )
+
+
+def _optimizer(section: Optimizer, ddp: DistributedDataParallel, model: Qwen3VLModel) -> Any:
+    config = OptimizerConfig(
+        optimizer="adam",
+        lr=section.lr,
+        min_lr=0.0,
+        weight_decay=section.weight_decay,
+        adam_beta1=section.betas[0],
+        adam_beta2=section.betas[1],
+        adam_eps=section.eps,
+        clip_grad=section.clip_grad,
+        bf16=model.backend.dtype is torch.bfloat16,
+        params_dtype=model.backend.dtype,
+        use_distributed_optimizer=True,
+    )
+    optimizer = get_megatron_optimizer(
+        config, [ddp], use_gloo_process_groups=False, pg_collection=model.parallel.groups
+    )
+    for part in optimizer.chained_optimizers:
+        if isinstance(part.optimizer, torch.optim.Adam | torch.optim.AdamW):
+            _allocate_moments(part.optimizer)
+    return optimizer
+
+
+def _allocate_moments(optimizer: torch.optim.Optimizer) -> None:
+    """torch's Adam allocates its state at the first step, but megatron.core wants to find it when a
+    checkpoint is loaded before that (DistributedOptimizer.state_dict)."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            optimizer.state[parameter] = {
+                "step": torch.zeros(()),
+                "exp_avg": torch.zeros_like(parameter),
+                "exp_avg_sq": torch.zeros_like(parameter),
+            }
+
+
+def _scheduler(section: Optimizer, optimizer: Any, steps: int) -> OptimizerParamScheduler:
+    return OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0,
+        max_lr=section.lr,
+        min_lr=0.0,
+        lr_warmup_steps=section.warmup_steps,
+        # one more, so that a cosine's last step still moves
+        lr_decay_steps=max(steps, section.warmup_steps) + 1,
+        lr_decay_style=section.schedule,
+        start_wd=section.weight_decay,
+        end_wd=section.weight_decay,
+        wd_incr_steps=0,
+        wd_incr_style="constant",
+    )

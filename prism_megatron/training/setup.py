@@ -1,0 +1,78 @@
+"""A stage's world, models and data, from its configuration; everything that can be refused is
+refused here, before the first collective of training."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch.distributed as dist
+
+from checkpoint_tools.megatron_directory import hf_directory, load_model
+from model_providers import backend as backends
+from model_providers.backend import Backend
+from model_providers.config import Qwen3VLConfig
+from model_providers.parallel import Layout, ParallelState
+from model_providers.qwen3_vl import Head
+from prism_megatron.config.schema import Data, Model, Optimizer, Parallel, Run, Train
+from prism_megatron.data.prompts import PromptEncoder
+from prism_megatron.data.rows import Quarantine
+from prism_megatron.training.runner import ModelRunner
+
+
+def layout_of(parallel: Parallel) -> Layout:
+    """The configuration's section as megatron groups want it."""
+    return Layout(
+        tensor=parallel.tensor,
+        pipeline=parallel.pipeline,
+        expert=parallel.expert,
+        sequence_parallel=parallel.sequence_parallel,
+    )
+
+
+def start(backend_name: str, *models: Model) -> Backend:
+    """Check every model's layout against its architecture and the backend, then join the world."""
+    backend = backends.create(backend_name)
+    for model in models:
+        layout = layout_of(model.parallel)
+        backend.check(layout)
+        Qwen3VLConfig.from_hf(hf_directory(model.path)).check_layout(layout)
+    backend.init_process_group()
+    return backend
+
+
+def build_runner(
+    section: Model,
+    optimizer: Optimizer,
+    backend: Backend,
+    train: Train,
+    run: Run,
+    *,
+    pad_id: int,
+    head: Head = "language",
+    aux_loss_coef: float = 0.0,
+    updates_per_step: int = 1,
+) -> ModelRunner:
+    """The section's model with its weights, ready to train."""
+    parallel = ParallelState.create(layout_of(section.parallel))
+    backend.seed(run.seed, parallel)
+    model = load_model(section.path, parallel, backend, head, aux_loss_coef)
+    if section.freeze_vision:
+        model.freeze_vision()
+    return ModelRunner(
+        model,
+        micro_batch_tokens=train.micro_batch_tokens,
+        pad_id=pad_id,
+        optimizer=optimizer,
+        steps=train.steps * updates_per_step,
+    )
+
+
+def build_encoder(path: Path, data: Data) -> PromptEncoder:
+    """The prompt encoder of the model at `path`, whichever format it is in."""
+    return PromptEncoder.from_config(hf_directory(path), data)
+
+
+def open_quarantine(run: Run, data: Data) -> Quarantine:
+    """run.dir/quarantine.jsonl; every rank reads the same rows, rank 0 writes them down."""
+    run.dir.mkdir(parents=True, exist_ok=True)
+    return Quarantine(run.dir / "quarantine.jsonl", data.max_bad_share, write=dist.get_rank() == 0)
