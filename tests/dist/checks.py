@@ -1,0 +1,145 @@
+"""What each rank does in the layout tests; every function runs inside an initialised world."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from model_providers import backend as backends
+from model_providers.config import Qwen3VLConfig
+from model_providers.parallel import Layout, ParallelState
+from model_providers.qwen3_vl import Head, Qwen3VLModel
+from model_providers.weight_map import iter_hf_weights, load_hf_weights
+from prism_megatron.config.schema import Optimizer
+from prism_megatron.training.runner import ModelRunner
+from prism_megatron.types import ImageInputs, PackedBatch, Sequence
+from tests.tiny_models import IMAGE, VISION_END, VISION_START
+
+PATCH_DIM = 3 * 2 * 8 * 8
+
+
+def image(key: str, height: int, width: int) -> ImageInputs:
+    """A random image of height x width patches, the same for the same key."""
+    generator = torch.Generator().manual_seed(sum(map(ord, key)))
+    pixels = torch.randn(height * width, PATCH_DIM, generator=generator)
+    return ImageInputs(key, pixels, (1, height, width))
+
+
+def sequence(seed: int, length: int, *images: ImageInputs) -> Sequence:
+    """Images first, then random text; the last half of the text is the response."""
+    generator = torch.Generator().manual_seed(seed)
+    ids: list[int] = [5]
+    for each in images:
+        _, height, width = each.grid_thw
+        ids += [VISION_START] + [IMAGE] * (height * width // 4) + [VISION_END]
+    start = len(ids) + length // 2
+    ids += torch.randint(0, VISION_START, (length,), generator=generator).tolist()
+    mask = torch.arange(len(ids)) >= start
+    weight = torch.rand(len(ids), generator=generator) + 0.5
+    return Sequence(torch.tensor(ids), images, mask, {"weight": weight})
+
+
+def mixed_batch() -> list[Sequence]:
+    """Images of different sizes, one shared by two sequences, text only in between."""
+    wide, tall, square = image("wide", 4, 6), image("tall", 8, 2), image("square", 2, 2)
+    return [
+        sequence(1, 9, wide),
+        sequence(2, 13),
+        sequence(3, 7, tall, square),
+        sequence(4, 11, wide),
+        sequence(5, 6),
+        sequence(6, 10, square),
+    ]
+
+
+def weighted_loss(tokens: float) -> Any:
+    """Sum of weighted log-probabilities of the response over a global count."""
+
+    def loss(output: Tensor, batch: PackedBatch) -> tuple[Tensor, dict[str, Tensor]]:
+        value = -(output * batch.loss_mask * batch.per_token["weight"]).sum() / tokens
+        return value, {"loss": value.detach()}
+
+    return loss
+
+
+def final_score_loss(output: Tensor, batch: PackedBatch) -> tuple[Tensor, dict[str, Tensor]]:
+    """Sum of squared scores at each sequence's last token."""
+    ends = batch.cu_seqlens[1 : batch.num_sequences + 1].long() - 1
+    value = (output[ends] ** 2).sum()
+    return value, {"loss": value.detach()}
+
+
+@cache
+def parallel_state(layout: Layout) -> ParallelState:
+    """The layout's groups in this world. Gloo gives every group threads, so checks share them."""
+    return ParallelState.create(layout)
+
+
+def make_runner(
+    path: Path,
+    layout: Layout,
+    head: Head = "language",
+    micro_batch_tokens: int = 64,
+    aux_loss_coef: float = 0.0,
+    freeze_vision: bool = False,
+    optimizer: Optimizer | None = None,
+) -> ModelRunner:
+    backend = backends.create("cpu")
+    parallel = parallel_state(layout)
+    backend.seed(7, parallel)
+    config = Qwen3VLConfig.from_hf(path)
+    model = Qwen3VLModel(config, parallel, backend, head, aux_loss_coef)
+    weights = load_file(path / "model.safetensors")
+    if head == "score":
+        generator = torch.Generator().manual_seed(11)
+        weights["v_head.1.weight"] = torch.randn(1, config.hidden_size, generator=generator)
+    load_hf_weights(model, weights, str(path))
+    if freeze_vision:
+        model.freeze_vision()
+    return ModelRunner(
+        model,
+        micro_batch_tokens=micro_batch_tokens,
+        pad_id=0,
+        optimizer=optimizer or Optimizer(lr=1e-3),
+        steps=10,
+    )
+
+
+def gradients(
+    path: Path, layout: Layout, head: Head = "language", **options: Any
+) -> tuple[float, float, dict[str, Tensor]]:
+    """Loss, router loss and the gradient of every parameter under its Hugging Face name.
+
+    Only rank 0 returns the gradients.
+    """
+    runner = make_runner(path, layout, head, **options)
+    batch = mixed_batch()
+    finalize = runner.model.config.finalize_model_grads_func
+    runner.model.config.finalize_model_grads_func = lambda models, tokens, **kwargs: finalize(
+        # every rank keeps the whole gradient instead of its optimizer shard
+        models,
+        tokens,
+        **(kwargs | {"force_all_reduce": True}),
+    )
+    assert runner.ddp is not None
+    runner.model.train()
+    runner.ddp.zero_grad_buffer()
+    batches = runner._micro_batches(batch)
+    runner._set_router_loss_scale(batches)
+    tokens = float(sum(s.response_mask.sum() for s in batch))
+    loss = weighted_loss(tokens) if head == "language" else final_score_loss
+    sums = runner._forward_backward(batches, loss)
+    grads = dict(iter_hf_weights(runner.model, read=_gradient))
+    if torch.distributed.get_rank() != 0:
+        grads = {}
+    return sums["loss"], sums.get("aux_loss", 0.0), grads
+
+
+def _gradient(parameter: torch.nn.Parameter) -> Tensor:
+    grad = getattr(parameter, "main_grad", None)
+    return torch.zeros_like(parameter) if grad is None else grad.detach().clone()

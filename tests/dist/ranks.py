@@ -1,0 +1,113 @@
+"""Gloo ranks that are spawned once and run many checks.
+
+A check is a module-level function; it runs on every rank inside an initialised world and may
+return something picklable. A rank that raises sends its traceback, and the test fails with it; a
+rank that hangs is killed with the others after the timeout.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import gc
+import os
+import signal
+import socket
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection, wait
+from typing import Any
+
+import torch.multiprocessing as mp
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _serve(rank: int, world: int, port: int, pipe: Connection) -> None:
+    # with a process group of its own a rank dies together with its children
+    os.setsid()
+    os.environ.update(
+        RANK=str(rank),
+        WORLD_SIZE=str(world),
+        LOCAL_RANK=str(rank),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+        OMP_NUM_THREADS="1",
+    )
+    import torch
+
+    from model_providers import backend
+
+    torch.set_num_threads(1)
+    backend.create("cpu").init_process_group(timeout_seconds=120)
+    while True:
+        try:
+            check, args = pipe.recv()
+        except EOFError:
+            return
+        try:
+            pipe.send(("ok", check(*args)))
+        except BaseException:
+            pipe.send(("error", traceback.format_exc()))
+        gc.collect()
+
+
+class Ranks:
+    """A world of gloo ranks on this machine."""
+
+    def __init__(self, world: int) -> None:
+        self.world = world
+        self._start()
+        atexit.register(self.close)
+
+    def _start(self) -> None:
+        context, port = mp.get_context("spawn"), _free_port()
+        self.pipes, self.processes = [], []
+        for rank in range(self.world):
+            here, there = context.Pipe()
+            process = context.Process(
+                target=_serve, args=(rank, self.world, port, there), daemon=True
+            )
+            process.start()
+            self.pipes.append(here)
+            self.processes.append(process)
+
+    def run(self, check: Callable[..., Any], *args: Any, timeout: float = 240) -> list[Any]:
+        """Run check(*args) on every rank; the results by rank, or the first failure's traceback."""
+        for pipe in self.pipes:
+            pipe.send((check, args))
+        results: dict[int, Any] = {}
+        while len(results) < self.world:
+            waiting = [p for rank, p in enumerate(self.pipes) if rank not in results]
+            ready = wait(waiting, timeout)
+            if not ready:
+                self._restart()
+                late = sorted(set(range(self.world)) - set(results))
+                raise TimeoutError(f"ranks {late} gave no answer within {timeout} s")
+            for pipe in ready:
+                rank = self.pipes.index(pipe)
+                try:
+                    status, value = pipe.recv()
+                except EOFError:
+                    status, value = "error", "the process died"
+                if status == "error":
+                    # the others may wait in a collective for this rank
+                    self._restart()
+                    raise AssertionError(f"rank {rank} of {self.world} failed:\n{value}")
+                results[rank] = value
+        return [results[rank] for rank in range(self.world)]
+
+    def _restart(self) -> None:
+        self.close()
+        self._start()
+
+    def close(self) -> None:
+        for process in self.processes:
+            process.kill()
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.join()

@@ -1,0 +1,398 @@
+"""Checkpoints: any layout to any other, training that goes on as if never stopped, conversions."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import Qwen3VLForConditionalGeneration
+
+from checkpoint_tools import hf_to_megatron, megatron_directory, megatron_to_hf
+from checkpoint_tools.upcycle import upcycle
+from model_providers import backend as backends
+from model_providers.config import Qwen3VLConfig
+from model_providers.parallel import Layout
+from model_providers.qwen3_vl import Head
+from model_providers.weight_map import iter_hf_weights
+from prism_megatron.config.schema import Optimizer
+from prism_megatron.training.runner import ModelRunner
+from tests.dist import checks, hf_reference
+from tests.dist.ranks import Ranks
+
+Worlds = Callable[[int], Ranks]
+
+# an eps that is not lost beside gradients of zero, whose sign differs from layout to layout
+ADAM = Optimizer(lr=1e-2, eps=1e-3, warmup_steps=5, weight_decay=0.1)
+TP2SP = Layout(tensor=2, sequence_parallel=True)
+TP2EP2 = Layout(tensor=2, expert=2, sequence_parallel=True)
+
+
+def _weights(runner: ModelRunner) -> dict[str, Tensor]:
+    """Every weight, on rank 0 only."""
+    found = {name: tensor.clone() for name, tensor in iter_hf_weights(runner.model)}
+    return found if dist.get_rank() == 0 else {}
+
+
+def _save(path: Path, layout: Layout, out: Path) -> None:
+    runner = checks.make_runner(path, layout)
+    megatron_directory.save(out, runner.model, path)
+
+
+def _differing(path: Path, layout: Layout, ckpt: Path) -> list[str]:
+    backend = backends.create("cpu")
+    parallel = checks.parallel_state(layout)
+    backend.seed(1, parallel)
+    model = megatron_directory.load_model(ckpt, parallel, backend)
+    source = load_file(path / "model.safetensors")
+    loaded = dict(iter_hf_weights(model))
+    wrong = [name for name in loaded if not torch.equal(loaded[name], source[name])]
+    return wrong + sorted(set(loaded) ^ set(source))
+
+
+@pytest.mark.parametrize(
+    "kind, world, layout",
+    [("dense", 2, TP2SP), ("tied", 2, Layout(pipeline=2)), ("moe", 2, TP2EP2)],
+    ids=["dense-tp2", "tied-pp2", "moe-tp2-ep2"],
+)
+def test_weights_load_at_every_layout(
+    ranks: Worlds, hf_models: dict[str, Path], tmp_path: Path, kind: str, world: int, layout: Layout
+) -> None:
+    ckpt = tmp_path / "ckpt"
+    ranks(world).run(_save, hf_models[kind], layout, ckpt)
+    others = [(1, Layout()), (2, Layout()), (2, Layout(pipeline=2)), (2, TP2SP)]
+    if kind == "moe":
+        others.append((2, Layout(expert=2)))
+    for size, other in others:
+        found = ranks(size).run(_differing, hf_models[kind], other, ckpt)
+        assert found == [[]] * size, other
+
+
+Training = tuple[list[tuple[float, float]], dict[str, Tensor]]
+
+
+def _train(
+    path: Path,
+    layout: Layout,
+    head: Head,
+    steps: int,
+    ckpt: Path | None = None,
+    separate_steps: bool = True,
+) -> Training:
+    """(Loss, gradient norm) of each step and the weights after them. Starts from `ckpt` where there
+    is one, and leaves one there after two steps where there is none."""
+    runner = checks.make_runner(path, layout, head, optimizer=ADAM)
+    if ckpt is not None and ckpt.exists():
+        with mock.patch.object(
+            megatron_directory,
+            "_separate_steps",
+            megatron_directory._separate_steps if separate_steps else lambda optimizer: None,
+        ):
+            megatron_directory.load(ckpt, runner.model, runner.optimizer, runner.scheduler)
+        ckpt = None
+    losses = []
+    batch = checks.mixed_batch()
+    tokens = float(sum(s.response_mask.sum() for s in batch))
+    loss = checks.weighted_loss(tokens) if head == "language" else checks.final_score_loss
+    for step in range(steps):
+        result = runner.train_step(batch, loss)
+        losses.append((result.sums["loss"], result.grad_norm))
+        if step == 1 and ckpt is not None:
+            megatron_directory.save(ckpt, runner.model, path, runner.optimizer, runner.scheduler)
+    return losses, _weights(runner)
+
+
+CASES = {
+    "dense": ("language", 2, TP2SP),
+    "tied": ("language", 2, Layout(pipeline=2)),
+    "moe": ("score", 2, TP2EP2),
+}
+OTHERS = {
+    "dense": [(1, Layout()), (2, Layout(pipeline=2)), (2, Layout()), (4, TP2SP)],
+    "tied": [(1, Layout()), (2, TP2SP)],
+    "moe": [(1, Layout()), (2, Layout(expert=2)), (2, Layout(pipeline=2))],
+}
+
+
+@pytest.fixture(scope="module", params=["dense", "tied", "moe"])
+def stopped(
+    request: pytest.FixtureRequest,
+    ranks: Worlds,
+    hf_models: dict[str, Path],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> tuple[str, Path, Training]:
+    """A run of four steps with a checkpoint after the second: (kind, checkpoint, all of it)."""
+    kind = request.param
+    head, world, layout = CASES[kind]
+    ckpt = tmp_path_factory.mktemp(kind) / "ckpt"
+    whole = ranks(world).run(_train, hf_models[kind], layout, head, 4, ckpt)[0]
+    return kind, ckpt, whole
+
+
+def test_resumed_training_is_bit_equal_at_the_same_layout(
+    ranks: Worlds, hf_models: dict[str, Path], stopped: tuple[str, Path, Training]
+) -> None:
+    kind, ckpt, (losses, weights) = stopped
+    head, world, layout = CASES[kind]
+    resumed, found = ranks(world).run(_train, hf_models[kind], layout, head, 2, ckpt)[0]
+    assert resumed == losses[2:]
+    assert all(torch.equal(found[name], weight) for name, weight in weights.items())
+
+
+def test_training_goes_on_alike_at_other_layouts(
+    ranks: Worlds, hf_models: dict[str, Path], stopped: tuple[str, Path, Training]
+) -> None:
+    kind, ckpt, (losses, weights) = stopped
+    head = CASES[kind][0]
+    for world, layout in OTHERS[kind]:
+        resumed, found = ranks(world).run(_train, hf_models[kind], layout, head, 2, ckpt)[0]
+        assert torch.tensor(resumed).allclose(torch.tensor(losses[2:]), rtol=1e-4), layout
+        assert set(found) == set(weights)
+        worst = max((found[name] - weight).abs().max() for name, weight in weights.items())
+        # the steps moved weights by about lr = 1e-2
+        assert worst < 2e-5, layout
+
+
+def test_a_step_counter_shared_by_all_parameters_would_be_seen(
+    ranks: Worlds, hf_models: dict[str, Path], stopped: tuple[str, Path, Training]
+) -> None:
+    kind, ckpt, (_, weights) = stopped
+    head, world, layout = CASES[kind]
+    _, found = ranks(world).run(_train, hf_models[kind], layout, head, 2, ckpt, False)[0]
+    assert max((found[name] - weight).abs().max() for name, weight in weights.items()) > 1e-3
+
+
+def _load_error(path: Path, ckpt: Path) -> str:
+    runner = checks.make_runner(path, Layout())
+    try:
+        megatron_directory.load(ckpt, runner.model)
+    except ValueError as error:
+        return str(error)
+    return "loaded"
+
+
+def test_a_checkpoint_of_another_architecture_is_refused(
+    ranks: Worlds, hf_models: dict[str, Path], tmp_path: Path
+) -> None:
+    ckpt = tmp_path / "ckpt"
+    ranks(1).run(_save, hf_models["dense"], Layout(), ckpt)
+    [message] = ranks(1).run(_load_error, hf_models["moe"], ckpt)
+    assert f"{ckpt} does not fit the model" in message
+    assert "num_experts 0, not 4" in message
+
+
+@pytest.mark.parametrize(
+    "key, value, words",
+    [("intermediate_size", 116, ["linear_fc1", "232, 56"]), ("num_hidden_layers", 5, ["layers"])],
+)
+def test_a_checkpoint_whose_config_was_edited_is_refused(
+    ranks: Worlds,
+    hf_models: dict[str, Path],
+    tmp_path: Path,
+    key: str,
+    value: int,
+    words: list[str],
+) -> None:
+    ckpt = tmp_path / "ckpt"
+    ranks(1).run(_save, hf_models["dense"], Layout(), ckpt)
+    raw = json.loads((ckpt / "hf" / "config.json").read_text())
+    raw["text_config"][key] = value
+    (ckpt / "hf" / "config.json").write_text(json.dumps(raw))
+    [message] = ranks(1).run(_load_model_error, ckpt)
+    assert f"{ckpt} does not fit the model" in message
+    assert all(word in message for word in words), message
+
+
+def _load_model_error(ckpt: Path) -> str:
+    backend = backends.create("cpu")
+    parallel = checks.parallel_state(Layout())
+    backend.seed(1, parallel)
+    try:
+        megatron_directory.load_model(ckpt, parallel, backend)
+    except ValueError as error:
+        return str(error)
+    return "loaded"
+
+
+def _killed_save(path: Path, out: Path) -> list[str]:
+    runner = checks.make_runner(path, Layout())
+    with (
+        mock.patch.object(megatron_directory, "copy_config", side_effect=KeyboardInterrupt),
+        pytest.raises(KeyboardInterrupt),
+    ):
+        megatron_directory.save(out, runner.model, path)
+    left = [p.name for p in out.parent.iterdir()]
+    megatron_directory.save(out, runner.model, path)
+    return left
+
+
+def test_a_killed_save_leaves_nothing_under_the_final_name(
+    ranks: Worlds, hf_models: dict[str, Path], tmp_path: Path
+) -> None:
+    out = tmp_path / "ckpt"
+    [left] = ranks(1).run(_killed_save, hf_models["dense"], out)
+    assert out.name not in left
+    # the next attempt is not disturbed by what the first one left
+    assert [p.name for p in tmp_path.iterdir()] == [out.name]
+    assert ranks(1).run(_differing, hf_models["dense"], Layout(), out) == [[]]
+
+
+def test_neither_format_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "metadata.json").write_text("{}")
+    with pytest.raises(FileNotFoundError, match="neither a Hugging Face directory"):
+        megatron_directory.hf_directory(tmp_path)
+
+
+def _convert(path: Path, out: Path, layout: Layout) -> None:
+    hf_to_megatron.convert(path, out, layout, backends.create("cpu"))
+
+
+def _export(ckpt: Path, out: Path) -> None:
+    megatron_to_hf.export(ckpt, out, backends.create("cpu"))
+
+
+@pytest.mark.parametrize(
+    "kind, world, layout",
+    [("dense", 2, TP2SP), ("tied", 2, Layout(pipeline=2)), ("moe", 1, Layout())],
+    ids=["dense-tp2", "tied-pp2", "moe"],
+)
+def test_converted_and_exported_again_it_is_the_same_model(
+    ranks: Worlds, hf_models: dict[str, Path], tmp_path: Path, kind: str, world: int, layout: Layout
+) -> None:
+    ckpt, out = tmp_path / "ckpt", tmp_path / "hf"
+    ranks(world).run(_convert, hf_models[kind], ckpt, layout)
+    ranks(1).run(_export, ckpt, out)
+    before = load_file(hf_models[kind] / "model.safetensors")
+    after = load_file(out / "model.safetensors")
+    assert set(before) == set(after)
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+
+
+def test_an_export_loads_in_transformers_without_a_complaint(
+    ranks: Worlds, hf_models: dict[str, Path], tmp_path: Path
+) -> None:
+    ckpt, out = tmp_path / "ckpt", tmp_path / "hf"
+    ranks(2).run(_train, hf_models["dense"], TP2SP, "language", 2, ckpt)
+    ranks(1).run(_export, ckpt, out)
+    exported, info = Qwen3VLForConditionalGeneration.from_pretrained(out, output_loading_info=True)
+    assert not any(info.values()), info
+    sequence = checks.mixed_batch()[2]
+    with torch.no_grad():
+        found = hf_reference.logits(exported.eval(), sequence)
+        initial = hf_reference.logits(hf_reference.load(hf_models["dense"]), sequence)
+    [wanted] = ranks(1).run(_logits, ckpt)
+    assert hf_reference.distance(found, wanted) < 1e-4
+    assert hf_reference.distance(found, initial) > 1e-2
+
+
+def _logits(ckpt: Path) -> Tensor:
+    backend = backends.create("cpu")
+    parallel = checks.parallel_state(Layout())
+    backend.seed(1, parallel)
+    model = megatron_directory.load_model(ckpt, parallel, backend).eval()
+    runner = ModelRunner(model, micro_batch_tokens=64, pad_id=0, optimizer=None)
+    [batch] = runner._micro_batches([checks.mixed_batch()[2]])
+    with torch.no_grad():
+        return model(batch, output="logits")
+
+
+def test_a_conversion_that_changes_a_tensor_says_so(
+    ranks: Worlds, hf_models: dict[str, Path], tmp_path: Path
+) -> None:
+    [message] = ranks(1).run(_corrupted_conversion, hf_models["dense"], tmp_path / "ckpt")
+    assert "differs from" in message
+
+
+def _corrupted_conversion(path: Path, out: Path) -> str:
+    load = megatron_directory.load
+
+    def corrupt(ckpt: Path, model: torch.nn.Module) -> None:
+        load(ckpt, model)
+        with torch.no_grad():
+            next(model.parameters()).flatten()[0] += 1
+
+    try:
+        with mock.patch.object(megatron_directory, "load", corrupt):
+            _convert(path, out, Layout())
+    except ValueError as error:
+        return str(error)
+    return "accepted"
+
+
+def _upcycle(dense: Path, out: Path, noise: float, seed: int = 5) -> Path:
+    upcycle(dense, out, 3, 2, noise_std=noise, router_std=0.02, seed=seed)
+    return out
+
+
+def test_upcycled_without_noise_it_computes_what_the_dense_model_did(
+    hf_models: dict[str, Path], tmp_path: Path
+) -> None:
+    dense, moe = hf_models["dense"], _upcycle(hf_models["dense"], tmp_path / "moe", 0.0)
+    for sequence in checks.mixed_batch():
+        with torch.no_grad():
+            wanted = hf_reference.logits(hf_reference.load(dense), sequence)
+            found = hf_reference.logits(hf_reference.load(moe), sequence)
+        assert hf_reference.distance(found, wanted) < 1e-5
+
+
+def test_upcycling_writes_seeded_noise_around_the_dense_weights(
+    hf_models: dict[str, Path], tmp_path: Path
+) -> None:
+    dense = load_file(hf_models["dense"] / "model.safetensors")
+    first, same, other = (
+        load_file(_upcycle(hf_models["dense"], tmp_path / name, 0.01, seed) / "model.safetensors")
+        for name, seed in (("first", 5), ("same", 5), ("other", 6))
+    )
+    assert all(torch.equal(first[name], tensor) for name, tensor in same.items())
+    layer = "model.language_model.layers.3.mlp."
+    down, gate_up = first[layer + "experts.down_proj"], first[layer + "experts.gate_up_proj"]
+    assert not torch.equal(down, other[layer + "experts.down_proj"])
+    noise = down - dense[layer + "down_proj.weight"]
+    assert noise.shape == (3, 56, 112)
+    assert float(noise.std()) == pytest.approx(0.01, rel=0.05)
+    assert not torch.equal(noise[0], noise[1])
+    halves = torch.cat([dense[layer + "gate_proj.weight"], dense[layer + "up_proj.weight"]])
+    assert float((gate_up - halves).abs().max()) < 0.06
+    assert first[layer + "gate.weight"].shape == (3, 56)
+    assert first["v_head.1.weight"].shape == (1, 56)
+    untouched = [name for name in dense if ".mlp." not in name or ".visual." in name]
+    assert all(torch.equal(first[name], dense[name]) for name in untouched)
+
+
+def test_upcycled_configuration_says_what_the_weights_are(
+    hf_models: dict[str, Path], tmp_path: Path
+) -> None:
+    out = _upcycle(hf_models["tied"], tmp_path / "moe", 0.01)
+    config = Qwen3VLConfig.from_hf(out)
+    assert (config.num_experts, config.top_k, config.moe_intermediate_size) == (3, 2, 112)
+    assert config.tie_word_embeddings
+    assert config.rope_theta == 5e6
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_upcycling_refuses_what_it_cannot_do(hf_models: dict[str, Path], tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="top_k=4 of num_experts=3"):
+        upcycle(hf_models["dense"], tmp_path / "moe", 3, 4, 0.0, 0.02, 1)
+    with pytest.raises(ValueError, match="has experts already"):
+        upcycle(hf_models["moe"], tmp_path / "moe", 3, 2, 0.0, 0.02, 1)
+    assert not (tmp_path / "moe").exists()
+
+
+def test_an_upcycled_model_converts_with_its_value_head(
+    ranks: Worlds, hf_models: dict[str, Path], tmp_path: Path
+) -> None:
+    moe, ckpt = _upcycle(hf_models["dense"], tmp_path / "moe", 0.01), tmp_path / "ckpt"
+    ranks(1).run(_convert, moe, ckpt, Layout())
+    assert megatron_to_hf.head_of(ckpt) == "score"
+    out = tmp_path / "again"
+    ranks(1).run(_export, ckpt, out)
+    before, after = load_file(moe / "model.safetensors"), load_file(out / "model.safetensors")
+    # a discriminator has no language head to give back
+    assert set(before) - set(after) == {"lm_head.weight"}
+    assert all(torch.equal(before[name], tensor) for name, tensor in after.items())

@@ -1,0 +1,189 @@
+"""Every layout computes what one rank computes: loss and the gradient of every parameter."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+from torch import Tensor
+
+from model_providers import qwen3_vl
+from model_providers.parallel import Layout
+from model_providers.qwen3_vl import Head
+from model_providers.weight_map import GatedUp, Split
+from tests.dist import checks
+from tests.dist.hf_reference import distance
+from tests.dist.ranks import Ranks
+
+TOLERANCE = 1e-4
+Worlds = Callable[[int], Ranks]
+Gradients = tuple[float, float, dict[str, Tensor]]
+
+TP2 = Layout(tensor=2)
+TP2SP = Layout(tensor=2, sequence_parallel=True)
+PP2 = Layout(pipeline=2)
+DP = Layout()
+TP2PP2 = Layout(tensor=2, pipeline=2)
+TP2PP2SP = Layout(tensor=2, pipeline=2, sequence_parallel=True)
+PP4 = Layout(pipeline=4)
+EP2 = Layout(expert=2)
+TP2EP2 = Layout(tensor=2, expert=2, sequence_parallel=True)
+EP2PP2 = Layout(expert=2, pipeline=2)
+
+DENSE = {
+    "tp2": (2, TP2),
+    "tp2-sp": (2, TP2SP),
+    "pp2": (2, PP2),
+    "dp2": (2, DP),
+    "tp2-pp2": (4, TP2PP2),
+    "tp2-pp2-sp": (4, TP2PP2SP),
+    "tp2-sp-dp2": (4, TP2SP),
+    "pp4": (4, PP4),
+}
+EXPERTS = {
+    "ep2": (2, EP2),
+    "tp2-sp": (2, TP2SP),
+    "dp2": (2, DP),
+    "pp2": (2, PP2),
+    "tp2-ep2-sp": (2, TP2EP2),
+    "ep2-dp2": (4, EP2),
+    "ep4": (4, Layout(expert=4)),
+    "tp2-ep2-sp-dp2": (4, TP2EP2),
+    "ep2-pp2": (4, EP2PP2),
+}
+
+
+@pytest.fixture(scope="module")
+def one_rank(
+    ranks: Worlds, hf_models: dict[str, Path]
+) -> Callable[[str, Head, dict[str, Any]], Gradients]:
+    """What one rank computes; each question is answered once."""
+    known: dict[str, Gradients] = {}
+
+    def get(kind: str, head: Head, options: dict[str, Any]) -> Gradients:
+        key = repr((kind, head, options))
+        if key not in known:
+            [known[key]] = ranks(1).run(_gradients, hf_models[kind], DP, head, options)
+        return known[key]
+
+    return get
+
+
+OneRank = Callable[[str, Head, dict[str, Any]], Gradients]
+
+
+def _gradients(path: Path, layout: Layout, head: Head, options: dict[str, Any]) -> Gradients:
+    return checks.gradients(path, layout, head, **options)
+
+
+def _compare(found: list[Gradients], wanted: Gradients) -> None:
+    losses = {(loss, aux) for loss, aux, _ in found}
+    assert len(losses) == 1, f"ranks report different losses: {losses}"
+    loss, aux, gradients = found[0]
+    assert loss == pytest.approx(wanted[0], rel=1e-5)
+    assert aux == pytest.approx(wanted[1], rel=1e-5)
+    assert set(gradients) == set(wanted[2])
+    wrong = {
+        name: distance(gradients[name], gradient)
+        for name, gradient in wanted[2].items()
+        if distance(gradients[name], gradient) > TOLERANCE
+    }
+    assert not wrong, wrong
+
+
+@pytest.mark.parametrize("layout", DENSE)
+@pytest.mark.parametrize("kind", ["dense", "tied"])
+def test_dense_layouts_equal_one_rank(
+    ranks: Worlds, hf_models: dict[str, Path], one_rank: OneRank, kind: str, layout: str
+) -> None:
+    world, split = DENSE[layout]
+    found = ranks(world).run(_gradients, hf_models[kind], split, "language", {})
+    _compare(found, one_rank(kind, "language", {}))
+
+
+@pytest.mark.parametrize("layout", EXPERTS)
+def test_discriminator_layouts_equal_one_rank(
+    ranks: Worlds, hf_models: dict[str, Path], one_rank: OneRank, layout: str
+) -> None:
+    world, split = EXPERTS[layout]
+    found = ranks(world).run(_gradients, hf_models["moe"], split, "score", {})
+    _compare(found, one_rank("moe", "score", {}))
+
+
+@pytest.mark.parametrize("layout", ["ep2", "tp2-sp", "dp2", "pp2", "tp2-ep2-sp"])
+def test_router_loss_does_not_depend_on_the_layout(
+    ranks: Worlds, hf_models: dict[str, Path], one_rank: OneRank, layout: str
+) -> None:
+    world, split = EXPERTS[layout]
+    # the router's loss is not linear in a micro-batch, so one rank gets the same ones: three with
+    # padding against one rank, two without any against two data-parallel ranks with one each
+    on_one, on_all = (33, 33) if split.data(world) == 1 else (64, 4096)
+    aux = {"aux_loss_coef": 500.0}
+    wanted = one_rank("moe", "score", aux | {"micro_batch_tokens": on_one})
+    found = ranks(world).run(
+        _gradients, hf_models["moe"], split, "score", aux | {"micro_batch_tokens": on_all}
+    )
+    _compare(found, wanted)
+    without = one_rank("moe", "score", {})[2]
+    routers = [name for name in without if name.endswith("mlp.gate.weight")]
+    assert min(distance(without[name], wanted[2][name]) for name in routers) > 1e-2
+
+
+@pytest.mark.parametrize("layout", ["tp2-sp", "pp2", "dp2"])
+def test_frozen_vision_leaves_the_other_gradients_alone(
+    ranks: Worlds, hf_models: dict[str, Path], one_rank: OneRank, layout: str
+) -> None:
+    world, split = DENSE[layout]
+    loss, aux, full = one_rank("dense", "language", {})
+    found = ranks(world).run(
+        _gradients, hf_models["dense"], split, "language", {"freeze_vision": True}
+    )
+    text = {name: g for name, g in full.items() if not name.startswith("model.visual.")}
+    tower = {name: found[0][2].pop(name) for name in set(full) - set(text)}
+    assert all(float(g.abs().max()) == 0 for g in tower.values())
+    _compare(found, (loss, aux, text))
+
+
+@pytest.mark.parametrize("tokens", [24, 33, 4096])
+@pytest.mark.parametrize("kind", ["dense", "moe"])
+def test_micro_batch_size_does_not_matter(
+    ranks: Worlds, hf_models: dict[str, Path], one_rank: OneRank, kind: str, tokens: int
+) -> None:
+    head: Head = "score" if kind == "moe" else "language"
+    found = one_rank(kind, head, {"micro_batch_tokens": tokens})
+    _compare([found], one_rank(kind, head, {}))
+
+
+def _without_the_sum_over_tensor_ranks(path: Path) -> Gradients:
+    with mock.patch.object(
+        qwen3_vl.tensor_parallel,
+        "copy_to_tensor_model_parallel_region",
+        lambda features, group: features,
+    ):
+        return checks.gradients(path, TP2SP)
+
+
+def test_the_comparison_sees_features_that_are_only_sliced(
+    ranks: Worlds, hf_models: dict[str, Path], one_rank: OneRank
+) -> None:
+    """A plain slice under sequence parallelism keeps the loss and loses half of the gradient."""
+    wanted = one_rank("dense", "language", {})
+    loss, _, gradients = ranks(2).run(_without_the_sum_over_tensor_ranks, hf_models["dense"])[0]
+    assert loss == pytest.approx(wanted[0], rel=1e-5)
+    name = "model.visual.deepstack_merger_list.1.linear_fc2.weight"
+    assert distance(gradients[name], wanted[2][name]) > 1e-2
+
+
+def _with_gate_and_up_in_one_piece(path: Path) -> Gradients:
+    with mock.patch.object(GatedUp, "shards", Split.shards):
+        return checks.gradients(path, TP2)
+
+
+def test_the_comparison_sees_a_gated_layer_that_is_split_in_one_piece(
+    ranks: Worlds, hf_models: dict[str, Path], one_rank: OneRank
+) -> None:
+    loss = ranks(2).run(_with_gate_and_up_in_one_piece, hf_models["dense"])[0][0]
+    assert abs(loss - one_rank("dense", "language", {})[0]) > 1e-2

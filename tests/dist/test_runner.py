@@ -1,0 +1,433 @@
+"""One step of training and of inference: equal to torch on the Hugging Face model, to plain
+objectives, and to one rank."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from model_providers.parallel import Layout
+from model_providers.weight_map import iter_hf_weights
+from prism_megatron.config.schema import Optimizer
+from prism_megatron.objectives.losses import bradley_terry_loss, policy_loss
+from prism_megatron.training import discriminator
+from prism_megatron.training.policy import policy_update
+from prism_megatron.training.runner import ModelRunner
+from prism_megatron.types import PackedBatch, Prompt, Rollout, Sequence
+from tests.dist import checks, hf_reference
+from tests.dist.ranks import Ranks
+from tests.tiny_models import IMAGE
+
+Worlds = Callable[[int], Ranks]
+Weights = dict[str, Tensor]
+
+
+def _weights(runner: ModelRunner) -> Weights:
+    found = {name: tensor.clone() for name, tensor in iter_hf_weights(runner.model)}
+    return found if dist.get_rank() == 0 else {}
+
+
+def _largest_gap(found: Weights, wanted: Weights) -> float:
+    assert set(found) == set(wanted)
+    return max(float((found[name] - wanted[name]).abs().max()) for name in wanted)
+
+
+def _beside_torch(path: Path, clip: float) -> tuple[list[float], list[float], float, float]:
+    """Two steps here and with torch's AdamW on the Hugging Face model."""
+    batch = checks.mixed_batch()
+    tokens = float(sum(s.response_mask.sum() for s in batch))
+    settings = Optimizer(lr=1e-2, eps=1e-3, weight_decay=0.3, betas=(0.8, 0.95), clip_grad=clip)
+    runner = checks.make_runner(path, Layout(), optimizer=settings)
+    before = _weights(runner)
+    norms = [runner.train_step(batch, checks.weighted_loss(tokens)).grad_norm for _ in range(2)]
+    reference = hf_reference.load(path)
+    exempt = [p for name, p in reference.named_parameters() if p.ndim == 1]
+    decayed = [p for name, p in reference.named_parameters() if p.ndim > 1]
+    optimizer = torch.optim.AdamW(
+        [{"params": decayed, "weight_decay": 0.3}, {"params": exempt, "weight_decay": 0.0}],
+        lr=1e-2,
+        eps=1e-3,
+        betas=(0.8, 0.95),
+    )
+    wanted_norms = []
+    for _ in range(2):
+        optimizer.zero_grad()
+        for sequence in batch:
+            logits = hf_reference.logits(reference, sequence)
+            hf_reference.loss(logits, sequence, tokens).backward()
+        norm = torch.nn.utils.clip_grad_norm_(reference.parameters(), clip or float("inf"))
+        wanted_norms.append(float(norm))
+        optimizer.step()
+    after = _weights(runner)
+    gap = _largest_gap(after, {n: p.detach() for n, p in reference.named_parameters()})
+    return norms, wanted_norms, gap, _largest_gap(after, before)
+
+
+@pytest.mark.parametrize("clip", [0.0, 0.5])
+def test_two_steps_equal_adamw_on_the_hugging_face_model(
+    ranks: Worlds, hf_models: dict[str, Path], clip: float
+) -> None:
+    [(norms, wanted_norms, gap, moved)] = ranks(1).run(_beside_torch, hf_models["dense"], clip)
+    assert norms == pytest.approx(wanted_norms, rel=1e-4)
+    # the clipped case must clip
+    assert min(norms) > 0.5
+    assert gap < 1e-5
+    assert moved > 1e-2
+
+
+def _frozen(path: Path) -> tuple[list[str], list[str]]:
+    runner = checks.make_runner(path, Layout(tensor=2, sequence_parallel=True), freeze_vision=True)
+    before = {n: t.clone() for n, t in iter_hf_weights(runner.model)}
+    runner.train_step(checks.mixed_batch(), checks.weighted_loss(30))
+    after = dict(iter_hf_weights(runner.model))
+    moved = [name for name in before if not torch.equal(before[name], after[name])]
+    return moved, [name for name in before if name not in moved]
+
+
+def test_a_frozen_vision_tower_stays_bit_equal(ranks: Worlds, hf_models: dict[str, Path]) -> None:
+    for moved, kept in ranks(2).run(_frozen, hf_models["dense"]):
+        assert kept
+        assert all(name.startswith("model.visual.") for name in kept)
+        assert not any(name.startswith("model.visual.") for name in moved)
+
+
+def _every_logprob(output: Tensor, batch: PackedBatch) -> list[Tensor]:
+    bounds = batch.cu_seqlens[: batch.num_sequences + 1].tolist()
+    return [output[a : b - 1] for a, b in pairwise(bounds)]
+
+
+def _infer(path: Path, layout: Layout, micro_batch_tokens: int) -> list[Tensor]:
+    runner = checks.make_runner(path, layout, micro_batch_tokens=micro_batch_tokens)
+    return runner.infer(checks.mixed_batch(), _every_logprob)
+
+
+@pytest.fixture(scope="module")
+def logprobs(hf_models: dict[str, Path]) -> list[Tensor]:
+    reference = hf_reference.load(hf_models["dense"])
+    with torch.no_grad():
+        return [
+            hf_reference.logits(reference, s)[:-1]
+            .log_softmax(-1)
+            .gather(1, s.input_ids[1:, None])
+            .squeeze(1)
+            for s in checks.mixed_batch()
+        ]
+
+
+@pytest.mark.parametrize(
+    "world, layout, tokens",
+    [
+        (1, Layout(), 4096),
+        (1, Layout(), 24),
+        (2, Layout(), 24),
+        (2, Layout(pipeline=2), 33),
+        (4, Layout(pipeline=2), 24),
+        (4, Layout(tensor=2, sequence_parallel=True), 33),
+    ],
+    ids=["one", "one-small", "dp2", "pp2", "pp2-dp2", "tp2-dp2"],
+)
+def test_infer_gives_every_rank_all_results_in_order(
+    ranks: Worlds,
+    hf_models: dict[str, Path],
+    logprobs: list[Tensor],
+    world: int,
+    layout: Layout,
+    tokens: int,
+) -> None:
+    for found in ranks(world).run(_infer, hf_models["dense"], layout, tokens):
+        assert len(found) == len(logprobs)
+        assert all(
+            torch.allclose(a, b, atol=1e-4, rtol=1e-4) for a, b in zip(found, logprobs, strict=True)
+        )
+
+
+def _infer_fewer_than_ranks(path: Path) -> list[Tensor]:
+    runner = checks.make_runner(path, Layout())
+    return runner.infer(checks.mixed_batch()[:1], _every_logprob)
+
+
+def test_infer_works_with_fewer_sequences_than_ranks(
+    ranks: Worlds, hf_models: dict[str, Path], logprobs: list[Tensor]
+) -> None:
+    for found in ranks(2).run(_infer_fewer_than_ranks, hf_models["dense"]):
+        assert len(found) == 1
+        assert torch.allclose(found[0], logprobs[0], atol=1e-4, rtol=1e-4)
+
+
+ADAM = Optimizer(lr=1e-2, eps=1e-4)
+Outcome = tuple[float, float, Weights]
+"""Loss, gradient norm, weights after the step; the norm sees what Adam's scaling hides."""
+
+
+def _pairs(scores: Tensor) -> Tensor:
+    """Bradley-Terry over the first and the second half plus a pull towards zero."""
+    teacher, student = scores.view(2, -1)
+    return bradley_terry_loss(teacher, student, num_pairs=3)[0] + 0.01 * scores.square().mean()
+
+
+def _two_passes(path: Path, layout: Layout, tokens: int) -> Outcome:
+    runner = checks.make_runner(path, layout, "score", micro_batch_tokens=tokens, optimizer=ADAM)
+    batch = checks.mixed_batch()
+    scores = discriminator.score(runner, batch)
+    result = discriminator.update(runner, batch, scores, _pairs)
+    return float(_pairs(scores)), result.grad_norm, _weights(runner)
+
+
+def _directly(path: Path) -> Outcome:
+    """The objective inside one micro-batch that holds all sequences."""
+    runner = checks.make_runner(path, Layout(), "score", micro_batch_tokens=4096, optimizer=ADAM)
+
+    def loss(output: Tensor, batch: PackedBatch) -> tuple[Tensor, dict[str, Tensor]]:
+        assert batch.num_sequences == 6
+        value = _pairs(output[batch.cu_seqlens[1:7].long() - 1])
+        return value, {"loss": value.detach()}
+
+    result = runner.train_step(checks.mixed_batch(), loss)
+    return result.sums["loss"], result.grad_norm, _weights(runner)
+
+
+@pytest.fixture(scope="module")
+def direct(ranks: Worlds, hf_models: dict[str, Path]) -> Outcome:
+    [found] = ranks(1).run(_directly, hf_models["moe"])
+    return found
+
+
+def _same(found: Outcome, wanted: Outcome) -> None:
+    assert found[0] == pytest.approx(wanted[0], rel=1e-5)
+    assert found[1] == pytest.approx(wanted[1], rel=1e-4)
+    assert _largest_gap(found[2], wanted[2]) < 2e-5
+
+
+@pytest.mark.parametrize(
+    "world, layout, tokens",
+    [(1, Layout(), 4096), (1, Layout(), 24), (2, Layout(expert=2), 24), (2, Layout(), 33)],
+    ids=["one-micro-batch", "many", "ep2", "dp2"],
+)
+def test_discriminator_update_in_two_passes_is_exact(
+    ranks: Worlds,
+    hf_models: dict[str, Path],
+    direct: Outcome,
+    world: int,
+    layout: Layout,
+    tokens: int,
+) -> None:
+    found = ranks(world).run(_two_passes, hf_models["moe"], layout, tokens)[0]
+    _same(found, direct)
+
+
+def _samples() -> tuple[list[tuple[Prompt, Rollout]], Tensor]:
+    """The mixed batch as prompts and responses, with one advantage a response."""
+    samples = []
+    for i, s in enumerate(checks.mixed_batch()):
+        start = int(s.response_mask.nonzero()[0])
+        ids = s.input_ids.tolist()
+        prompt = Prompt(str(i), tuple(ids[:start]), s.images)
+        response = tuple(ids[start:])
+        logprobs = tuple(-0.5 - 0.1 * k for k in range(len(response)))
+        samples.append((prompt, Rollout(response, logprobs, "stop", 0)))
+    return samples, torch.tensor([1.5, -0.7, 0.3, -1.1, 0.9, -0.2])
+
+
+def _sequences(members: slice = slice(None)) -> list[Sequence]:
+    advantages = _samples()[1]
+    return [
+        replace(s, per_token={"advantage": advantage.expand(len(s))})
+        for s, advantage in list(zip(checks.mixed_batch(), advantages, strict=True))[members]
+    ]
+
+
+def _policy_update(path: Path, layout: Layout, mini_batches: int) -> tuple[Outcome, Any]:
+    runner = checks.make_runner(path, layout, micro_batch_tokens=33, optimizer=ADAM)
+    samples, advantages = _samples()
+    metrics = policy_update(
+        runner, samples, advantages, clip_low=0.1, clip_high=0.15, mini_batches=mini_batches
+    )
+    return (metrics["policy_loss"], metrics["grad_norm"], _weights(runner)), metrics
+
+
+def _reinforce(path: Path) -> Outcome:
+    runner = checks.make_runner(path, Layout(), micro_batch_tokens=4096, optimizer=ADAM)
+    tokens = sum(int(s.response_mask.sum()) for s in _sequences())
+
+    def loss(output: Tensor, batch: PackedBatch) -> tuple[Tensor, dict[str, Tensor]]:
+        advantage = batch.per_token["advantage"] * batch.loss_mask
+        # the ratio is 1, so that is the loss's value, and REINFORCE its gradient
+        return -(advantage * output).sum() / tokens, {"loss": -advantage.sum() / tokens}
+
+    result = runner.train_step(_sequences(), loss)
+    return result.sums["loss"], result.grad_norm, _weights(runner)
+
+
+@pytest.mark.parametrize(
+    "world, layout",
+    [(1, Layout()), (2, Layout(tensor=2, sequence_parallel=True)), (2, Layout(pipeline=2))],
+    ids=["one", "tp2", "pp2"],
+)
+def test_one_policy_update_is_reinforce(
+    ranks: Worlds, hf_models: dict[str, Path], world: int, layout: Layout
+) -> None:
+    [wanted] = ranks(1).run(_reinforce, hf_models["dense"])
+    found, metrics = ranks(world).run(_policy_update, hf_models["dense"], layout, 1)[0]
+    _same(found, wanted)
+    assert metrics["clip_fraction"] == 0
+
+
+def _mini_batches_by_hand(path: Path) -> tuple[list[float], Weights]:
+    """Two clipped steps with old log-probabilities from before the first."""
+    runner = checks.make_runner(path, Layout(), micro_batch_tokens=4096, optimizer=ADAM)
+    old = runner.infer(_sequences(), _every_logprob)
+    losses = []
+    for part in range(2):
+        members = slice(part, None, 2)
+        sequences = [
+            replace(s, per_token=s.per_token | {"old": torch.cat([torch.zeros(1), before])})
+            for s, before in zip(_sequences(members), old[members], strict=True)
+        ]
+        tokens = sum(int(s.response_mask.sum()) for s in sequences)
+
+        def loss(
+            output: Tensor, batch: PackedBatch, tokens: int = tokens
+        ) -> tuple[Tensor, dict[str, Tensor]]:
+            values = batch.per_token
+            value, _ = policy_loss(
+                output,
+                values["old"],
+                values["advantage"],
+                batch.loss_mask,
+                clip_low=0.1,
+                clip_high=0.15,
+                num_tokens=tokens,
+            )
+            return value, {"loss": value.detach()}
+
+        result = runner.train_step(sequences, loss)
+        losses.append(result.sums["loss"])
+    return losses, _weights(runner)
+
+
+def test_old_log_probabilities_are_those_before_all_mini_batches(
+    ranks: Worlds, hf_models: dict[str, Path]
+) -> None:
+    [(losses, weights)] = ranks(1).run(_mini_batches_by_hand, hf_models["dense"])
+    (loss, _, found), metrics = ranks(1).run(_policy_update, hf_models["dense"], Layout(), 2)[0]
+    assert loss == pytest.approx(sum(losses) / 2, rel=1e-4)
+    assert _largest_gap(found, weights) < 2e-5
+    # the second step does not see the policy that it updates
+    assert metrics["clip_fraction"] > 0
+
+
+def _mismatch(path: Path, shift: float) -> float:
+    runner = checks.make_runner(path, Layout(), micro_batch_tokens=33)
+    samples, advantages = _samples()
+    sequences = checks.mixed_batch()
+    own = runner.infer(sequences, _every_logprob)
+    exact = [
+        (p, replace(r, logprobs=tuple((logprobs[-len(r.ids) :] + shift).tolist())))
+        for (p, r), logprobs in zip(samples, own, strict=True)
+    ]
+    metrics = policy_update(runner, exact, advantages, clip_low=0.1, clip_high=0.1)
+    return metrics["logprob_mismatch"]
+
+
+@pytest.mark.parametrize("shift", [0.0, 0.25])
+def test_mismatch_is_the_distance_between_trainer_and_engine(
+    ranks: Worlds, hf_models: dict[str, Path], shift: float
+) -> None:
+    [found] = ranks(1).run(_mismatch, hf_models["dense"], shift)
+    assert found == pytest.approx(shift, abs=1e-5)
+
+
+def _step_error(path: Path, sequences: list[Sequence], factor: float) -> str:
+    runner = checks.make_runner(path, Layout())
+
+    def loss(output: Tensor, batch: PackedBatch) -> tuple[Tensor, dict[str, Tensor]]:
+        return output.sum() * factor, {}
+
+    before = _weights(runner)
+    try:
+        runner.train_step(sequences, loss)
+    except (FloatingPointError, ValueError) as error:
+        assert _largest_gap(_weights(runner), before) == 0
+        return f"{type(error).__name__}: {error}"
+    return "taken"
+
+
+@pytest.mark.parametrize("factor", [float("nan"), float("inf")])
+def test_a_loss_that_is_not_finite_stops_the_step(
+    ranks: Worlds, hf_models: dict[str, Path], factor: float
+) -> None:
+    [message] = ranks(1).run(_step_error, hf_models["dense"], checks.mixed_batch(), factor)
+    assert message.startswith("FloatingPointError: loss is ")
+
+
+def test_an_image_placeholder_in_a_response_is_refused(
+    ranks: Worlds, hf_models: dict[str, Path]
+) -> None:
+    sequence = checks.sequence(1, 9, checks.image("wide", 4, 6))
+    sequence.input_ids[-2] = IMAGE
+    [message] = ranks(1).run(_step_error, hf_models["dense"], [sequence], 1.0)
+    assert message.startswith("ValueError: placeholder 200 at index")
+
+
+def test_a_sequence_longer_than_a_micro_batch_is_refused(
+    ranks: Worlds, hf_models: dict[str, Path]
+) -> None:
+    sequences = [checks.sequence(1, 70)]
+    [message] = ranks(1).run(_step_error, hf_models["dense"], sequences, 1.0)
+    assert "sequence 0 has 71 tokens" in message
+    assert "64" in message
+
+
+def test_rates_follow_warm_up_and_schedule(ranks: Worlds, hf_models: dict[str, Path]) -> None:
+    [rates] = ranks(1).run(_rates, hf_models["dense"])
+    assert rates[:2] == pytest.approx([0.5e-2, 1e-2])
+    assert all(a > b for a, b in pairwise(rates[1:]))
+    assert 0 < rates[-1] < 0.1e-2
+
+
+def _rates(path: Path) -> list[float]:
+    settings = Optimizer(lr=1e-2, warmup_steps=2, schedule="cosine")
+    runner = checks.make_runner(path, Layout(), optimizer=settings)
+    loss = checks.weighted_loss(30)
+    return [runner.train_step(checks.mixed_batch()[:1], loss).lr for _ in range(10)]
+
+
+def _update_with_idle_responses(path: Path, layout: Layout) -> tuple[Weights, Any]:
+    """Every other response without advantage."""
+    runner = checks.make_runner(path, layout, micro_batch_tokens=33, optimizer=ADAM)
+    samples, advantages = _samples()
+    advantages[::2] = 0.0
+    metrics = policy_update(runner, samples, advantages, clip_low=0.1, clip_high=0.15)
+    return _weights(runner), metrics
+
+
+def _all_responses_run(path: Path) -> Weights:
+    runner = checks.make_runner(path, Layout(), micro_batch_tokens=4096, optimizer=ADAM)
+    sequences = _sequences()
+    for sequence in sequences[::2]:
+        sequence.per_token["advantage"] = torch.zeros(len(sequence))
+    tokens = sum(int(s.response_mask.sum()) for s in sequences)
+
+    def loss(output: Tensor, batch: PackedBatch) -> tuple[Tensor, dict[str, Tensor]]:
+        value = -(batch.per_token["advantage"] * batch.loss_mask * output).sum() / tokens
+        return value, {"loss": value.detach()}
+
+    runner.train_step(sequences, loss)
+    return _weights(runner)
+
+
+def test_responses_without_advantage_are_not_run_and_still_count(
+    ranks: Worlds, hf_models: dict[str, Path]
+) -> None:
+    [wanted] = ranks(1).run(_all_responses_run, hf_models["dense"])
+    found, metrics = ranks(1).run(_update_with_idle_responses, hf_models["dense"], Layout())[0]
+    assert _largest_gap(found, wanted) < 2e-5
+    assert metrics["trained_share"] == 0.5

@@ -1,0 +1,137 @@
+"""Hugging Face -> Megatron -> Hugging Face is bit-equal at every layout; what does not fit is
+refused by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from model_providers import backend as backends
+from model_providers.config import Qwen3VLConfig
+from model_providers.parallel import Layout
+from model_providers.qwen3_vl import Head, Qwen3VLModel
+from model_providers.weight_map import iter_hf_weights, load_hf_weights
+from tests.dist import checks
+from tests.dist.ranks import Ranks
+
+Worlds = Callable[[int], Ranks]
+LAYER = "model.language_model.layers.2."
+
+
+def _model(path: Path, layout: Layout, head: Head = "language") -> Qwen3VLModel:
+    backend = backends.create("cpu")
+    parallel = checks.parallel_state(layout)
+    backend.seed(3, parallel)
+    return Qwen3VLModel(Qwen3VLConfig.from_hf(path), parallel, backend, head)
+
+
+def _round_trip(path: Path, layout: Layout) -> list[str]:
+    """Names that come back changed, twice, or not at all."""
+    weights = load_file(path / "model.safetensors")
+    model = _model(path, layout)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(float("nan"))
+    load_hf_weights(model, weights, str(path))
+    wrong, seen = [], set()
+    for name, tensor in iter_hf_weights(model):
+        if name in seen or not torch.equal(tensor, weights[name]):
+            wrong.append(name)
+        seen.add(name)
+    return wrong + sorted(set(weights) ^ seen)
+
+
+@pytest.mark.parametrize(
+    "kind, world, layout",
+    [
+        ("dense", 1, Layout()),
+        ("dense", 2, Layout(tensor=2)),
+        ("dense", 2, Layout(pipeline=2)),
+        ("dense", 4, Layout(tensor=2, pipeline=2)),
+        ("dense", 4, Layout(pipeline=4)),
+        ("tied", 2, Layout(tensor=2)),
+        ("tied", 2, Layout(pipeline=2)),
+        ("tied", 4, Layout(tensor=2, pipeline=2)),
+        ("moe", 1, Layout()),
+        ("moe", 2, Layout(expert=2)),
+        ("moe", 2, Layout(tensor=2, expert=2, sequence_parallel=True)),
+        ("moe", 4, Layout(expert=2, pipeline=2)),
+        ("moe", 4, Layout(expert=4)),
+    ],
+)
+def test_round_trip_is_bit_equal_on_every_rank(
+    ranks: Worlds, hf_models: dict[str, Path], kind: str, world: int, layout: Layout
+) -> None:
+    assert ranks(world).run(_round_trip, hf_models[kind], layout) == [[]] * world
+
+
+def _refusal(path: Path, head: Head, change: Callable[[dict[str, Tensor]], None]) -> str:
+    """The error, and proof that it came before anything was written."""
+    weights = load_file(path / "model.safetensors")
+    change(weights)
+    model = _model(path, Layout(), head)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    try:
+        load_hf_weights(model, weights, str(path))
+    except ValueError as error:
+        for name, parameter in model.named_parameters():
+            assert torch.equal(parameter, before[name]) or before[name].isnan().any(), name
+        return str(error)
+    return "accepted"
+
+
+def _drop_gate(weights: dict[str, Tensor]) -> None:
+    del weights[LAYER + "mlp.gate_proj.weight"]
+
+
+def _add_bias(weights: dict[str, Tensor]) -> None:
+    weights[LAYER + "self_attn.q_proj.bias"] = torch.zeros(96)
+
+
+def _widen_down(weights: dict[str, Tensor]) -> None:
+    weights[LAYER + "mlp.down_proj.weight"] = torch.zeros(56, 114)
+
+
+def _shorten_key(weights: dict[str, Tensor]) -> None:
+    weights[LAYER + "self_attn.k_proj.weight"] = torch.zeros(31, 56)
+
+
+def _cut_vocabulary(weights: dict[str, Tensor]) -> None:
+    weights["lm_head.weight"] = weights["lm_head.weight"][:202]
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (_drop_gate, ["1 missing", LAYER + "mlp.gate_proj.weight"]),
+        (_add_bias, ["1 surplus", LAYER + "self_attn.q_proj.bias"]),
+        (_widen_down, [LAYER + "mlp.down_proj.weight", "(56, 114)", "(56, 112)"]),
+        (_shorten_key, [LAYER + "self_attn.k_proj.weight", "(31, 56)"]),
+        (_cut_vocabulary, ["lm_head.weight", "(202, 56)", "(203, 56)"]),
+    ],
+)
+def test_weights_that_do_not_fit_are_refused_by_name(
+    ranks: Worlds,
+    hf_models: dict[str, Path],
+    change: Callable[[dict[str, Tensor]], None],
+    words: list[str],
+) -> None:
+    [message] = ranks(1).run(_refusal, hf_models["dense"], "language", change)
+    assert all(word in message for word in words), message
+
+
+def _unchanged(weights: dict[str, Tensor]) -> None: ...
+
+
+def test_a_language_model_has_no_value_head_to_score_with(
+    ranks: Worlds, hf_models: dict[str, Path]
+) -> None:
+    [message] = ranks(1).run(_refusal, hf_models["moe"], "score", _unchanged)
+    assert "1 missing (v_head.1.weight)" in message
+    # the language head that a discriminator carries along is no surplus
+    assert "surplus" not in message

@@ -1,0 +1,229 @@
+"""The CUDA backend against the CPU backend: the same weights and batch, loss and gradients.
+
+    python -m tests.gpu.check_cuda_backend reference DIR        # anywhere: model, loss, gradients
+    torchrun --nproc-per-node N -m tests.gpu.check_cuda_backend compare DIR --tensor T --expert E
+
+BF16 with Transformer Engine can't equal fp32 to the last bit: what is asked is that every gradient
+points where the fp32 one points (cosine above 0.98), as long as it (within 6 percent), and that ten
+optimizer steps lower the loss. Prints one JSON object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from model_providers import backend as backends
+from model_providers.config import Qwen3VLConfig
+from model_providers.parallel import Layout, ParallelState
+from model_providers.qwen3_vl import Head, Qwen3VLModel
+from model_providers.weight_map import iter_hf_weights, load_hf_weights
+from prism_megatron.config.schema import Optimizer
+from prism_megatron.training.runner import ModelRunner
+from prism_megatron.types import ImageInputs, PackedBatch, Sequence
+
+IMAGE, VOCAB = 500, 512
+VISION = dict(
+    depth=3,
+    hidden_size=288,
+    intermediate_size=608,
+    num_heads=4,
+    out_hidden_size=256,
+    patch_size=16,
+    temporal_patch_size=2,
+    spatial_merge_size=2,
+    num_position_embeddings=64,
+    deepstack_visual_indexes=[0, 1, 2],
+    in_channels=3,
+    hidden_act="gelu_pytorch_tanh",
+)
+TEXT = dict(
+    vocab_size=VOCAB,
+    hidden_size=256,
+    intermediate_size=704,
+    num_hidden_layers=4,
+    num_attention_heads=8,
+    num_key_value_heads=4,
+    head_dim=64,
+    rms_norm_eps=1e-6,
+    hidden_act="silu",
+    rope_parameters=dict(rope_theta=5e6, mrope_section=[12, 10, 10]),
+)
+EXPERTS = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=384)
+
+
+def raw_config(moe: bool) -> dict[str, Any]:
+    return dict(
+        model_type="qwen3_vl_moe" if moe else "qwen3_vl",
+        text_config=TEXT | (EXPERTS if moe else {}),
+        vision_config=VISION,
+        image_token_id=IMAGE,
+        video_token_id=501,
+        tie_word_embeddings=False,
+    )
+
+
+def batch() -> list[Sequence]:
+    """Six sequences; images of three sizes, one shared, text only between them."""
+    generator = torch.Generator().manual_seed(3)
+    images = {
+        key: ImageInputs(key, torch.randn(h * w, 1536, generator=generator), (1, h, w))
+        for key, h, w in (("wide", 4, 12), ("tall", 16, 6), ("small", 4, 4))
+    }
+    shown = [["wide"], [], ["tall", "small"], ["wide"], [], ["small"]]
+    sequences = []
+    for number, keys in enumerate(shown):
+        ids = [7]
+        for key in keys:
+            ids += [IMAGE] * (len(images[key].pixel_values) // 4) + [8]
+        text = 60 + 9 * number
+        ids += torch.randint(10, 490, (text,), generator=generator).tolist()
+        mask = torch.arange(len(ids)) >= len(ids) - text // 2
+        sequences.append(Sequence(torch.tensor(ids), tuple(images[k] for k in keys), mask))
+    return sequences
+
+
+def loss_of(head: Head) -> Any:
+    tokens = float(sum(s.response_mask.sum() for s in batch()))
+
+    def language(output: Tensor, packed: PackedBatch) -> tuple[Tensor, dict[str, Tensor]]:
+        value = -(output * packed.loss_mask).sum() / tokens
+        return value, {"loss": value.detach()}
+
+    def score(output: Tensor, packed: PackedBatch) -> tuple[Tensor, dict[str, Tensor]]:
+        ends = packed.cu_seqlens[1 : packed.num_sequences + 1].long() - 1
+        value = (output[ends] - 3.0).square().sum() / 6
+        return value, {"loss": value.detach()}
+
+    return language if head == "language" else score
+
+
+def build(backend: Any, layout: Layout, directory: Path, head: Head) -> ModelRunner:
+    parallel = ParallelState.create(layout)
+    backend.seed(1, parallel)
+    kind = "moe" if head == "score" else "dense"
+    config = Qwen3VLConfig.from_dict(raw_config(head == "score"), kind)
+    model = Qwen3VLModel(config, parallel, backend, head).to(backend.device)
+    file = directory / f"{kind}.safetensors"
+    if not file.exists():
+        for name, parameter in model.named_parameters():
+            around = 1.0 if "norm" in name and name.endswith("weight") else 0.0
+            parameter.data.normal_(around, 0.05)
+        save_file({n: t.clone() for n, t in iter_hf_weights(model)}, file)
+    load_hf_weights(model, load_file(file), str(file))
+    return ModelRunner(
+        model, micro_batch_tokens=512, pad_id=0, optimizer=Optimizer(lr=3e-4), steps=10
+    )
+
+
+def gradients(runner: ModelRunner, head: Head) -> tuple[float, dict[str, Tensor]]:
+    """Loss and every gradient under its Hugging Face name, fp32 on the CPU."""
+    finalize = runner.model.config.finalize_model_grads_func
+    runner.model.config.finalize_model_grads_func = lambda models, tokens, **kwargs: finalize(
+        models, tokens, **(kwargs | {"force_all_reduce": True})
+    )
+    assert runner.ddp is not None
+    runner.model.train()
+    runner.ddp.zero_grad_buffer()
+    batches = runner._micro_batches(batch())
+    runner._set_router_loss_scale(batches)
+    sums = runner._forward_backward(batches, loss_of(head))
+    grads = {
+        name: tensor.float().cpu().clone()
+        for name, tensor in iter_hf_weights(runner.model, read=lambda p: p.main_grad.to(p.dtype))
+    }
+    runner.model.config.finalize_model_grads_func = finalize
+    return sums["loss"], grads
+
+
+def reference(directory: Path) -> None:
+    directory.mkdir(parents=True, exist_ok=True)
+    backend = backends.create("cpu")
+    backend.init_process_group()
+    for head in ("language", "score"):
+        loss, grads = gradients(build(backend, Layout(), directory, head), head)
+        save_file(grads, directory / f"{head}_grads.safetensors")
+        (directory / f"{head}.json").write_text(json.dumps({"loss": loss}))
+        print(head, "loss", loss, "gradients", len(grads))
+
+
+def compare(directory: Path, tensor: int, expert: int) -> dict[str, Any]:
+    backend = backends.create("cuda")
+    backend.init_process_group()
+    result: dict[str, Any] = {"tensor": tensor, "expert": expert}
+    for head in ("language", "score"):
+        layout = Layout(
+            tensor=tensor,
+            expert=expert if head == "score" else 1,
+            sequence_parallel=tensor > 1,
+        )
+        runner = build(backend, layout, directory, head)
+        loss, grads = gradients(runner, head)
+        expected = load_file(directory / f"{head}_grads.safetensors")
+        assert set(grads) == set(expected)
+        cosine, length = {}, {}
+        for name, exact in expected.items():
+            a, b = grads[name].flatten().double(), exact.flatten().double()
+            cosine[name] = float(a @ b / (a.norm() * b.norm() + 1e-300))
+            length[name] = float(a.norm() / (b.norm() + 1e-300))
+        started = time.monotonic()
+        losses = [runner.train_step(batch(), loss_of(head)).sums["loss"] for _ in range(10)]
+        torch.accelerator.synchronize()
+        worst = min(cosine, key=cosine.__getitem__)
+        result[head] = {
+            "loss": loss,
+            "loss_fp32": json.loads((directory / f"{head}.json").read_text())["loss"],
+            "parameters": len(grads),
+            "worst_cosine": [worst, cosine[worst]],
+            "length_ratio": [min(length.values()), max(length.values())],
+            "training_losses": losses,
+            "ten_steps_s": time.monotonic() - started,
+        }
+    return result
+
+
+def check(result: dict[str, Any]) -> None:
+    for head in ("language", "score"):
+        part = result[head]
+        assert abs(part["loss"] / part["loss_fp32"] - 1) < 0.02, part
+        assert part["worst_cosine"][1] > 0.98, part
+        assert 0.94 < part["length_ratio"][0] and part["length_ratio"][1] < 1.06, part
+        assert part["training_losses"][-1] < part["training_losses"][0], part
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("what", choices=("reference", "compare"))
+    parser.add_argument("directory", type=Path)
+    parser.add_argument("--tensor", type=int, default=1)
+    parser.add_argument("--expert", type=int, default=1)
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args()
+    if options.what == "reference":
+        reference(options.directory)
+        return
+    result = compare(options.directory, options.tensor, options.expert)
+    names = ("torch", "megatron-core", "transformer-engine")
+    result["versions"] = {name: importlib.metadata.version(name) for name in names}
+    result["device"] = torch.cuda.get_device_name()
+    result["world"] = int(os.environ.get("WORLD_SIZE", "1"))
+    if torch.distributed.get_rank() == 0:
+        print(json.dumps(result, indent=2))
+        if options.out:
+            options.out.write_text(json.dumps(result, indent=2) + "\n")
+    check(result)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,85 @@
+"""Tiny random Qwen3-VL models in Hugging Face format, with every size different from the others."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from transformers import (
+    PreTrainedModel,
+    Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
+    Qwen3VLMoeConfig,
+    Qwen3VLMoeForConditionalGeneration,
+)
+
+IMAGE, VIDEO, VISION_START, VISION_END, VOCAB = 200, 201, 198, 199, 203
+
+TEXT = dict(
+    vocab_size=VOCAB,
+    hidden_size=56,
+    intermediate_size=112,
+    num_hidden_layers=4,
+    num_attention_heads=6,
+    num_key_value_heads=2,
+    head_dim=16,
+    rms_norm_eps=1e-6,
+    hidden_act="silu",
+    max_position_embeddings=512,
+    rope_parameters=dict(
+        rope_theta=5e6, rope_type="default", mrope_section=[4, 2, 2], mrope_interleaved=True
+    ),
+)
+VISION = dict(
+    depth=3,
+    hidden_size=48,
+    intermediate_size=72,
+    num_heads=4,
+    out_hidden_size=56,
+    patch_size=8,
+    temporal_patch_size=2,
+    spatial_merge_size=2,
+    num_position_embeddings=36,
+    # three features, so that at two decoder layers a stage one crosses to the next stage
+    deepstack_visual_indexes=[0, 1, 2],
+    in_channels=3,
+    hidden_act="gelu_pytorch_tanh",
+)
+EXPERTS = dict(
+    num_experts=4,
+    num_experts_per_tok=2,
+    moe_intermediate_size=40,
+    decoder_sparse_step=1,
+    mlp_only_layers=[],
+    norm_topk_prob=True,
+)
+
+
+def build(kind: str, tied: bool = False, seed: int = 0) -> PreTrainedModel:
+    """kind "dense" or "moe"; every weight random, norms around one, so that nothing cancels."""
+    torch.manual_seed(seed)
+    ids = dict(
+        image_token_id=IMAGE,
+        video_token_id=VIDEO,
+        vision_start_token_id=VISION_START,
+        vision_end_token_id=VISION_END,
+        tie_word_embeddings=tied,
+    )
+    if kind == "moe":
+        config = Qwen3VLMoeConfig(text_config=TEXT | EXPERTS, vision_config=VISION, **ids)
+        model: PreTrainedModel = Qwen3VLMoeForConditionalGeneration(config)
+    else:
+        config = Qwen3VLConfig(text_config=TEXT, vision_config=VISION, **ids)
+        model = Qwen3VLForConditionalGeneration(config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            scale = 1.0 if "mlp.gate.weight" in name else 0.2
+            around = 1.0 if "norm" in name and name.endswith("weight") else 0.0
+            parameter.copy_(around + scale * torch.randn_like(parameter))
+    return model.float().eval()
+
+
+def save(directory: Path, kind: str, tied: bool = False) -> Path:
+    """Write the model as a Hugging Face directory and return it."""
+    build(kind, tied).save_pretrained(directory)
+    return directory

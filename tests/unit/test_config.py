@@ -1,0 +1,306 @@
+from __future__ import annotations
+
+import json
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+
+from prism_megatron.config import load as configuration
+from prism_megatron.config import schema
+
+ROOT = Path(__file__).resolve().parents[2]
+SFT = """
+run: {dir: runs/x}
+data: {path: sft.json}
+train: {steps: 7}
+model: {path: model}
+optimizer: {lr: 1e-3}
+batch_size: 4
+"""
+Write = Callable[[str, str], Path]
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Write:
+    def write(name: str, text: str) -> Path:
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+        return path
+
+    return write
+
+
+def load_sft(files: Path | list[Path], *overrides: str) -> schema.SFT:
+    config = configuration.load("sft", files, overrides)
+    assert isinstance(config, schema.SFT)
+    return config
+
+
+def message(files: Path | list[Path], *overrides: str, stage: str = "sft") -> str:
+    with pytest.raises(ValueError) as caught:
+        configuration.load(stage, files, overrides)
+    return str(caught.value)
+
+
+def test_a_file_gives_its_values_and_the_defaults_of_the_rest(write: Write) -> None:
+    config = load_sft(write("sft.yaml", SFT))
+    assert (config.train.steps, config.optimizer.lr, config.model.path) == (7, 1e-3, Path("model"))
+    assert (config.run.seed, config.train.micro_batch_tokens) == (1234, 4096)
+
+
+def test_override_wins_over_overlay_over_file_over_base(write: Write) -> None:
+    write("base.yaml", "run: {seed: 1}\ntrain: {save_every: 11, keep_checkpoints: 11}\n")
+    own = write(
+        "sft.yaml", "base: base.yaml\n" + SFT.replace("steps: 7", "steps: 7, save_every: 2")
+    )
+    overlay = write("overlay.yaml", "train: {save_every: 3, steps: 13}\n")
+    config = load_sft([own, overlay], "train.steps=17")
+    assert (config.train.steps, config.train.save_every) == (17, 3)
+    assert (config.train.keep_checkpoints, config.run.seed) == (11, 1)
+
+
+def test_bases_merge_in_order_and_lie_next_to_the_file_that_names_them(write: Write) -> None:
+    write("shared/a.yaml", "base: deeper/c.yaml\nrun: {seed: 2}\n")
+    write("shared/deeper/c.yaml", "run: {seed: 1}\ntrain: {save_every: 5}\n")
+    write("shared/b.yaml", "run: {seed: 3}\n")
+    own = write("sft.yaml", "base: [shared/a.yaml, shared/b.yaml]\n" + SFT)
+    config = load_sft(own)
+    assert (config.run.seed, config.train.save_every) == (3, 5)
+
+
+def test_a_circle_of_bases_is_named(write: Write) -> None:
+    write("a.yaml", "base: b.yaml\n")
+    own = write("b.yaml", "base: a.yaml\n")
+    assert "in a circle: b.yaml -> a.yaml -> b.yaml" in message(own)
+
+
+def test_a_missing_base_names_the_file_that_wants_it(write: Write) -> None:
+    own = write("sft.yaml", "base: nowhere.yaml\n" + SFT)
+    with pytest.raises(FileNotFoundError, match=r"nowhere.yaml does not exist, named .* in .*sft"):
+        load_sft(own)
+
+
+@pytest.mark.parametrize("base", ["3", "[a.yaml, 5]", "{a: 1}"])
+def test_a_base_that_is_not_a_file_name_is_refused(write: Write, base: str) -> None:
+    assert "a file name or a list of them wanted" in message(write("sft.yaml", f"base: {base}\n"))
+
+
+def test_vars_are_for_interpolation_and_can_be_overridden(write: Write) -> None:
+    write("base.yaml", "vars: {root: runs/q, steps: 3}\n")
+    text = SFT.replace("runs/x", "'${vars.root}/sft'").replace("steps: 7", "steps: '${vars.steps}'")
+    own = write("sft.yaml", "base: base.yaml\n" + text)
+    assert load_sft(own).run.dir == Path("runs/q/sft")
+    config = load_sft(own, "vars.root=elsewhere", "vars.steps=5")
+    assert (config.run.dir, config.train.steps) == (Path("elsewhere/sft"), 5)
+
+
+def test_an_override_of_a_variable_that_no_file_defines_is_an_error(write: Write) -> None:
+    own = write("sft.yaml", "vars: {steps: 3}\n" + SFT)
+    assert "vars.stpes: no file defines it, did you mean steps?" in message(own, "vars.stpes=4")
+
+
+def test_interpolation_of_nothing_names_key_and_file(write: Write) -> None:
+    own = write("sft.yaml", SFT.replace("runs/x", "'${vars.root}'"))
+    text = message(own)
+    assert "run.dir" in text and "vars.root" in text and "sft.yaml" in text
+
+
+@pytest.mark.parametrize(
+    ("override", "nearest"),
+    [
+        ("train.stpes=3", "train.steps"),
+        ("model.parallel.tensr=2", "model.parallel.tensor"),
+        ("optimiser.lr=1", "optimizer"),
+        ("bach_size=2", "batch_size"),
+        ("lr=3", "optimizer.lr"),
+        ("seed=3", "run.seed"),
+    ],
+)
+def test_an_unknown_key_names_the_nearest_known_one(
+    write: Write, override: str, nearest: str
+) -> None:
+    text = message(write("sft.yaml", SFT), override)
+    assert f": unknown key, did you mean {nearest}? (in the command line)" in text
+
+
+@pytest.mark.parametrize(
+    ("override", "wanted"),
+    [
+        ("train.steps=ten", "train.steps: 'ten' given, a valid integer wanted"),
+        ("train.steps=1.5", "train.steps: 1.5 given, a valid integer wanted"),
+        ("run.seed=true", "run.seed: True given, a valid integer wanted"),
+        ("optimizer.lr=0", "optimizer.lr: 0 given, greater than 0 wanted"),
+        ("optimizer.lr='\"1e-3\"'", "optimizer.lr: '\"1e-3\"' given, a valid number wanted"),
+        ("backend=gpu", "backend: 'gpu' given, 'cpu' or 'cuda' wanted"),
+        ("model.freeze_vision=1", "model.freeze_vision: 1 given, a valid boolean wanted"),
+        ("data.max_bad_share=1.5", "data.max_bad_share: 1.5 given, less than or equal to 1 wanted"),
+        ("optimizer.schedule=linear", "'linear' given, 'constant' or 'cosine' wanted"),
+    ],
+)
+def test_a_wrong_value_says_what_was_given_and_what_is_wanted(
+    write: Write, override: str, wanted: str
+) -> None:
+    assert f"{wanted} (in the command line)" in message(write("sft.yaml", SFT), override)
+
+
+def test_every_problem_is_listed_with_the_file_it_is_in(write: Write) -> None:
+    base = write("base.yaml", "train: {save_every: -1}\n")
+    own = write("sft.yaml", "base: base.yaml\nmodle: {path: x}\n" + SFT.replace("lr: 1e-3", ""))
+    text = message(own)
+    assert text.splitlines()[0].endswith("3 problems")
+    assert f"train.save_every: -1 given, greater than or equal to 0 wanted (in {base})" in text
+    assert f"modle: unknown key, did you mean model? (in {own})" in text
+    assert "optimizer.lr: required, but not set" in text
+
+
+def test_a_check_between_keys_reports_its_own_words(write: Write) -> None:
+    own = write("upcycle.yaml", "hf: a\nout: b\nnum_experts: 3\ntop_k: 5\n")
+    text = message(own, stage="upcycle")
+    assert "top_k=5 experts a token, but num_experts=3" in text
+
+
+@pytest.mark.parametrize("text", ["a: [1,", "- 1\n- 2\n", "a: ${b\n"])
+def test_a_file_that_is_no_yaml_mapping_is_named(write: Write, text: str) -> None:
+    assert "sft.yaml" in message(write("sft.yaml", text))
+
+
+@pytest.mark.parametrize("override", ["train.steps", "=3", "train..steps=3"])
+def test_an_override_of_the_wrong_form_is_quoted(write: Write, override: str) -> None:
+    assert repr(override) in message(write("sft.yaml", SFT), override)
+
+
+def test_overrides_have_yaml_types(write: Write) -> None:
+    overrides = ("optimizer.betas=[0.8,0.95]", "data.system_prompt=null", "train.stop_at=3")
+    config = load_sft(write("sft.yaml", SFT), *overrides)
+    assert config.optimizer.betas == (0.8, 0.95)
+    assert (config.data.system_prompt, config.train.stop_at) == (None, 3)
+
+
+def test_an_unknown_stage_names_the_nearest(write: Write) -> None:
+    own = write("sft.yaml", SFT)
+    assert message(own, stage="rlrv") == "unknown stage 'rlrv', did you mean rlvr?"
+
+
+@pytest.mark.parametrize(
+    ("layout", "world", "said"),
+    [
+        ({"tensor": 2, "pipeline": 2}, 2, "tensor 2 x pipeline 2 = 4 does not divide world size 2"),
+        ({"tensor": 3}, 4, "tensor 3 x pipeline 1 = 3 does not divide world size 4"),
+        ({"expert": 2, "pipeline": 2}, 6, "expert 2 x pipeline 2 = 4 does not divide"),
+    ],
+)
+def test_impossible_layouts_print_every_factor_and_the_fix(
+    layout: dict[str, int], world: int, said: str
+) -> None:
+    with pytest.raises(ValueError) as caught:
+        configuration.check_world(schema.Parallel(**layout), world, "policy.parallel")
+    assert said in str(caught.value)
+    assert "or lower policy.parallel." in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("layout", "world"),
+    [({}, 1), ({"tensor": 2}, 6), ({"expert": 4, "tensor": 2}, 4), ({"pipeline": 3}, 3)],
+)
+def test_layouts_that_divide_the_world_pass(layout: dict[str, int], world: int) -> None:
+    configuration.check_world(schema.Parallel(**layout), world)
+
+
+def test_every_layout_of_a_configuration_is_checked() -> None:
+    config = configuration.load("align", ROOT / "configs/quickstart/align.yaml", [])
+    configuration.check_layouts(config, 2)
+    with pytest.raises(ValueError, match=r"policy\.parallel: tensor 2"):
+        configuration.check_layouts(config, 3)
+    config = configuration.load(
+        "align", ROOT / "configs/quickstart/align.yaml", ["policy.parallel.tensor=1"]
+    )
+    with pytest.raises(ValueError, match=r"discriminator\.parallel: expert 2"):
+        configuration.check_layouts(config, 3)
+
+
+def test_a_saved_configuration_loads_back_and_the_record_is_complete(
+    write: Write, tmp_path: Path
+) -> None:
+    config = load_sft(write("sft.yaml", SFT), "run.seed=77", "optimizer.betas=[0.7,0.9]")
+    configuration.save(config, tmp_path / "run")
+    assert load_sft(tmp_path / "run" / "config.yaml") == config
+    record = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert record["seed"] == 77
+    assert {"argv", "git_commit", "git_dirty", "world_size"} <= set(record)
+    assert record["versions"]["torch"].startswith("2.") and record["versions"]["python"]
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["config.yaml", "run.json"]
+
+
+def test_the_record_names_commit_and_local_changes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = tmp_path / "prism_megatron" / "config" / "load.py"
+    source.parent.mkdir(parents=True)
+    source.write_text("")
+    monkeypatch.setattr(configuration, "__file__", str(source))
+    assert configuration.git_state() == {"git_commit": None, "git_dirty": None}
+
+    def git(*arguments: str) -> str:
+        identity = ["-c", "user.name=a", "-c", "user.email=a@b", "-c", "core.hooksPath=/dev/null"]
+        command = ["git", "-C", str(tmp_path), *identity, *arguments]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+    git("init", "-q")
+    git("add", ".")
+    git("commit", "-qm", "test: first")
+    clean = configuration.git_state()
+    assert clean == {"git_commit": git("rev-parse", "HEAD"), "git_dirty": False}
+    source.write_text("x = 1")
+    assert configuration.git_state() == {**clean, "git_dirty": True}
+
+
+def shipped() -> list[Path]:
+    return sorted((ROOT / "configs").rglob("*.yaml"))
+
+
+@pytest.mark.parametrize(
+    "path",
+    [path for path in shipped() if path.stem in configuration.STAGES],
+    ids=lambda path: str(path.relative_to(ROOT)),
+)
+def test_every_shipped_configuration_loads_for_its_stage(path: Path) -> None:
+    config = configuration.load(path.stem, path, [])
+    assert isinstance(config, configuration.STAGES[path.stem])
+
+
+def test_every_other_shipped_file_is_an_overlay_or_a_base() -> None:
+    bases = {
+        (path.parent / name).resolve()
+        for path in shipped()
+        for name in [(yaml.safe_load(path.read_text()) or {}).get("base")]
+        if isinstance(name, str)
+    }
+    others = [path for path in shipped() if path.stem not in configuration.STAGES]
+    loose = [
+        path
+        for path in others
+        if path.resolve() not in bases and set(yaml.safe_load(path.read_text())) != {"vars"}
+    ]
+    assert loose == []
+
+
+def test_the_smoke_overlay_shrinks_only_what_the_quickstart_has() -> None:
+    quickstart = ROOT / "configs" / "quickstart"
+    known = yaml.safe_load((quickstart / "base.yaml").read_text())["vars"]
+    smoke = yaml.safe_load((quickstart / "smoke.yaml").read_text())["vars"]
+    assert set(smoke) <= set(known)
+    assert all(smoke[name] <= known[name] for name in smoke)
+
+
+def test_every_key_has_a_meaning() -> None:
+    silent = {
+        f"{stage}: {key}"
+        for stage, section in configuration.STAGES.items()
+        for key, _, meaning in configuration.describe(section)
+        if not meaning
+    }
+    assert silent == set()

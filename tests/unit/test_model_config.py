@@ -1,0 +1,148 @@
+"""Layouts and architectures that do not go together are refused with the numbers in question."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from model_providers import backend as backends
+from model_providers.config import Qwen3VLConfig
+from model_providers.parallel import Layout
+from model_providers.qwen3_vl import padded_vocab_size
+from tests import tiny_models
+
+
+@pytest.fixture(scope="module")
+def configs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Qwen3VLConfig]:
+    root = tmp_path_factory.mktemp("hf")
+    return {
+        kind: Qwen3VLConfig.from_hf(tiny_models.save(root / kind, kind))
+        for kind in ("dense", "moe")
+    }
+
+
+@pytest.mark.parametrize(
+    "kind, layout, message",
+    [
+        ("dense", Layout(tensor=4), "6 attention heads can't be split in 4"),
+        ("dense", Layout(tensor=3), "2 key-value heads can't be split in 3"),
+        ("dense", Layout(pipeline=3), "4 decoder layers can't be split in 3"),
+        ("dense", Layout(expert=2), "expert parallel size 2, but the model is dense"),
+        ("moe", Layout(expert=3), "4 experts can't be split in 3"),
+        ("moe", Layout(tensor=2), "experts with tensor parallelism need sequence parallelism"),
+    ],
+)
+def test_a_layout_that_does_not_divide_the_model_is_refused(
+    configs: dict[str, Qwen3VLConfig], kind: str, layout: Layout, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        configs[kind].check_layout(layout)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"num_kv_heads": 3, "num_heads": 6}, "3 key-value heads can't be split in 2"),
+        ({"intermediate_size": 113}, "113 feed-forward size can't be split in 2"),
+    ],
+)
+def test_every_split_dimension_is_checked(
+    configs: dict[str, Qwen3VLConfig], changes: dict[str, int], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        replace(configs["dense"], **changes).check_layout(Layout(tensor=2))
+
+
+@pytest.mark.parametrize("field, value", [("num_heads", 3), ("intermediate_size", 75)])
+def test_the_vision_tower_is_checked_too(
+    configs: dict[str, Qwen3VLConfig], field: str, value: int
+) -> None:
+    config = configs["dense"]
+    config = replace(config, vision=replace(config.vision, **{field: value}))
+    with pytest.raises(ValueError, match=f"{value} vision .* can't be split in 2"):
+        config.check_layout(Layout(tensor=2))
+
+
+@pytest.mark.parametrize(
+    "kind, layout",
+    [
+        ("dense", Layout(tensor=2, pipeline=4)),
+        ("dense", Layout(tensor=2, pipeline=2, sequence_parallel=True)),
+        ("moe", Layout(tensor=2, expert=4, pipeline=2, sequence_parallel=True)),
+    ],
+)
+def test_a_layout_that_fits_is_accepted(
+    configs: dict[str, Qwen3VLConfig], kind: str, layout: Layout
+) -> None:
+    configs[kind].check_layout(layout)
+
+
+@pytest.mark.parametrize("dimension", ["context", "expert_tensor", "virtual_pipeline"])
+def test_the_cpu_backend_refuses_what_it_cannot_run(dimension: str) -> None:
+    with pytest.raises(ValueError, match=f"'cpu' runs {dimension} parallelism up to 1, .* for 2"):
+        backends.create("cpu").check(Layout(**{dimension: 2}))
+
+
+def test_an_unknown_backend_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"'tpu' is not one of \['cpu', 'cuda'\]"):
+        backends.create("tpu")
+
+
+@pytest.mark.parametrize(
+    "layout, world, data, expert_data",
+    [
+        (Layout(), 1, 1, 1),
+        (Layout(tensor=2, pipeline=3), 12, 2, 4),
+        (Layout(tensor=2, expert=4), 8, 4, 2),
+        (Layout(tensor=2, expert=2, expert_tensor=2, pipeline=2), 16, 4, 2),
+    ],
+)
+def test_data_parallel_size_is_what_is_left(
+    layout: Layout, world: int, data: int, expert_data: int
+) -> None:
+    assert layout.data(world) == data
+    assert layout.expert_data(world) == expert_data
+
+
+@pytest.mark.parametrize(
+    "layout, world, words",
+    [
+        (Layout(tensor=3), 4, ["tensor=3", "multiple of 3", "world has 4", "Start 3"]),
+        (Layout(tensor=2, pipeline=4), 2, ["tensor=2", "pipeline=4", "8 ranks", "world has 2"]),
+    ],
+)
+def test_a_world_of_the_wrong_size_is_refused_with_its_factors(
+    layout: Layout, world: int, words: list[str]
+) -> None:
+    with pytest.raises(ValueError) as error:
+        layout.data(world)
+    assert all(word in str(error.value) for word in words), error.value
+
+
+def test_experts_need_a_world_that_holds_them() -> None:
+    with pytest.raises(ValueError, match=r"expert=4 .* multiple of 4 ranks, but the world has 2"):
+        Layout(expert=4).expert_data(2)
+
+
+@pytest.mark.parametrize(
+    "vocab, tensor, padded",
+    [(203, 1, 203), (203, 2, 204), (203, 4, 204), (203, 8, 208), (208, 8, 208)],
+)
+def test_vocabulary_is_padded_to_the_next_multiple(vocab: int, tensor: int, padded: int) -> None:
+    assert padded_vocab_size(vocab, tensor) == padded
+
+
+def test_configuration_is_read_from_the_file(
+    configs: dict[str, Qwen3VLConfig], tmp_path: Path
+) -> None:
+    moe = configs["moe"]
+    assert (moe.num_experts, moe.top_k, moe.moe_intermediate_size) == (4, 2, 40)
+    assert (moe.hidden_size, moe.num_heads, moe.num_kv_heads, moe.head_dim) == (56, 6, 2, 16)
+    assert moe.vision.patch_dim == 3 * 2 * 8 * 8
+    assert moe.num_deepstack == 3
+    assert configs["dense"].num_experts == 0
+    assert not moe.tie_word_embeddings
+    tied = Qwen3VLConfig.from_hf(tiny_models.save(tmp_path / "tied", "dense", tied=True))
+    assert tied.tie_word_embeddings

@@ -1,0 +1,168 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from prism_megatron.data.mrope import mrope_positions
+from prism_megatron.data.packing import pack, packed_length, plan_micro_batches
+from prism_megatron.types import ImageInputs, PackedBatch, Sequence
+
+IMAGE, PAD, MERGE, PATCH_VALUES = 50, 9, 2, 5
+SETTINGS = {"image_token_id": IMAGE, "merge_size": MERGE, "pad_id": PAD}
+
+
+def image(key: str, h: int, w: int) -> ImageInputs:
+    generator = torch.Generator().manual_seed(ord(key))
+    return ImageInputs(key, torch.randn(h * w, PATCH_VALUES, generator=generator), (1, h, w))
+
+
+A, B = image("a", 2, 6), image("b", 4, 4)
+
+
+def sequence(parts: list[int | ImageInputs], num_response: int) -> Sequence:
+    tokens: list[int] = []
+    for part in parts:
+        tokens += [part] if isinstance(part, int) else [IMAGE] * (len(part.pixel_values) // 4)
+    length = len(tokens)
+    return Sequence(
+        input_ids=torch.tensor(tokens),
+        images=tuple(part for part in parts if isinstance(part, ImageInputs)),
+        response_mask=torch.arange(length) >= length - num_response,
+        per_token={"advantages": torch.arange(length) + 0.5},
+    )
+
+
+def test_documented_example() -> None:
+    batch = pack([sequence([1, 2, 3, 4], 2), sequence([5, 6], 1)], **SETTINGS)
+    assert batch.input_ids.tolist() == [1, 2, 3, 4, 5, 6]
+    assert batch.labels.tolist() == [2, 3, 4, 0, 6, 0]
+    assert batch.loss_mask.tolist() == [0, 1, 1, 0, 1, 0]
+    assert batch.cu_seqlens.tolist() == [0, 4, 6]
+    assert batch.cu_seqlens.dtype == torch.int32
+    assert batch.num_sequences == 2
+    assert batch.pixel_values is None and batch.image_grid_thw is None
+    assert batch.visual_index.numel() == batch.feature_index.numel() == 0
+
+
+def test_values_follow_the_predicted_token() -> None:
+    batch = pack(
+        [sequence([1, 2, 3], 2), sequence([4, 5], 1)], per_token=("advantages",), **SETTINGS
+    )
+    assert batch.per_token["advantages"].tolist() == [1.5, 2.5, 0, 1.5, 0]
+
+
+def test_padding_is_the_last_sequence_and_trains_nothing() -> None:
+    batch = pack([sequence([1, 2, 3, 4, 5], 2)], pad_multiple=4, **SETTINGS)
+    assert batch.input_ids.tolist() == [1, 2, 3, 4, 5, PAD, PAD, PAD]
+    assert batch.cu_seqlens.tolist() == [0, 5, 8]
+    assert batch.num_sequences == 1
+    assert batch.padding_mask.tolist() == [False] * 5 + [True] * 3
+    assert batch.position_ids[:, 5:].tolist() == [[0, 1, 2]] * 3
+    assert batch.loss_mask.tolist() == [0, 0, 1, 1, 0, 0, 0, 0]
+    assert batch.labels[5:].tolist() == [0, 0, 0]
+
+
+def test_pad_to_gives_ranks_equal_length() -> None:
+    short, long = [sequence([1, 2, 3], 1)], [sequence([1, 2, 3], 1), sequence([4, 5], 1)]
+    pad_to = max(packed_length(short, 4), packed_length(long, 4))
+    assert pad_to == 8
+    rows = [pack(group, pad_to=pad_to, **SETTINGS) for group in (short, long)]
+    assert [len(row.input_ids) for row in rows] == [8, 8]
+    with pytest.raises(ValueError, match="5 tokens, more than pad_to=4"):
+        pack(long, pad_to=4, **SETTINGS)
+
+
+def test_no_sequences_make_a_row_of_padding() -> None:
+    batch = pack([], pad_multiple=4, per_token=("advantages",), **SETTINGS)
+    assert batch.input_ids.tolist() == [PAD] * 4
+    assert batch.cu_seqlens.tolist() == [0, 4]
+    assert batch.num_sequences == 0 and batch.padding_mask.all()
+    assert batch.loss_mask.sum() == 0 and batch.labels.dtype == torch.int64
+    assert batch.per_token["advantages"].tolist() == [0] * 4
+    assert batch.pixel_values is None
+
+
+def feature_rows(batch: PackedBatch) -> torch.Tensor:
+    """First patch of each feature row: what the vision tower would make the feature from."""
+    assert batch.pixel_values is not None
+    return batch.pixel_values[:: MERGE**2]
+
+
+def test_shared_image_is_packed_once_and_every_token_finds_its_feature() -> None:
+    sequences = [
+        sequence([1, A, 2, 3], 1),
+        sequence([4, 5], 1),
+        sequence([6, B, 7, A, 8, 9], 2),
+        sequence([1, A, 2], 1),
+    ]
+    batch = pack(sequences, pad_multiple=8, **SETTINGS)
+    assert batch.image_grid_thw is not None
+    assert batch.image_grid_thw.tolist() == [[1, 2, 6], [1, 4, 4]]
+    assert batch.feature_index.tolist() == [0, 1, 2, 3, 4, 5, 6, 0, 1, 2, 0, 1, 2]
+    assert torch.equal(batch.visual_index, (batch.input_ids == IMAGE).nonzero()[:, 0])
+    shown = [A, B, A, A]
+    want = torch.cat([picture.pixel_values[:: MERGE**2] for picture in shown])
+    assert torch.equal(feature_rows(batch)[batch.feature_index], want)
+
+
+def test_positions_start_anew_in_each_sequence() -> None:
+    sequences = [sequence([1, A, 2], 1), sequence([3, 4, 5], 1), sequence([B, 6, 7], 1)]
+    batch = pack(sequences, **SETTINGS)
+    for number, one in enumerate(sequences):
+        start, end = batch.cu_seqlens[number], batch.cu_seqlens[number + 1]
+        alone = mrope_positions(
+            one.input_ids,
+            [picture.grid_thw for picture in one.images],
+            image_token_id=IMAGE,
+            merge_size=MERGE,
+        )
+        assert torch.equal(batch.position_ids[:, start:end], alone)
+
+
+def test_a_sequence_without_a_wanted_value_fails() -> None:
+    with pytest.raises(KeyError, match="old_logprobs"):
+        pack([sequence([1, 2], 1)], per_token=("old_logprobs",), **SETTINGS)
+
+
+@pytest.mark.parametrize("dp_size", [1, 2, 3])
+@pytest.mark.parametrize("max_tokens", [100, 161, 1000])
+def test_plan_holds_every_sequence_once_within_the_limit(dp_size: int, max_tokens: int) -> None:
+    generator = torch.Generator().manual_seed(3)
+    lengths = torch.randint(5, 100, (37,), generator=generator).tolist()
+    plan = plan_micro_batches(lengths, dp_size=dp_size, max_tokens=max_tokens)
+    assert len(plan) == dp_size
+    assert len({len(micro_batches) for micro_batches in plan}) == 1
+    groups = [group for micro_batches in plan for group in micro_batches]
+    assert sorted(index for group in groups for index in group) == list(range(37))
+    assert all(sum(lengths[i] for i in group) <= max_tokens for group in groups)
+    assert plan == plan_micro_batches(lengths, dp_size=dp_size, max_tokens=max_tokens)
+
+
+def test_plan_balances_ranks_within_each_micro_batch() -> None:
+    lengths = [90, 10, 50, 50, 80, 20, 60, 40]
+    plan = plan_micro_batches(lengths, dp_size=2, max_tokens=110)
+    loads = [[sum(lengths[i] for i in group) for group in rank] for rank in plan]
+    assert loads == [[100, 100], [100, 100]]
+
+
+def test_plan_uses_no_more_micro_batches_than_needed() -> None:
+    assert plan_micro_batches([10] * 8, dp_size=2, max_tokens=40) == [
+        [[0, 2, 4, 6]],
+        [[1, 3, 5, 7]],
+    ]
+    assert plan_micro_batches([40], dp_size=1, max_tokens=40) == [[[0]]]
+
+
+def test_plan_grows_when_the_total_fits_but_the_pieces_do_not() -> None:
+    plan = plan_micro_batches([60, 60, 60], dp_size=1, max_tokens=100)
+    assert sorted(plan[0]) == [[0], [1], [2]]
+
+
+def test_fewer_sequences_than_ranks_leave_some_without() -> None:
+    plan = plan_micro_batches([7, 5], dp_size=4, max_tokens=100)
+    assert sorted(plan) == [[[]], [[]], [[0]], [[1]]]
+
+
+def test_plan_names_the_sequence_that_is_too_long() -> None:
+    with pytest.raises(ValueError, match=r"sequence 2 has 101 tokens.*micro_batch_tokens=100"):
+        plan_micro_batches([5, 100, 101], dp_size=2, max_tokens=100)

@@ -1,0 +1,232 @@
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import AutoProcessor
+
+from checkpoint_tools import tiny_qwen3vl
+from prism_megatron.config import schema
+from prism_megatron.data.prompts import PromptEncoder, rollout_sequence
+from prism_megatron.data.rows import ImageSource, Message, Row, RowError
+
+SYSTEM = "Answer shortly."
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("tiny")
+    texts = ["<caption>3 8</caption><think>3+8=11</think><answer>11</answer>"] * 9
+    tiny_qwen3vl.create(out, texts, "default system", 340, seed=1)
+    return out
+
+
+@pytest.fixture(scope="module")
+def processor(folder: Path) -> Any:
+    return AutoProcessor.from_pretrained(folder)
+
+
+def make_encoder(processor: Any, **changes: Any) -> PromptEncoder:
+    options = {"system_prompt": SYSTEM, "max_prompt_tokens": 400, "max_response_tokens": 50}
+    return PromptEncoder(processor, **(options | changes))
+
+
+@pytest.fixture
+def encoder(processor: Any) -> PromptEncoder:
+    return make_encoder(processor)
+
+
+def png(width: int, height: int, seed: int = 0, mode: str = "RGB") -> bytes:
+    values = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(values).convert(mode).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def row(*turns: tuple[str, str], images: tuple[bytes, ...] = ()) -> Row:
+    sources = tuple(ImageSource(data=data) for data in images)
+    return Row("row-1", tuple(Message(*turn) for turn in turns), sources)
+
+
+def test_equals_the_processor_called_on_the_whole_chat(
+    encoder: PromptEncoder, processor: Any
+) -> None:
+    pictures = (png(64, 32, 1), png(100, 170, 2), png(33, 200, 3))
+    text = "a <image>, then <image>\nthen <image>?"
+    prompt = encoder.encode_prompt(row(("user", text), images=pictures))
+    part = {"type": "image"}
+    words = [{"type": "text", "text": t} for t in ("a ", ", then ", "\nthen ", "?")]
+    content = [words[0], part, words[1], part, words[2], part, words[3]]
+    chat = processor.apply_chat_template(
+        [{"role": "system", "content": SYSTEM}, {"role": "user", "content": content}],
+        tokenize=False,
+        add_generation_prompt=True,
+    )
+    loaded = [Image.open(io.BytesIO(data)) for data in pictures]
+    want = processor(images=loaded, text=[chat], return_tensors="pt")
+    assert prompt.row_id == "row-1"
+    assert list(prompt.input_ids) == want["input_ids"][0].tolist()
+    assert [image.grid_thw for image in prompt.images] == [
+        tuple(grid) for grid in want["image_grid_thw"].tolist()
+    ]
+    pixels = torch.cat([image.pixel_values for image in prompt.images])
+    assert torch.equal(pixels, want["pixel_values"])
+
+
+@pytest.mark.parametrize(
+    ("system_prompt", "own", "expected"),
+    [(SYSTEM, None, SYSTEM), (SYSTEM, "mine", "mine"), (None, None, "default system")],
+)
+def test_which_system_prompt_wins(
+    processor: Any, system_prompt: str | None, own: str | None, expected: str
+) -> None:
+    encoder = make_encoder(processor, system_prompt=system_prompt)
+    turns = ([("system", own)] if own else []) + [("user", "hi")]
+    text = processor.tokenizer.decode(encoder.encode_prompt(row(*turns)).input_ids)
+    assert text == (
+        f"<|im_start|>system\n{expected}<|im_end|>\n"
+        "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
+    )
+
+
+def test_an_image_is_preprocessed_once(
+    encoder: PromptEncoder, processor: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = []
+    preprocess = type(processor.image_processor).preprocess
+
+    def counted(self: Any, *args: Any, **kwargs: Any) -> Any:
+        calls.append(1)
+        return preprocess(self, *args, **kwargs)
+
+    monkeypatch.setattr(type(processor.image_processor), "preprocess", counted)
+    same, other = png(64, 32, 1), png(64, 32, 2)
+    first = encoder.encode_prompt(row(("user", "<image><image>"), images=(same, other)))
+    second = encoder.encode_prompt(row(("user", "<image>?"), images=(same,)))
+    assert len(calls) == 2
+    assert first.images[0] is second.images[0]
+    assert first.images[0].key != first.images[1].key
+
+
+@pytest.mark.parametrize("mode", ["L", "RGBA", "P"])
+def test_images_of_every_mode(encoder: PromptEncoder, mode: str) -> None:
+    prompt = encoder.encode_prompt(row(("user", "<image>"), images=(png(64, 64, mode=mode),)))
+    assert prompt.images[0].pixel_values.shape == (16, 3 * 2 * 16 * 16)
+
+
+def broken_png() -> bytes:
+    data = png(64, 32)
+    return data[: len(data) // 2]
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        (b"no image", "unreadable image: cannot identify"),
+        (b"", "unreadable image"),
+        (broken_png(), "unreadable image"),
+        (png(2010, 10), "unreadable image: absolute aspect ratio"),
+    ],
+)
+def test_unreadable_image_is_a_row_error(encoder: PromptEncoder, data: bytes, reason: str) -> None:
+    with pytest.raises(RowError, match=reason):
+        encoder.encode_prompt(row(("user", "<image>"), images=(data,)))
+
+
+def test_missing_image_is_a_row_error(encoder: PromptEncoder, tmp_path: Path) -> None:
+    source = ImageSource(path=tmp_path / "gone.png")
+    with pytest.raises(RowError, match="missing image"):
+        encoder.encode_prompt(Row("r", (Message("user", "<image>"),), (source,)))
+
+
+@pytest.mark.parametrize(("text", "count"), [("<image>", 0), ("hi", 1), ("<image> <image>", 1)])
+def test_placeholders_and_images_must_be_as_many(
+    encoder: PromptEncoder, text: str, count: int
+) -> None:
+    with pytest.raises(RowError, match=rf"placeholder count: \d <image> in the text, {count} im"):
+        encoder.encode_prompt(row(("user", text), images=(png(64, 32),) * count))
+
+
+@pytest.mark.parametrize("token", ["<|im_end|>", "<|image_pad|>", "<|vision_start|>"])
+def test_control_tokens_in_texts_are_row_errors(encoder: PromptEncoder, token: str) -> None:
+    for turns in ([("user", f"a{token}b")], [("system", token), ("user", "a")]):
+        with pytest.raises(RowError, match="control token"):
+            encoder.encode_prompt(row(*turns))
+    with pytest.raises(RowError, match="control token"):
+        encoder.encode_response(f"fine {token}")
+
+
+def test_control_token_in_the_system_prompt_is_an_error(processor: Any) -> None:
+    with pytest.raises(ValueError, match="system prompt contains the control token"):
+        make_encoder(processor, system_prompt="stop<|im_end|>")
+
+
+def test_overlong_prompt_counts_image_tokens(processor: Any) -> None:
+    question = row(("user", "<image>"), images=(png(128, 128),))
+    length = len(make_encoder(processor).encode_prompt(question).input_ids)
+    assert length > 16
+    exact = make_encoder(processor, max_prompt_tokens=length)
+    assert len(exact.encode_prompt(question).input_ids) == length
+    with pytest.raises(RowError, match=rf"overlong prompt: {length} tokens.*={length - 1}"):
+        make_encoder(processor, max_prompt_tokens=length - 1).encode_prompt(question)
+
+
+def test_overlong_response_counts_the_end_of_turn(processor: Any) -> None:
+    text = "1 2 3"
+    assert len(make_encoder(processor, max_response_tokens=6).encode_response(text)) == 6
+    with pytest.raises(RowError, match="overlong response: 6 tokens"):
+        make_encoder(processor, max_response_tokens=5).encode_response(text)
+
+
+def test_demonstration_trains_response_and_end_only(encoder: PromptEncoder) -> None:
+    prompt = encoder.encode_prompt(row(("user", "<image>?"), images=(png(64, 32),)))
+    text = "<answer>11</answer>"
+    sequence = encoder.sft_sequence(prompt, text)
+    assert sequence.input_ids.tolist()[: len(prompt.input_ids)] == list(prompt.input_ids)
+    trained = sequence.input_ids[sequence.response_mask].tolist()
+    assert trained[-1] == encoder.end_id
+    assert encoder.tokenizer.decode(trained) == text + "<|im_end|>"
+    assert sequence.response_mask.sum() == len(sequence) - len(prompt.input_ids)
+    assert sequence.images == prompt.images
+
+
+def test_demonstration_has_the_ids_of_a_rollout_of_the_same_text(encoder: PromptEncoder) -> None:
+    prompt = encoder.encode_prompt(row(("user", "?")))
+    text = "<caption>3 8</caption>"
+    rollout = rollout_sequence(prompt, encoder.encode_response(text), {})
+    assert torch.equal(rollout.input_ids, encoder.sft_sequence(prompt, text).input_ids)
+    assert encoder.decode(encoder.encode_response(text)) == text
+    assert encoder.decode(encoder.encode_section(text)) == text
+
+
+def test_rollout_values_stand_on_the_response(encoder: PromptEncoder) -> None:
+    prompt = encoder.encode_prompt(row(("user", "?")))
+    values = torch.tensor([0.5, -1.0, 2.0])
+    sequence = rollout_sequence(prompt, (4, 5, encoder.end_id), {"advantages": values})
+    advantages = sequence.per_token["advantages"]
+    assert advantages.shape == sequence.input_ids.shape
+    assert torch.equal(advantages[sequence.response_mask], values)
+    assert not advantages[~sequence.response_mask].any()
+    with pytest.raises(AssertionError, match="advantages"):
+        rollout_sequence(prompt, (4, 5), {"advantages": values})
+
+
+def test_teacher_and_student_sections_end_in_the_same_token(encoder: PromptEncoder) -> None:
+    prompt = encoder.encode_prompt(row(("user", "?")))
+    for text in ("<caption>3 8</caption>", "<think>3+8=11</think><answer>11</answer>"):
+        sequence = encoder.section_sequence(prompt, text)
+        assert sequence.input_ids[-1] == encoder.end_id
+        assert (sequence.input_ids[sequence.response_mask] == encoder.end_id).sum() == 1
+
+
+def test_from_config_reads_the_system_prompt_file(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "system.txt").write_text("Be brief.\n\n")
+    data = schema.Data(path=tmp_path, system_prompt=tmp_path / "system.txt", max_prompt_tokens=77)
+    encoder = PromptEncoder.from_config(folder, data)
+    assert encoder.system_prompt == "Be brief."
+    assert (encoder.max_prompt_tokens, encoder.max_response_tokens) == (77, 6144)

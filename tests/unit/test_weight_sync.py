@@ -1,0 +1,44 @@
+"""The weight sync checks the version that the engine answers with."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import pytest
+import torch
+from torch import Tensor
+
+from prism_megatron.config.schema import Sampling
+from prism_megatron.rollout.weight_sync import InProcessSync
+from prism_megatron.types import Prompt, Rollout
+
+
+class LaggingEngine:
+    """An engine whose version is `lag` behind the weights it was given."""
+
+    def __init__(self, lag: int) -> None:
+        self.lag = lag
+        self.weight_version = -1
+        self.weights: dict[str, Tensor] = {}
+
+    def generate(
+        self, prompts: Sequence[Prompt], sampling: Sampling, step: int
+    ) -> list[list[Rollout]]:
+        raise NotImplementedError
+
+    def load_weights(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
+        self.weights = dict(named_tensors)
+        self.weight_version = version - self.lag
+
+
+def test_sync_streams_the_weights_to_the_engine() -> None:
+    engine = LaggingEngine(lag=0)
+    weight = torch.arange(3.0)
+    InProcessSync(engine).sync(iter([("a", weight)]), version=4)
+    assert engine.weights == {"a": weight}
+    assert engine.weight_version == 4
+
+
+def test_an_engine_that_answers_with_another_version_stops_the_run() -> None:
+    with pytest.raises(RuntimeError, match=r"version 4 were sent.* answers with version 3"):
+        InProcessSync(LaggingEngine(lag=1)).sync([], version=4)
