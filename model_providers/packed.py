@@ -8,8 +8,9 @@ from torch import Tensor
 from model_providers.backend import Backend
 
 
-def packed_seq_params(cu_seqlens: Tensor, backend: Backend) -> PackedSeqParams:
-    """cu_seqlens [S+1] int32 -> what attention and rotary embedding need to know of the row."""
+def packed_seq_params(cu_seqlens: Tensor, angles: Tensor, backend: Backend) -> PackedSeqParams:
+    """cu_seqlens [S+1] int32, angles [T, 1, 1, head_dim] -> what attention needs to know of the
+    row. The backend's attention rotates queries and keys itself, each token by its own angles."""
     longest = int(cu_seqlens.diff().max())
     params = PackedSeqParams(
         qkv_format="thd",
@@ -18,12 +19,9 @@ def packed_seq_params(cu_seqlens: Tensor, backend: Backend) -> PackedSeqParams:
         max_seqlen_q=longest,
         max_seqlen_kv=longest,
     )
+    params.angles = angles  # type: ignore[attr-defined]
     if backend.device.type == "cpu":
         from model_providers.cpu_layers import attention_groups
 
         params.groups = attention_groups(cu_seqlens)  # type: ignore[attr-defined]
-        # angles come one a token, so the rotary embedding may take the row as one sequence
-        # instead of slicing it per sequence in Python
-        whole = cu_seqlens[[0, -1]]
-        params.cu_seqlens_q_padded = params.cu_seqlens_kv_padded = whole
     return params

@@ -6,11 +6,12 @@ frame -> merger [P / merge^2, out_hidden] and one more merger after each deepsta
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.models.backends import BackendSpecProvider
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_block import TransformerBlock
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -37,6 +38,7 @@ class PatchMerger(MegatronModule):
         config: TransformerConfig,
         vision: VisionConfig,
         parallel: ParallelState,
+        layers: BackendSpecProvider,
         norm_after_join: bool,
     ) -> None:
         super().__init__(config)
@@ -48,17 +50,19 @@ class PatchMerger(MegatronModule):
             eps=1e-6,
             dtype=config.params_dtype,
         )
-        shared = dict(config=config, init_method=config.init_method, tp_group=parallel.groups.tp)
-        self.linear_fc1 = ColumnParallelLinear(
-            self.joined, self.joined, bias=True, gather_output=False, **shared
-        )
-        self.linear_fc2 = RowParallelLinear(
-            self.joined,
-            vision.out_hidden_size,
+        shared = dict(
+            config=config,
+            init_method=config.init_method,
             bias=True,
-            input_is_parallel=True,
             skip_bias_add=False,
-            **shared,
+            is_expert=False,
+            tp_group=parallel.groups.tp,
+        )
+        self.linear_fc1 = layers.column_parallel_linear()(
+            self.joined, self.joined, gather_output=False, **shared
+        )
+        self.linear_fc2 = layers.row_parallel_linear()(
+            self.joined, vision.out_hidden_size, input_is_parallel=True, **shared
         )
 
     def forward(self, hidden: Tensor) -> Tensor:
@@ -107,10 +111,10 @@ class VisionModel(MegatronModule):
             post_layer_norm=False,
             pg_collection=parallel.groups_of_one_stage,
         )
-        self.merger = PatchMerger(config, vision, parallel, norm_after_join=False)
+        build = partial(PatchMerger, config, vision, parallel, backend.layers)
+        self.merger = build(norm_after_join=False)
         self.deepstack_merger_list = ShardedModuleList(
-            PatchMerger(config, vision, parallel, norm_after_join=True)
-            for _ in vision.deepstack_visual_indexes
+            build(norm_after_join=True) for _ in vision.deepstack_visual_indexes
         )
 
     def forward(self, pixel_values: Tensor, grid_thw: Tensor) -> Tensor:
@@ -126,9 +130,10 @@ class VisionModel(MegatronModule):
         hidden, taps = self.decoder(
             hidden.unsqueeze(1),
             attention_mask=None,
-            rotary_pos_emb=self._rotary(grids).to(hidden.device),
             packed_seq_params=packed_seq_params(
-                F.pad(frames.cumsum(0), (1, 0)).int(), self.backend
+                F.pad(frames.cumsum(0), (1, 0)).int(),
+                self._rotary(grids).to(hidden.device),
+                self.backend,
             ),
             extract_layer_indices=set(self.vision.deepstack_visual_indexes),
         )
