@@ -8,15 +8,18 @@ from torch import Tensor
 from model_providers.backend import Backend
 
 
-def packed_seq_params(cu_seqlens: Tensor, backend: Backend) -> PackedSeqParams:
-    """cu_seqlens [S+1] int32 -> what attention and rotary embedding need to know of the row."""
-    longest = int(cu_seqlens.diff().max())
+def packed_seq_params(cu_seqlens: Tensor, max_seqlen: int, backend: Backend) -> PackedSeqParams:
+    """What attention and rotary embedding need to know of a row of S packed sequences.
+
+    cu_seqlens [S+1] int32 on the device; max_seqlen, the longest, is host data, so that no
+    forward waits for the device.
+    """
     params = PackedSeqParams(
         qkv_format="thd",
         cu_seqlens_q=cu_seqlens,
         cu_seqlens_kv=cu_seqlens,
-        max_seqlen_q=longest,
-        max_seqlen_kv=longest,
+        max_seqlen_q=max_seqlen,
+        max_seqlen_kv=max_seqlen,
     )
     if backend.device.type == "cpu":
         from model_providers.cpu_layers import attention_groups

@@ -38,7 +38,7 @@ from model_providers.config import (
 from model_providers.layers import decoder_block
 from model_providers.packed import packed_seq_params
 from model_providers.parallel import ParallelState
-from model_providers.vision import VisionModel
+from model_providers.vision import Grid, VisionModel
 
 Head = Literal["language", "score"]
 
@@ -54,7 +54,8 @@ class Batch(Protocol):
     visual_index: Tensor
     feature_index: Tensor
     pixel_values: Tensor | None
-    image_grid_thw: Tensor | None
+    grids: tuple[Grid, ...]
+    max_seqlen: int
 
 
 class ScoreHead(nn.Module):
@@ -222,7 +223,7 @@ class Qwen3VLModel(MegatronModule):
             context=features,
             context_mask=rows.local,
             rotary_pos_emb=mrope_angles(self.architecture, batch.position_ids),
-            packed_seq_params=packed_seq_params(batch.cu_seqlens, self.backend),
+            packed_seq_params=packed_seq_params(batch.cu_seqlens, batch.max_seqlen, self.backend),
             padding_mask=self._local_padding(batch) if self.architecture.num_experts else None,
         )
         if not self.post_process:
@@ -280,7 +281,7 @@ class Qwen3VLModel(MegatronModule):
             hidden = hidden.transpose(0, 1).contiguous()
         if batch.pixel_values is None:
             return hidden, None
-        features = self.vision_model(batch.pixel_values, batch.image_grid_thw)
+        features = self.vision_model(batch.pixel_values, batch.grids)
         if self.config.sequence_parallel:
             features = tensor_parallel.copy_to_tensor_model_parallel_region(
                 features, group=self.parallel.groups.tp
