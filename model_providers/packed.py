@@ -8,16 +8,21 @@ from torch import Tensor
 from model_providers.backend import Backend
 
 
-def packed_seq_params(cu_seqlens: Tensor, angles: Tensor, backend: Backend) -> PackedSeqParams:
-    """cu_seqlens [S+1] int32, angles [T, 1, 1, head_dim] -> what attention needs to know of the
-    row. The backend's attention rotates queries and keys itself, each token by its own angles."""
-    longest = int(cu_seqlens.diff().max())
+def packed_seq_params(
+    cu_seqlens: Tensor, max_seqlen: int, angles: Tensor, backend: Backend
+) -> PackedSeqParams:
+    """What attention needs to know of a row of S packed sequences.
+
+    cu_seqlens [S+1] int32 on the device; max_seqlen, the longest, is host data, so that no
+    forward waits for the device. The backend's attention rotates queries and keys itself, each
+    token by its own angles [T, 1, 1, head_dim].
+    """
     params = PackedSeqParams(
         qkv_format="thd",
         cu_seqlens_q=cu_seqlens,
         cu_seqlens_kv=cu_seqlens,
-        max_seqlen_q=longest,
-        max_seqlen_kv=longest,
+        max_seqlen_q=max_seqlen,
+        max_seqlen_kv=max_seqlen,
     )
     params.angles = angles  # type: ignore[attr-defined]
     if backend.device.type == "cpu":

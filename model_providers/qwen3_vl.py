@@ -39,7 +39,7 @@ from model_providers.config import (
 from model_providers.layers import decoder_block
 from model_providers.packed import packed_seq_params
 from model_providers.parallel import ParallelState
-from model_providers.vision import VisionModel
+from model_providers.vision import Grid, VisionModel
 
 Head = Literal["language", "score"]
 
@@ -55,7 +55,8 @@ class Batch(Protocol):
     visual_index: Tensor
     feature_index: Tensor
     pixel_values: Tensor | None
-    image_grid_thw: Tensor | None
+    grids: tuple[Grid, ...]
+    max_seqlen: int
 
 
 class ScoreHead(nn.Module):
@@ -227,6 +228,7 @@ class Qwen3VLModel(MegatronModule):
             context_mask=rows.local,
             packed_seq_params=packed_seq_params(
                 batch.cu_seqlens,
+                batch.max_seqlen,
                 mrope_angles(self.architecture, batch.position_ids),
                 self.backend,
             ),
@@ -284,7 +286,7 @@ class Qwen3VLModel(MegatronModule):
             hidden = hidden.transpose(0, 1).contiguous()
         if batch.pixel_values is None:
             return hidden, None
-        features = self.vision_model(batch.pixel_values, batch.image_grid_thw)
+        features = self.vision_model(batch.pixel_values, batch.grids)
         if self.config.sequence_parallel:
             features = tensor_parallel.copy_to_tensor_model_parallel_region(
                 features, group=self.parallel.groups.tp

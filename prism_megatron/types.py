@@ -79,11 +79,15 @@ class PackedBatch:
                                padding, if any, is the last sequence
     loss_mask    [T] float     1 where labels[t] is trained, i.e. the *predicted* token is response
     padding_mask [T] bool      True on padding tokens
-    pixel_values [P, D] / image_grid_thw [N, 3] int64: the distinct images, each once; None if none
+    pixel_values [P, D]        patches of the N distinct images, each image once; None if none
+    grids                      (t, h, w) in patches of those images, in their order
+    max_seqlen                 tokens of the longest sequence, padding included
     visual_index [V] int64     positions in [0, T) of the visual tokens, ascending
     feature_index[V] int64     for each of them its row among the image features of the N images
     per_token    name -> [T]   values aligned with *labels* (shifted left by one, like loss_mask)
     num_sequences              S without the padding sequence
+
+    Sizes that a forward needs as numbers are host data, so that none waits for the device.
 
     Example: two sequences "A B | c d" and "E | f", response after the bar, no padding:
     input_ids = [A B c d E f], labels = [B c d 0 f 0], loss_mask = [0 1 1 0 1 0],
@@ -99,7 +103,8 @@ class PackedBatch:
     visual_index: Tensor
     feature_index: Tensor
     pixel_values: Tensor | None
-    image_grid_thw: Tensor | None
+    grids: tuple[tuple[int, int, int], ...]
+    max_seqlen: int
     num_sequences: int
     per_token: dict[str, Tensor] = field(default_factory=dict)
 
@@ -108,9 +113,9 @@ class PackedBatch:
 
         def move(value: Any) -> Any:
             if isinstance(value, Tensor):
-                return value.to(device)
+                return value.to(device, non_blocking=True)
             if isinstance(value, dict):
-                return {name: tensor.to(device) for name, tensor in value.items()}
+                return {name: move(tensor) for name, tensor in value.items()}
             return value
 
         return PackedBatch(**{name: move(value) for name, value in vars(self).items()})

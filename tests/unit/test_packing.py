@@ -40,7 +40,8 @@ def test_documented_example() -> None:
     assert batch.cu_seqlens.tolist() == [0, 4, 6]
     assert batch.cu_seqlens.dtype == torch.int32
     assert batch.num_sequences == 2
-    assert batch.pixel_values is None and batch.image_grid_thw is None
+    assert batch.max_seqlen == 4
+    assert batch.pixel_values is None and batch.grids == ()
     assert batch.visual_index.numel() == batch.feature_index.numel() == 0
 
 
@@ -56,6 +57,7 @@ def test_padding_is_the_last_sequence_and_trains_nothing() -> None:
     assert batch.input_ids.tolist() == [1, 2, 3, 4, 5, PAD, PAD, PAD]
     assert batch.cu_seqlens.tolist() == [0, 5, 8]
     assert batch.num_sequences == 1
+    assert batch.max_seqlen == 5
     assert batch.padding_mask.tolist() == [False] * 5 + [True] * 3
     assert batch.position_ids[:, 5:].tolist() == [[0, 1, 2]] * 3
     assert batch.loss_mask.tolist() == [0, 0, 1, 1, 0, 0, 0, 0]
@@ -96,8 +98,7 @@ def test_shared_image_is_packed_once_and_every_token_finds_its_feature() -> None
         sequence([1, A, 2], 1),
     ]
     batch = pack(sequences, pad_multiple=8, **SETTINGS)
-    assert batch.image_grid_thw is not None
-    assert batch.image_grid_thw.tolist() == [[1, 2, 6], [1, 4, 4]]
+    assert batch.grids == ((1, 2, 6), (1, 4, 4))
     assert batch.feature_index.tolist() == [0, 1, 2, 3, 4, 5, 6, 0, 1, 2, 0, 1, 2]
     assert torch.equal(batch.visual_index, (batch.input_ids == IMAGE).nonzero()[:, 0])
     shown = [A, B, A, A]
