@@ -36,6 +36,8 @@ class Backend:
     overwrite the logits."""
     moe_dispatcher: str
     grouped_gemm: bool
+    fp8: bool
+    """Whether its linear layers can compute in FP8."""
     fused_kernels: bool
     """Whether gated activations and weight-gradient accumulation have kernels of their own."""
     supports: dict[str, int]
@@ -106,6 +108,7 @@ def _cpu() -> Backend:
         # alltoall wants CUDA streams, and gloo has no uneven all-to-all
         moe_dispatcher="allgather",
         grouped_gemm=False,
+        fp8=False,
         fused_kernels=False,
         supports={"context": 1, "expert_tensor": 1, "virtual_pipeline": 1},
     )
@@ -132,6 +135,7 @@ def _cuda() -> Backend:
         cross_entropy=cross_entropy,
         moe_dispatcher="alltoall",
         grouped_gemm=True,
+        fp8=True,
         fused_kernels=True,
         supports={"context": 1, "virtual_pipeline": 1},
     )

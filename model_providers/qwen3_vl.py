@@ -32,6 +32,8 @@ from torch.distributed import ProcessGroup
 
 from model_providers.backend import Backend
 from model_providers.config import (
+    BACKEND_DTYPE,
+    Precision,
     Qwen3VLConfig,
     text_transformer_config,
     vision_transformer_config,
@@ -103,8 +105,11 @@ class LanguageModel(MegatronModule):
         backend: Backend,
         head: Head,
         aux_loss_coef: float,
+        precision: Precision,
     ) -> None:
-        transformer = text_transformer_config(config, parallel.layout, backend, aux_loss_coef)
+        transformer = text_transformer_config(
+            config, parallel.layout, backend, aux_loss_coef, precision
+        )
         super().__init__(transformer)
         self.pre_process, self.post_process = parallel.is_first_stage, parallel.is_last_stage
         self.tied = config.tie_word_embeddings and head == "language"
@@ -174,14 +179,17 @@ class Qwen3VLModel(MegatronModule):
         backend: Backend,
         head: Head = "language",
         aux_loss_coef: float = 0.0,
+        precision: Precision = BACKEND_DTYPE,
     ) -> None:
-        """Raises ValueError if the layout does not fit the model or the backend."""
+        """Raises ValueError if layout or precision do not fit the model or the backend."""
         backend.check(parallel.layout)
         config.check_layout(parallel.layout)
-        language_model = LanguageModel(config, parallel, backend, head, aux_loss_coef)
+        precision.check(backend, parallel.layout)
+        language_model = LanguageModel(config, parallel, backend, head, aux_loss_coef, precision)
         super().__init__(language_model.config)
         self.tp_group = parallel.groups.tp
         self.architecture, self.parallel, self.backend, self.head = config, parallel, backend, head
+        self.precision = precision
         self.pre_process, self.post_process = parallel.is_first_stage, parallel.is_last_stage
         self.language_model = language_model
         if self.pre_process:

@@ -145,7 +145,8 @@ class ModelRunner:
         parallelism gathers tokens over them."""
         plan = plan if plan is not None else self._plan(sequences)
         layout, architecture = self.parallel.layout, self.model.architecture
-        multiple = layout.tensor if layout.sequence_parallel else 1
+        multiple = self.model.precision.row_multiple
+        multiple *= layout.tensor if layout.sequence_parallel else 1
         per_token = tuple(sequences[0].per_token)
         batches = []
         for i, members in enumerate(plan[self.parallel.data_rank]):
