@@ -40,6 +40,8 @@ class Backend:
     """Whether its linear layers can compute in FP8."""
     fused_kernels: bool
     """Whether gated activations and weight-gradient accumulation have kernels of their own."""
+    async_collectives: bool
+    """Whether a collective can run beside the computation."""
     supports: dict[str, int]
     """Largest size of each parallel dimension that this backend can run; absent means any."""
 
@@ -110,6 +112,7 @@ def _cpu() -> Backend:
         grouped_gemm=False,
         fp8=False,
         fused_kernels=False,
+        async_collectives=False,
         supports={"context": 1, "expert_tensor": 1, "virtual_pipeline": 1},
     )
 
@@ -137,5 +140,6 @@ def _cuda() -> Backend:
         grouped_gemm=True,
         fp8=True,
         fused_kernels=True,
+        async_collectives=True,
         supports={"context": 1, "virtual_pipeline": 1},
     )
