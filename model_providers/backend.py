@@ -98,7 +98,7 @@ def _cpu() -> Backend:
         # alltoall wants CUDA streams, and gloo has no uneven all-to-all
         moe_dispatcher="allgather",
         grouped_gemm=False,
-        supports={"context": 1, "expert_tensor": 1, "virtual_pipeline": 1},
+        supports={"context": 1, "virtual_pipeline": 1},
     )
 
 

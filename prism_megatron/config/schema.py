@@ -32,6 +32,8 @@ class Parallel(Section):
     """Pipeline stages."""
     expert: int = Field(1, ge=1)
     """Expert-parallel ranks; experts are spread over them."""
+    expert_tensor: int = Field(1, ge=1)
+    """Tensor-parallel ranks of each expert, independent of `tensor`."""
     sequence: bool = True
     """Sequence parallelism: activations between blocks are split over the tensor-parallel ranks.
     Has no effect at tensor=1."""

@@ -141,8 +141,8 @@ class ModelRunner:
     def _micro_batches(
         self, sequences: list[Sequence], plan: list[list[list[int]]] | None = None
     ) -> list[PackedBatch]:
-        """This rank's micro-batches. Row i is as long on every data-parallel rank, since expert
-        parallelism gathers tokens over them."""
+        """This rank's micro-batches. Row i is as long on every data-parallel rank where experts are
+        spread, since their tokens are gathered over these ranks."""
         plan = plan if plan is not None else self._plan(sequences)
         layout, architecture = self.parallel.layout, self.model.architecture
         multiple = layout.tensor if layout.sequence_parallel else 1
@@ -156,7 +156,7 @@ class ModelRunner:
                 merge_size=architecture.vision.spatial_merge_size,
                 pad_id=self.pad_id,
                 pad_multiple=multiple,
-                pad_to=longest if layout.expert > 1 else None,
+                pad_to=longest if layout.expert * layout.expert_tensor > 1 else None,
                 per_token=per_token,
             )
             batches.append(batch.to(self.model.backend.device))

@@ -26,6 +26,7 @@ def layout_of(parallel: Parallel) -> Layout:
         tensor=parallel.tensor,
         pipeline=parallel.pipeline,
         expert=parallel.expert,
+        expert_tensor=parallel.expert_tensor,
         sequence_parallel=parallel.sequence_parallel,
     )
 

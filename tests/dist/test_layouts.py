@@ -32,6 +32,10 @@ PP4 = Layout(pipeline=4)
 EP2 = Layout(expert=2)
 TP2EP2 = Layout(tensor=2, expert=2, sequence_parallel=True)
 EP2PP2 = Layout(expert=2, pipeline=2)
+ETP2 = Layout(expert_tensor=2)
+TP2ETP2 = Layout(tensor=2, expert_tensor=2, sequence_parallel=True)
+EP2ETP2 = Layout(expert=2, expert_tensor=2)
+TP2EP2ETP2 = Layout(tensor=2, expert=2, expert_tensor=2, sequence_parallel=True)
 
 DENSE = {
     "tp2": (2, TP2),
@@ -53,6 +57,10 @@ EXPERTS = {
     "ep4": (4, Layout(expert=4)),
     "tp2-ep2-sp-dp2": (4, TP2EP2),
     "ep2-pp2": (4, EP2PP2),
+    "etp2": (2, ETP2),
+    "tp2-etp2-sp": (2, TP2ETP2),
+    "ep2-etp2": (4, EP2ETP2),
+    "tp2-ep2-etp2-sp": (4, TP2EP2ETP2),
 }
 
 
@@ -113,7 +121,7 @@ def test_discriminator_layouts_equal_one_rank(
     _compare(found, one_rank("moe", "score", {}))
 
 
-@pytest.mark.parametrize("layout", ["ep2", "tp2-sp", "dp2", "pp2", "tp2-ep2-sp"])
+@pytest.mark.parametrize("layout", ["ep2", "tp2-sp", "dp2", "pp2", "tp2-ep2-sp", "etp2", "tp2-etp2-sp"])
 def test_router_loss_does_not_depend_on_the_layout(
     ranks: Worlds, hf_models: dict[str, Path], one_rank: OneRank, layout: str
 ) -> None:

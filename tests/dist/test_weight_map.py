@@ -62,6 +62,8 @@ def _round_trip(path: Path, layout: Layout) -> list[str]:
         ("moe", 2, Layout(tensor=2, expert=2, sequence_parallel=True)),
         ("moe", 4, Layout(expert=2, pipeline=2)),
         ("moe", 4, Layout(expert=4)),
+        ("moe", 2, Layout(expert_tensor=2)),
+        ("moe", 4, Layout(tensor=2, expert=2, expert_tensor=2, sequence_parallel=True)),
     ],
 )
 def test_round_trip_is_bit_equal_on_every_rank(
