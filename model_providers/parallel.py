@@ -28,6 +28,13 @@ class Layout:
     expert: int = 1
     expert_tensor: int = 1
     sequence_parallel: bool = False
+    first_stage_layers: int | None = None
+    last_stage_layers: int | None = None
+    """Decoder layers of the first and the last pipeline stage; the others share the rest evenly."""
+    embedding_as_layer: bool = False
+    loss_as_layer: bool = False
+    """The embedding (with the vision tower) takes a layer's place on the first stage, the head and
+    the loss take one on the last."""
 
     def data(self, world: int) -> int:
         """Data-parallel size at `world` ranks; ValueError if that does not divide."""

@@ -62,6 +62,17 @@ EXPERTS = {
     "ep2-etp2": (4, EP2ETP2),
     "tp2-ep2-etp2-sp": (4, TP2EP2ETP2),
 }
+COUNTED = {"embedding_as_layer": True, "loss_as_layer": True}
+# six layers and three deepstack features, which have to cross from stage to stage
+DEEP = {
+    "pp2-first1": (2, Layout(pipeline=2, first_stage_layers=1)),
+    "pp2-last1": (2, Layout(pipeline=2, first_stage_layers=5, last_stage_layers=1)),
+    "pp4-counted": (4, Layout(pipeline=4, **COUNTED)),
+    "pp2-first2-tp2-sp": (
+        4,
+        Layout(tensor=2, pipeline=2, first_stage_layers=2, sequence_parallel=True),
+    ),
+}
 
 
 @pytest.fixture(scope="module")
@@ -110,6 +121,15 @@ def test_dense_layouts_equal_one_rank(
     world, split = DENSE[layout]
     found = ranks(world).run(_gradients, hf_models[kind], split, "language", {})
     _compare(found, one_rank(kind, "language", {}))
+
+
+@pytest.mark.parametrize("layout", DEEP)
+def test_stages_of_any_size_equal_one_rank(
+    ranks: Worlds, hf_models: dict[str, Path], one_rank: OneRank, layout: str
+) -> None:
+    world, split = DEEP[layout]
+    found = ranks(world).run(_gradients, hf_models["deep"], split, "language", {})
+    _compare(found, one_rank("deep", "language", {}))
 
 
 @pytest.mark.parametrize("layout", EXPERTS)
