@@ -98,7 +98,7 @@ def _cpu() -> Backend:
         # alltoall wants CUDA streams, and gloo has no uneven all-to-all
         moe_dispatcher="allgather",
         grouped_gemm=False,
-        supports={"context": 1, "virtual_pipeline": 1},
+        supports={},
     )
 
 
@@ -122,5 +122,5 @@ def _cuda() -> Backend:
         layers=TESpecProvider(),
         moe_dispatcher="alltoall",
         grouped_gemm=True,
-        supports={"context": 1, "virtual_pipeline": 1},
+        supports={},
     )

@@ -43,6 +43,12 @@ class VisionConfig:
         """Values of one flattened patch."""
         return self.in_channels * self.temporal_patch_size * self.patch_size**2
 
+    def work(self, frames: int, height: int, width: int) -> float:
+        """What the blocks compute for an image of so many patches, beside another's: linear layers,
+        and attention within each frame (multiply-adds, divided by 2 * hidden * depth)."""
+        linear = 2 * self.hidden_size + self.intermediate_size
+        return frames * height * width * (linear + height * width)
+
 
 @dataclass(frozen=True)
 class Qwen3VLConfig:
@@ -316,6 +322,8 @@ def vision_transformer_config(
     vision = config.vision
     common = _common(layout, backend)
     common["expert_model_parallel_size"] = common["expert_tensor_parallel_size"] = 1
+    # images are shared out whole (image_shares.py)
+    common["context_parallel_size"] = 1
     return TransformerConfig(
         num_layers=vision.depth,
         hidden_size=vision.hidden_size,
@@ -338,6 +346,9 @@ def _pipeline(layout: Layout) -> dict[str, Any]:
         virtual_pipeline_model_parallel_size=(
             layout.virtual_pipeline if layout.virtual_pipeline > 1 else None
         ),
+        # without it one call exchanges the shapes of both directions, and of two stages, which are
+        # each other's next and previous one, each would take a shape for the other direction's
+        overlap_p2p_comm=layout.virtual_pipeline > 1,
         num_layers_in_first_pipeline_stage=layout.first_stage_layers,
         num_layers_in_last_pipeline_stage=layout.last_stage_layers,
         account_for_embedding_in_pipeline_split=layout.embedding_as_layer,

@@ -119,9 +119,10 @@ class ParallelState:
 
     @property
     def groups_of_one_stage(self) -> ProcessGroupCollection:
-        """The groups as a module sees them that lives whole on one pipeline stage."""
+        """The groups as a module sees them that lives whole on one pipeline stage and whose work
+        context-parallel ranks do not split."""
         one_stage = ProcessGroupCollection(**vars(self.groups))
-        one_stage.pp = self.alone
+        one_stage.pp = one_stage.cp = self.alone
         return one_stage
 
     @property

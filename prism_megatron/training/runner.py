@@ -29,6 +29,7 @@ from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
 from torch import Tensor
 
+from model_providers import context
 from model_providers.qwen3_vl import Qwen3VLModel
 from prism_megatron.config.schema import Optimizer
 from prism_megatron.data.packing import pack, packed_length, plan_micro_batches
@@ -70,7 +71,7 @@ class ModelRunner:
         self.model = model
         self.micro_batch_tokens, self.pad_id = micro_batch_tokens, pad_id
         self.parallel = model.parallel
-        self.ddp: DistributedDataParallel | None = None
+        self.ddp: list[DistributedDataParallel] = []
         if optimizer is None:
             model.requires_grad_(False)
             return
@@ -80,11 +81,20 @@ class ModelRunner:
 
     def train_step(self, sequences: list[Sequence], loss_fn: LossFn) -> StepResult:
         """One optimizer step over all sequences of the step, which every rank passes alike."""
-        assert self.ddp is not None, "this runner has no optimizer"
+        assert self.ddp, "this runner has no optimizer"
         self.model.train()
-        self.ddp.zero_grad_buffer()
+        for chunk in self.ddp:
+            chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
-        batches = self._micro_batches(sequences)
+        plan = self._plan(sequences)
+        if self.model.config.moe_aux_loss_coeff and not all(m for rank in plan for m in rank):
+            # the mean over no token
+            raise ValueError(
+                f"{len(sequences)} sequences leave some of {len(plan[0])} micro-batches on "
+                f"{len(plan)} data-parallel ranks empty, where the router's load-balancing loss is "
+                "not defined; raise the batch size or set aux_loss_coef=0"
+            )
+        batches = self._micro_batches(sequences, plan)
         self._set_router_loss_scale(batches)
         sums = self._forward_backward(batches, loss_fn)
         # before the update, so that a warm-up does not begin with a step at rate zero
@@ -132,10 +142,14 @@ class ModelRunner:
         return [merged[i] for i in range(count)]
 
     def _plan(self, sequences: list[Sequence]) -> list[list[list[int]]]:
+        layout = self.parallel.layout
         return plan_micro_batches(
             [len(s) for s in sequences],
             dp_size=self.parallel.data_size,
             max_tokens=self.micro_batch_tokens,
+            # the interleaved schedule sends as many micro-batches as there are stages through one
+            # virtual stage after the other
+            multiple=layout.pipeline if layout.virtual_pipeline > 1 else 1,
         )
 
     def _micro_batches(
@@ -145,17 +159,22 @@ class ModelRunner:
         spread, since their tokens are gathered over these ranks."""
         plan = plan if plan is not None else self._plan(sequences)
         layout, architecture = self.parallel.layout, self.model.architecture
-        multiple = layout.tensor if layout.sequence_parallel else 1
+        sequence_multiple = context.sequence_multiple(layout.context)
+        multiple = sequence_multiple * (layout.tensor if layout.sequence_parallel else 1)
         per_token = tuple(sequences[0].per_token)
         batches = []
         for i, members in enumerate(plan[self.parallel.data_rank]):
-            longest = max(packed_length([sequences[j] for j in r[i]], multiple) for r in plan)
+            longest = max(
+                packed_length([sequences[j] for j in r[i]], multiple, sequence_multiple)
+                for r in plan
+            )
             batch = pack(
                 [sequences[j] for j in members],
                 image_token_id=architecture.image_token_id,
                 merge_size=architecture.vision.spatial_merge_size,
                 pad_id=self.pad_id,
                 pad_multiple=multiple,
+                sequence_multiple=sequence_multiple,
                 pad_to=longest if layout.expert * layout.expert_tensor > 1 else None,
                 per_token=per_token,
             )
@@ -166,16 +185,16 @@ class ModelRunner:
         """The load-balancing loss of a micro-batch counts by its share of the step's tokens.
 
         megatron.core multiplies it by the micro-batch's tokens and leaves the division to us. It
-        means each tensor-parallel rank's own tokens times the number of ranks, but its all-reduce
-        of the counts works in place (get_tokens_per_expert_and_token_count), so that every rank
-        multiplies by all tokens times the number of ranks.
+        means each tensor- and context-parallel rank's own tokens times the number of ranks, but its
+        all-reduce of the counts works in place (get_tokens_per_expert_and_token_count), so that
+        every rank multiplies by all tokens times the number of ranks.
         """
         if not self.model.architecture.num_experts:
             return
         tokens = torch.stack([(~batch.padding_mask).sum() for batch in batches]).sum().float()
         dist.all_reduce(tokens, group=self.parallel.groups.dp)
         # one element, as in the default that megatron.core copies into the same tensor
-        scale = (1.0 / (tokens * self.parallel.layout.tensor)).reshape(1)
+        scale = (1.0 / (tokens * self.parallel.groups.tp_cp.size())).reshape(1)
         self.model.config.moe_grad_scale_func = lambda: scale
 
     def _forward_backward(self, batches: list[PackedBatch], loss_fn: LossFn) -> dict[str, float]:
@@ -204,10 +223,12 @@ class ModelRunner:
 
     def _router_metrics(self, micro_batches: int) -> dict[str, float]:
         """Mean over layers and micro-batches of the load-balancing loss; top_k when balanced."""
-        entry = get_moe_metrics_tracker().metrics.get("load_balancing_loss")
-        if entry is None:
+        if not self.model.config.moe_aux_loss_coeff:
             return {}
-        value = entry.values.mean() / micro_batches * self.model.architecture.top_k
+        entry = get_moe_metrics_tracker().metrics.get("load_balancing_loss")
+        # a stage with the embedding alone has no router
+        mean = entry.values.mean() if entry else torch.zeros((), device=self.model.backend.device)
+        value = mean / micro_batches * self.model.architecture.top_k
         dist.all_reduce(value, group=self.parallel.groups.tp_cp)
         dist.all_reduce(value, group=self.parallel.groups.dp)
         dist.all_reduce(value, group=self.parallel.groups.pp)
@@ -231,12 +252,15 @@ class ModelRunner:
             return model(batch), loss
 
         groups = self.parallel.groups
-        pipeline = self.parallel.layout.pipeline
-        schedule = get_forward_backward_func(pp_size=pipeline, vp_size=None)
+        pipeline, virtual = self.parallel.layout.pipeline, self.parallel.layout.virtual_pipeline
+        schedule = get_forward_backward_func(
+            pp_size=pipeline, vp_size=virtual if virtual > 1 else None
+        )
+        chunks = self.ddp or list(self.model.chunks)
         return schedule(
             forward_step_func=forward_step,
-            data_iterator=iter(batches),
-            model=self.ddp if self.ddp is not None else self.model,
+            data_iterator=[iter(batches) for _ in chunks],
+            model=chunks,
             num_microbatches=len(batches),
             seq_length=1,
             micro_batch_size=1,
@@ -248,25 +272,24 @@ class ModelRunner:
         )
 
 
-def _wrap(model: Qwen3VLModel) -> DistributedDataParallel:
+def _wrap(model: Qwen3VLModel) -> list[DistributedDataParallel]:
     def finalize(models: list[Any], num_tokens: Tensor | None, **kwargs: Any) -> None:
         # None: gradients are already those of the normalised loss
         finalize_model_grads(models, None, **kwargs)
 
     model.config.finalize_model_grads_func = finalize
-    return DistributedDataParallel(
-        model.config,
-        DistributedDataParallelConfig(
-            grad_reduce_in_fp32=True,
-            overlap_grad_reduce=False,
-            use_distributed_optimizer=True,
-        ),
-        model,
-        pg_collection=model.parallel.groups,
+    settings = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        overlap_grad_reduce=False,
+        use_distributed_optimizer=True,
     )
+    return [
+        DistributedDataParallel(chunk.config, settings, chunk, pg_collection=model.parallel.groups)
+        for chunk in model.chunks
+    ]
 
 
-def _optimizer(section: Optimizer, ddp: DistributedDataParallel, model: Qwen3VLModel) -> Any:
+def _optimizer(section: Optimizer, ddp: list[DistributedDataParallel], model: Qwen3VLModel) -> Any:
     config = OptimizerConfig(
         optimizer="adam",
         lr=section.lr,
@@ -281,7 +304,7 @@ def _optimizer(section: Optimizer, ddp: DistributedDataParallel, model: Qwen3VLM
         use_distributed_optimizer=True,
     )
     optimizer = get_megatron_optimizer(
-        config, [ddp], use_gloo_process_groups=False, pg_collection=model.parallel.groups
+        config, ddp, use_gloo_process_groups=False, pg_collection=model.parallel.groups
     )
     for part in optimizer.chained_optimizers:
         if isinstance(part.optimizer, torch.optim.Adam | torch.optim.AdamW):

@@ -131,9 +131,9 @@ def gradients(runner: ModelRunner, head: Head) -> tuple[float, dict[str, Tensor]
     runner.model.config.finalize_model_grads_func = lambda models, tokens, **kwargs: finalize(
         models, tokens, **(kwargs | {"force_all_reduce": True})
     )
-    assert runner.ddp is not None
     runner.model.train()
-    runner.ddp.zero_grad_buffer()
+    for chunk in runner.ddp:
+        chunk.zero_grad_buffer()
     batches = runner._micro_batches(batch())
     runner._set_router_loss_scale(batches)
     sums = runner._forward_backward(batches, loss_of(head))
