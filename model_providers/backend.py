@@ -55,6 +55,11 @@ class Backend:
                     f"asks for {asked}; lower it or choose another backend"
                 )
 
+    def to_device(self, host: Tensor) -> Tensor:
+        """The same on the device; the host does not wait for the copy."""
+        staged = host.pin_memory() if self.device.type == "cuda" else host
+        return staged.to(self.device, non_blocking=True)
+
     def init_process_group(self, timeout_seconds: float = 600) -> None:
         """Join the world that torchrun or srun started; a lone process is a world of one."""
         if dist.is_initialized():
@@ -113,7 +118,7 @@ def _cpu() -> Backend:
         fp8=False,
         fused_kernels=False,
         async_collectives=False,
-        supports={"context": 1, "expert_tensor": 1, "virtual_pipeline": 1},
+        supports={},
     )
 
 
@@ -141,5 +146,5 @@ def _cuda() -> Backend:
         fp8=True,
         fused_kernels=True,
         async_collectives=True,
-        supports={"context": 1, "virtual_pipeline": 1},
+        supports={},
     )

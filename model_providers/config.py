@@ -14,7 +14,9 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
+from megatron.core.transformer.transformer_block import get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
 from model_providers.backend import Backend
 from model_providers.parallel import Layout
@@ -40,6 +42,12 @@ class VisionConfig:
     def patch_dim(self) -> int:
         """Values of one flattened patch."""
         return self.in_channels * self.temporal_patch_size * self.patch_size**2
+
+    def work(self, frames: int, height: int, width: int) -> float:
+        """What the blocks compute for an image of so many patches, beside another's: linear layers,
+        and attention within each frame (multiply-adds, divided by 2 * hidden * depth)."""
+        linear = 2 * self.hidden_size + self.intermediate_size
+        return frames * height * width * (linear + height * width)
 
 
 @dataclass(frozen=True)
@@ -136,6 +144,11 @@ class Qwen3VLConfig:
         """Decoder layers that get a deepstack feature added after them."""
         return len(self.vision.deepstack_visual_indexes)
 
+    def deepstack_left(self, layers: int) -> int:
+        """Deepstack features that are still to be added after the first `layers` decoder layers;
+        they travel with the hidden states."""
+        return max(0, self.num_deepstack - layers)
+
     def check_layout(self, layout: Layout) -> None:
         """ValueError if this model can't be split as `layout` says, before any collective."""
         divisible = {
@@ -143,7 +156,6 @@ class Qwen3VLConfig:
             "key-value heads": (self.num_kv_heads, layout.tensor),
             "vision heads": (self.vision.num_heads, layout.tensor),
             "vision feed-forward size": (self.vision.intermediate_size, layout.tensor),
-            "decoder layers": (self.num_layers, layout.pipeline * layout.virtual_pipeline),
         }
         if self.num_experts:
             divisible["experts"] = (self.num_experts, layout.expert)
@@ -165,6 +177,47 @@ class Qwen3VLConfig:
         if self.num_experts and layout.tensor > 1 and not layout.sequence_parallel:
             raise ValueError(
                 "experts with tensor parallelism need sequence parallelism; set sequence=true"
+            )
+        self._check_stages(layout)
+
+    def _check_stages(self, layout: Layout) -> None:
+        """megatron.core's rules for spreading layers over stages, before it meets them itself."""
+        ends = {
+            name: size
+            for name in ("first_stage_layers", "last_stage_layers")
+            if (size := getattr(layout, name)) is not None
+        }
+        extra = [n for n in ("embedding_as_layer", "loss_as_layer") if getattr(layout, n)]
+        chunks = layout.virtual_pipeline
+        asked = [*ends, *extra, *["virtual_pipeline"] * (chunks > 1)]
+        if layout.pipeline == 1 and asked:
+            raise ValueError(
+                f"{' and '.join(asked)} can't be set with a single pipeline stage; raise pipeline"
+            )
+        if ends and extra:
+            raise ValueError(
+                f"{' and '.join([*ends, *extra])} can't be set together; set the stages' layers or "
+                "count embedding and loss as layers, not both"
+            )
+        for name, size in ends.items():
+            if size < 1 or size % chunks:
+                raise ValueError(
+                    f"{name}={size} decoder layers can't be split in {chunks} virtual stages; "
+                    f"choose a multiple of {chunks} above 0"
+                )
+        layers = self.num_layers - sum(ends.values()) + len(extra)
+        stages = layout.pipeline - len(ends)
+        parts = stages * chunks
+        counted = f"{self.num_layers} decoder layers"
+        if extra:
+            counted += f", with {' and '.join(extra)} {layers},"
+        if ends:
+            counted += f", {layers} of them outside of {' and '.join(ends)},"
+        if layers if parts == 0 else layers < 1 or layers % parts:
+            raise ValueError(
+                f"{counted} can't be split in {parts} ({stages} pipeline stages with {chunks} "
+                "virtual stages each); choose sizes that divide, set first_stage_layers and "
+                "last_stage_layers, or count embedding_as_layer and loss_as_layer"
             )
 
 
@@ -255,6 +308,25 @@ class Precision:
 BACKEND_DTYPE = Precision()
 
 
+def stage_layers(config: Qwen3VLConfig, layout: Layout, stage: int, chunk: int = 0) -> range:
+    """Decoder layers, from 0, that pipeline stage `stage` holds in its virtual stage `chunk`.
+
+    megatron.core's own allocation, so a layout that it refuses raises its error here;
+    Qwen3VLConfig.check_layout says the same in our words.
+    """
+    virtual = chunk if layout.virtual_pipeline > 1 else None
+    # width and precision have no part in it
+    plan = TransformerConfig(
+        num_layers=config.num_layers,
+        hidden_size=1,
+        num_attention_heads=1,
+        pipeline_dtype=torch.float32,
+        **_pipeline(layout),
+    )
+    first = get_transformer_layer_offset(plan, virtual, stage)
+    return range(first, first + get_num_layers_to_build(plan, virtual, stage))
+
+
 @dataclass
 class TextTransformerConfig(TransformerConfig):
     """megatron.core's configuration of the decoder, plus what its deepstack layers need."""
@@ -308,6 +380,7 @@ def text_transformer_config(
         sequence_parallel=layout.sequence_parallel,
         **experts,
         **precision.transformer_fields(config.num_experts),
+        **_pipeline(layout),
         **_common(layout, backend),
     )
     if layout.pipeline > 1:
@@ -323,9 +396,10 @@ def vision_transformer_config(
 ) -> TransformerConfig:
     """The vision tower's blocks; they live whole on the first pipeline stage."""
     vision = config.vision
-    common = _common(layout, backend) | dict(pipeline_model_parallel_size=1)
-    common["virtual_pipeline_model_parallel_size"] = None
+    common = _common(layout, backend)
     common["expert_model_parallel_size"] = common["expert_tensor_parallel_size"] = 1
+    # images are shared out whole (image_shares.py)
+    common["context_parallel_size"] = 1
     return TransformerConfig(
         num_layers=vision.depth,
         hidden_size=vision.hidden_size,
@@ -344,12 +418,25 @@ def vision_transformer_config(
     )
 
 
+def _pipeline(layout: Layout) -> dict[str, Any]:
+    return dict(
+        pipeline_model_parallel_size=layout.pipeline,
+        virtual_pipeline_model_parallel_size=(
+            layout.virtual_pipeline if layout.virtual_pipeline > 1 else None
+        ),
+        # without it one call exchanges the shapes of both directions, and of two stages, which are
+        # each other's next and previous one, each would take a shape for the other direction's
+        overlap_p2p_comm=layout.virtual_pipeline > 1,
+        num_layers_in_first_pipeline_stage=layout.first_stage_layers,
+        num_layers_in_last_pipeline_stage=layout.last_stage_layers,
+        account_for_embedding_in_pipeline_split=layout.embedding_as_layer,
+        account_for_loss_in_pipeline_split=layout.loss_as_layer,
+    )
+
+
 def _common(layout: Layout, backend: Backend) -> dict[str, Any]:
-    virtual = layout.virtual_pipeline if layout.virtual_pipeline > 1 else None
     return dict(
         tensor_model_parallel_size=layout.tensor,
-        pipeline_model_parallel_size=layout.pipeline,
-        virtual_pipeline_model_parallel_size=virtual,
         context_parallel_size=layout.context,
         expert_model_parallel_size=layout.expert,
         expert_tensor_parallel_size=layout.expert_tensor,

@@ -132,12 +132,12 @@ class VisionModel(MegatronModule):
         hidden = self.patch_embed(pixel_values.to(self.patch_embed.weight.dtype))
         hidden = hidden + self._positions(corners, weights)
         frames = [height * width for count, height, width in grids for _ in range(count)]
-        cu_seqlens = self._to_device(torch.tensor([0, *accumulate(frames)], dtype=torch.int32))
+        cu_seqlens = torch.tensor([0, *accumulate(frames)], dtype=torch.int32)
         hidden, taps = self.decoder(
             hidden.unsqueeze(1),
             attention_mask=None,
             packed_seq_params=packed_seq_params(
-                cu_seqlens, max(frames), self._rotary(coordinates), self.backend
+                cu_seqlens, self._rotary(coordinates), self.backend
             ),
             extract_layer_indices=set(self.vision.deepstack_visual_indexes),
         )
@@ -145,9 +145,6 @@ class VisionModel(MegatronModule):
         features = [self.merger(hidden.squeeze(1))]
         features += [merger(tap.squeeze(1)) for merger, tap in mergers]
         return torch.stack(features)
-
-    def _to_device(self, host: Tensor) -> Tensor:
-        return host.to(self.backend.device, non_blocking=True)
 
     def _patches(self, grids: Sequence[Grid]) -> list[Tensor]:
         """The tables of `frame_patches` for all P patches, frame after frame, on the device."""
@@ -157,7 +154,9 @@ class VisionModel(MegatronModule):
             for count, height, width in grids
             for _ in range(count)
         ]
-        return [self._to_device(torch.cat(table, dim=1)) for table in zip(*frames, strict=True)]
+        return [
+            self.backend.to_device(torch.cat(table, dim=1)) for table in zip(*frames, strict=True)
+        ]
 
     def _rotary(self, coordinates: Tensor) -> Tensor:
         """2-D rotary angles [P, 1, 1, head_dim] of row and column [2, P]: a quarter of the pairs

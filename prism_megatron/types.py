@@ -6,7 +6,7 @@ patches, D values a patch, N distinct images.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -69,6 +69,9 @@ class Sequence:
         return int(self.input_ids.numel())
 
 
+ON_HOST = ("cu_seqlens", "visual_index", "feature_index")
+
+
 @dataclass
 class PackedBatch:
     """One micro-batch: S sequences laid end to end in one row of T tokens (THD layout).
@@ -81,13 +84,13 @@ class PackedBatch:
     padding_mask [T] bool      True on padding tokens
     pixel_values [P, D]        patches of the N distinct images, each image once; None if none
     grids                      (t, h, w) in patches of those images, in their order
-    max_seqlen                 tokens of the longest sequence, padding included
     visual_index [V] int64     positions in [0, T) of the visual tokens, ascending
     feature_index[V] int64     for each of them its row among the image features of the N images
     per_token    name -> [T]   values aligned with *labels* (shifted left by one, like loss_mask)
     num_sequences              S without the padding sequence
 
-    Sizes that a forward needs as numbers are host data, so that none waits for the device.
+    cu_seqlens, grids, visual_index and feature_index stay on the host: a forward plans by them,
+    and none shall wait for the device.
 
     Example: two sequences "A B | c d" and "E | f", response after the bar, no padding:
     input_ids = [A B c d E f], labels = [B c d 0 f 0], loss_mask = [0 1 1 0 1 0],
@@ -104,20 +107,20 @@ class PackedBatch:
     feature_index: Tensor
     pixel_values: Tensor | None
     grids: tuple[tuple[int, int, int], ...]
-    max_seqlen: int
     num_sequences: int
     per_token: dict[str, Tensor] = field(default_factory=dict)
 
     def to(self, device: torch.device | str) -> PackedBatch:
-        """The same batch with every tensor on `device`; the host does not wait for the copies."""
-        staged = torch.device(device).type != "cpu"
+        """The same batch with what is computed with on `device`; nobody waits for the copies."""
+        if torch.device(device).type == "cpu":
+            return self
 
         def move(value: Any) -> Any:
             if isinstance(value, Tensor):
-                host = value.pin_memory() if staged else value
-                return host.to(device, non_blocking=True)
+                return value.pin_memory().to(device, non_blocking=True)
             if isinstance(value, dict):
                 return {name: move(tensor) for name, tensor in value.items()}
             return value
 
-        return PackedBatch(**{name: move(value) for name, value in vars(self).items()})
+        moved = {name: move(value) for name, value in vars(self).items() if name not in ON_HOST}
+        return replace(self, **moved)

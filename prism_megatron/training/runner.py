@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import tee
 from typing import Any
 
 import torch
@@ -30,6 +31,7 @@ from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
 from torch import Tensor
 
+from model_providers import context
 from model_providers.qwen3_vl import Qwen3VLModel
 from prism_megatron.config.schema import Optimizer
 from prism_megatron.data.packing import pack, packed_length, plan_micro_batches
@@ -74,7 +76,7 @@ class ModelRunner:
         self.model = model
         self.micro_batch_tokens, self.pad_id = micro_batch_tokens, pad_id
         self.parallel = model.parallel
-        self.ddp: DistributedDataParallel | None = None
+        self.ddp: list[DistributedDataParallel] = []
         if optimizer is None:
             model.requires_grad_(False)
             return
@@ -84,9 +86,10 @@ class ModelRunner:
 
     def train_step(self, sequences: list[Sequence], loss_fn: LossFn) -> StepResult:
         """One optimizer step over all sequences of the step, which every rank passes alike."""
-        assert self.ddp is not None, "this runner has no optimizer"
+        assert self.ddp, "this runner has no optimizer"
         self.model.train()
-        self.ddp.zero_grad_buffer()
+        for chunk in self.ddp:
+            chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
         sums = self.forward_backward(sequences, loss_fn)
         # before the update, so that a warm-up does not begin with a step at rate zero
@@ -140,29 +143,39 @@ class ModelRunner:
         return [merged[i] for i in range(count)]
 
     def _plan(self, sequences: list[Sequence]) -> list[list[list[int]]]:
+        layout = self.parallel.layout
         return plan_micro_batches(
             [len(s) for s in sequences],
             dp_size=self.parallel.data_size,
             max_tokens=self.micro_batch_tokens,
+            # the interleaved schedule sends as many micro-batches as there are stages through one
+            # virtual stage after the other
+            multiple=layout.pipeline if layout.virtual_pipeline > 1 else 1,
         )
 
     def _micro_batches(
         self, sequences: list[Sequence], plan: list[list[list[int]]]
     ) -> Iterator[PackedBatch]:
         """This rank's micro-batches, each packed while the device computes the one before. Row i is
-        as long on every data-parallel rank, since expert parallelism gathers tokens over them."""
+        as long on every data-parallel rank where experts are spread, since their tokens are
+        gathered over these ranks."""
         layout, architecture = self.parallel.layout, self.model.architecture
-        multiple = self.model.precision.row_multiple
+        sequence_multiple = context.sequence_multiple(layout.context)
+        multiple = self.model.precision.row_multiple * sequence_multiple
         multiple *= layout.tensor if layout.sequence_parallel else 1
         for i, members in enumerate(plan[self.parallel.data_rank]):
-            longest = max(packed_length([sequences[j] for j in r[i]], multiple) for r in plan)
+            longest = max(
+                packed_length([sequences[j] for j in r[i]], multiple, sequence_multiple)
+                for r in plan
+            )
             yield pack(
                 [sequences[j] for j in members],
                 image_token_id=architecture.image_token_id,
                 merge_size=architecture.vision.spatial_merge_size,
                 pad_id=self.pad_id,
                 pad_multiple=multiple,
-                pad_to=longest if layout.expert > 1 else None,
+                sequence_multiple=sequence_multiple,
+                pad_to=longest if layout.expert * layout.expert_tensor > 1 else None,
                 per_token=tuple(sequences[0].per_token),
             ).to(self.model.backend.device)
 
@@ -170,22 +183,29 @@ class ModelRunner:
         """The load-balancing loss of a micro-batch counts by its share of the step's tokens.
 
         megatron.core multiplies it by the micro-batch's tokens and leaves the division to us. It
-        means each tensor-parallel rank's own tokens times the number of ranks, but its all-reduce
-        of the counts works in place (get_tokens_per_expert_and_token_count), so that every rank
-        multiplies by all tokens times the number of ranks.
+        means each tensor- and context-parallel rank's own tokens times the number of ranks, but its
+        all-reduce of the counts works in place (get_tokens_per_expert_and_token_count), so that
+        every rank multiplies by all tokens times the number of ranks.
         """
         if not self.model.architecture.num_experts:
             return
         # one element, as in the default that megatron.core copies into the same tensor
         scale = torch.tensor(
-            [1.0 / (tokens * self.parallel.layout.tensor)], device=self.model.backend.device
+            [1.0 / (tokens * self.parallel.groups.tp_cp.size())], device=self.model.backend.device
         )
         self.model.config.moe_grad_scale_func = lambda: scale
 
     def forward_backward(self, sequences: list[Sequence], loss_fn: LossFn) -> dict[str, float]:
         """Add the step's gradients to the buffers, reduced over the ranks; metric sums."""
-        get_moe_metrics_tracker().clear()
         plan = self._plan(sequences)
+        if self.model.config.moe_aux_loss_coeff and not all(m for rank in plan for m in rank):
+            # the mean over no token
+            raise ValueError(
+                f"{len(sequences)} sequences leave some of {len(plan[0])} micro-batches on "
+                f"{len(plan)} data-parallel ranks empty, where the router's load-balancing loss is "
+                "not defined; raise the batch size or set aux_loss_coef=0"
+            )
+        get_moe_metrics_tracker().clear()
         self._set_router_loss_scale(sum(map(len, sequences)))
         collected = self._run(sequences, plan, loss_fn, forward_only=False)
         sums: dict[str, Tensor] = {}
@@ -216,10 +236,12 @@ class ModelRunner:
 
     def _router_metrics(self, micro_batches: int) -> dict[str, float]:
         """Mean over layers and micro-batches of the load-balancing loss; top_k when balanced."""
-        entry = get_moe_metrics_tracker().metrics.get("load_balancing_loss")
-        if entry is None:
+        if not self.model.config.moe_aux_loss_coeff:
             return {}
-        value = entry.values.mean() / micro_batches * self.model.architecture.top_k
+        entry = get_moe_metrics_tracker().metrics.get("load_balancing_loss")
+        # a stage with the embedding alone has no router
+        mean = entry.values.mean() if entry else torch.zeros((), device=self.model.backend.device)
+        value = mean / micro_batches * self.model.architecture.top_k
         dist.all_reduce(value, group=self.parallel.groups.tp_cp)
         dist.all_reduce(value, group=self.parallel.groups.dp)
         dist.all_reduce(value, group=self.parallel.groups.pp)
@@ -247,12 +269,16 @@ class ModelRunner:
             return model(batch), loss
 
         groups = self.parallel.groups
-        pipeline = self.parallel.layout.pipeline
-        schedule = get_forward_backward_func(pp_size=pipeline, vp_size=None)
+        pipeline, virtual = self.parallel.layout.pipeline, self.parallel.layout.virtual_pipeline
+        schedule = get_forward_backward_func(
+            pp_size=pipeline, vp_size=virtual if virtual > 1 else None
+        )
+        chunks = self.ddp or list(self.model.chunks)
         return schedule(
             forward_step_func=forward_step,
-            data_iterator=self._micro_batches(sequences, plan),
-            model=self.ddp if self.ddp is not None else self.model,
+            # every chunk sees the same micro-batches
+            data_iterator=list(tee(self._micro_batches(sequences, plan), len(chunks))),
+            model=chunks,
             num_microbatches=len(plan[self.parallel.data_rank]),
             seq_length=1,
             micro_batch_size=1,
@@ -264,32 +290,33 @@ class ModelRunner:
         )
 
 
-def _wrap(model: Qwen3VLModel) -> DistributedDataParallel:
+def _wrap(model: Qwen3VLModel) -> list[DistributedDataParallel]:
     def finalize(models: list[Any], num_tokens: Tensor | None, **kwargs: Any) -> None:
         # None: gradients are already those of the normalised loss
         finalize_model_grads(models, None, **kwargs)
 
     model.config.finalize_model_grads_func = finalize
     overlap = model.backend.async_collectives
-    ddp = DistributedDataParallel(
-        model.config,
-        DistributedDataParallelConfig(
-            grad_reduce_in_fp32=True,
-            overlap_grad_reduce=overlap,
-            use_distributed_optimizer=True,
-        ),
-        model,
-        pg_collection=model.parallel.groups,
+    settings = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        overlap_grad_reduce=overlap,
+        use_distributed_optimizer=True,
     )
+    wrapped = [
+        DistributedDataParallel(chunk.config, settings, chunk, pg_collection=model.parallel.groups)
+        for chunk in model.chunks
+    ]
     if overlap:
         # gradients of all but the last micro-batch only add up
-        model.config.no_sync_func = ddp.no_sync
-        reduce_in_order(ddp.bucket_groups)
-        reduce_in_order(ddp.expert_parallel_bucket_groups)
-    return ddp
+        no_sync = [chunk.no_sync for chunk in wrapped]
+        model.config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
+        for chunk in wrapped:
+            reduce_in_order(chunk.bucket_groups)
+            reduce_in_order(chunk.expert_parallel_bucket_groups)
+    return wrapped
 
 
-def _optimizer(section: Optimizer, ddp: DistributedDataParallel, model: Qwen3VLModel) -> Any:
+def _optimizer(section: Optimizer, ddp: list[DistributedDataParallel], model: Qwen3VLModel) -> Any:
     config = OptimizerConfig(
         optimizer="adam",
         lr=section.lr,
@@ -304,7 +331,7 @@ def _optimizer(section: Optimizer, ddp: DistributedDataParallel, model: Qwen3VLM
         use_distributed_optimizer=True,
     )
     optimizer = get_megatron_optimizer(
-        config, [ddp], use_gloo_process_groups=False, pg_collection=model.parallel.groups
+        config, ddp, use_gloo_process_groups=False, pg_collection=model.parallel.groups
     )
     for part in optimizer.chained_optimizers:
         if isinstance(part.optimizer, torch.optim.Adam | torch.optim.AdamW):

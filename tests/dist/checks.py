@@ -126,9 +126,9 @@ def gradients(
         tokens,
         **(kwargs | {"force_all_reduce": True}),
     )
-    assert runner.ddp is not None
     runner.model.train()
-    runner.ddp.zero_grad_buffer()
+    for chunk in runner.ddp:
+        chunk.zero_grad_buffer()
     tokens = float(sum(s.response_mask.sum() for s in batch))
     loss = weighted_loss(tokens) if head == "language" else final_score_loss
     sums = runner.forward_backward(batch, loss)

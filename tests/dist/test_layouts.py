@@ -32,6 +32,13 @@ PP4 = Layout(pipeline=4)
 EP2 = Layout(expert=2)
 TP2EP2 = Layout(tensor=2, expert=2, sequence_parallel=True)
 EP2PP2 = Layout(expert=2, pipeline=2)
+CP2 = Layout(context=2)
+CP2EP2 = Layout(context=2, expert=2)
+CP2TP2SP = Layout(context=2, tensor=2, sequence_parallel=True)
+ETP2 = Layout(expert_tensor=2)
+TP2ETP2 = Layout(tensor=2, expert_tensor=2, sequence_parallel=True)
+EP2ETP2 = Layout(expert=2, expert_tensor=2)
+TP2EP2ETP2 = Layout(tensor=2, expert=2, expert_tensor=2, sequence_parallel=True)
 
 DENSE = {
     "tp2": (2, TP2),
@@ -42,6 +49,12 @@ DENSE = {
     "tp2-pp2-sp": (4, TP2PP2SP),
     "tp2-sp-dp2": (4, TP2SP),
     "pp4": (4, PP4),
+    "cp2": (2, CP2),
+    "cp2-dp2": (4, CP2),
+    "cp4": (4, Layout(context=4)),
+    "cp2-pp2": (4, Layout(context=2, pipeline=2)),
+    "cp2-tp2": (4, Layout(context=2, tensor=2)),
+    "cp2-tp2-sp": (4, CP2TP2SP),
 }
 EXPERTS = {
     "ep2": (2, EP2),
@@ -53,6 +66,39 @@ EXPERTS = {
     "ep4": (4, Layout(expert=4)),
     "tp2-ep2-sp-dp2": (4, TP2EP2),
     "ep2-pp2": (4, EP2PP2),
+    "etp2": (2, ETP2),
+    "tp2-etp2-sp": (2, TP2ETP2),
+    "ep2-etp2": (4, EP2ETP2),
+    "tp2-ep2-etp2-sp": (4, TP2EP2ETP2),
+    "cp2": (2, CP2),
+    "cp2-ep2": (2, CP2EP2),
+    "cp2-ep2-dp2": (4, CP2EP2),
+    "cp2-ep4": (4, Layout(context=2, expert=4)),
+    "cp2-tp2-sp": (4, CP2TP2SP),
+    "cp2-tp2-ep2-sp": (4, Layout(context=2, tensor=2, expert=2, sequence_parallel=True)),
+    "cp2-pp2": (4, Layout(context=2, pipeline=2)),
+}
+COUNTED = {"embedding_as_layer": True, "loss_as_layer": True}
+# six layers and three deepstack features, which have to cross from stage to stage
+DEEP = {
+    "pp2-first1": (2, Layout(pipeline=2, first_stage_layers=1)),
+    "pp2-last1": (2, Layout(pipeline=2, first_stage_layers=5, last_stage_layers=1)),
+    "pp4-counted": (4, Layout(pipeline=4, **COUNTED)),
+    "pp2-first2-tp2-sp": (
+        4,
+        Layout(tensor=2, pipeline=2, first_stage_layers=2, sequence_parallel=True),
+    ),
+    "pp2-vpp3": (2, Layout(pipeline=2, virtual_pipeline=3)),
+    "pp2-vpp2-counted": (2, Layout(pipeline=2, virtual_pipeline=2, **COUNTED)),
+    "pp2-vpp2-first2": (2, Layout(pipeline=2, virtual_pipeline=2, first_stage_layers=2)),
+    "pp4-vpp2-counted": (4, Layout(pipeline=4, virtual_pipeline=2, **COUNTED)),
+    "pp2-vpp3-dp2": (4, Layout(pipeline=2, virtual_pipeline=3)),
+    "pp2-vpp3-tp2-sp": (
+        4,
+        Layout(tensor=2, pipeline=2, virtual_pipeline=3, sequence_parallel=True),
+    ),
+    "cp2-pp2-vpp3": (4, Layout(context=2, pipeline=2, virtual_pipeline=3)),
+    "ep2-pp2-vpp3": (4, Layout(expert=2, pipeline=2, virtual_pipeline=3)),
 }
 
 
@@ -104,6 +150,31 @@ def test_dense_layouts_equal_one_rank(
     _compare(found, one_rank(kind, "language", {}))
 
 
+@pytest.mark.parametrize("layout", [name for name in DEEP if "ep" not in name])
+def test_stages_of_any_size_equal_one_rank(
+    ranks: Worlds, hf_models: dict[str, Path], one_rank: OneRank, layout: str
+) -> None:
+    world, split = DEEP[layout]
+    # six micro-batches or more, text only among them
+    small = {"micro_batch_tokens": 24}
+    found = ranks(world).run(_gradients, hf_models["deep"], split, "language", small)
+    _compare(found, one_rank("deep", "language", {}))
+
+
+@pytest.mark.parametrize("layout", ["pp4-counted", "pp2-vpp3", "pp4-vpp2-counted", "ep2-pp2-vpp3"])
+def test_stages_of_experts_equal_one_rank(
+    ranks: Worlds, hf_models: dict[str, Path], one_rank: OneRank, layout: str
+) -> None:
+    world, split = DEEP[layout]
+    # the router's loss is not linear in a micro-batch, so one rank has to have the same ones
+    options = {"aux_loss_coef": 500.0, "micro_batch_tokens": 28}
+    wanted = one_rank("deep-moe", "score", options)
+    if split.data(world) > 1:
+        options, wanted = {"micro_batch_tokens": 24}, one_rank("deep-moe", "score", {})
+    found = ranks(world).run(_gradients, hf_models["deep-moe"], split, "score", options)
+    _compare(found, wanted)
+
+
 @pytest.mark.parametrize("layout", EXPERTS)
 def test_discriminator_layouts_equal_one_rank(
     ranks: Worlds, hf_models: dict[str, Path], one_rank: OneRank, layout: str
@@ -113,7 +184,7 @@ def test_discriminator_layouts_equal_one_rank(
     _compare(found, one_rank("moe", "score", {}))
 
 
-@pytest.mark.parametrize("layout", ["ep2", "tp2-sp", "dp2", "pp2", "tp2-ep2-sp"])
+@pytest.mark.parametrize("layout", ["ep2", "tp2-sp", "dp2", "pp2", "tp2-ep2-sp", "etp2", "tp2-etp2-sp", "cp2", "cp2-ep2", "cp2-tp2-sp"])
 def test_router_loss_does_not_depend_on_the_layout(
     ranks: Worlds, hf_models: dict[str, Path], one_rank: OneRank, layout: str
 ) -> None:
@@ -132,7 +203,7 @@ def test_router_loss_does_not_depend_on_the_layout(
     assert min(distance(without[name], wanted[2][name]) for name in routers) > 1e-2
 
 
-@pytest.mark.parametrize("layout", ["tp2-sp", "pp2", "dp2"])
+@pytest.mark.parametrize("layout", ["tp2-sp", "pp2", "dp2", "cp2"])
 def test_frozen_vision_leaves_the_other_gradients_alone(
     ranks: Worlds, hf_models: dict[str, Path], one_rank: OneRank, layout: str
 ) -> None:

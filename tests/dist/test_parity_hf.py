@@ -147,9 +147,9 @@ def _on_a_device_that_can_not_be_read(path: Path) -> tuple[str, str, int]:
     tower.pos_embed.to("meta")
     corners, weights, coordinates = tower._patches(GRIDS)
     learned, angles = tower._positions(corners, weights), tower._rotary(coordinates)
-    cu_seqlens = torch.tensor([0, 4, 9], dtype=torch.int32, device="meta")
-    packed = packed_seq_params(cu_seqlens, 5, angles, tower.backend)
-    return learned.device.type, angles.device.type, packed.max_seqlen_q
+    cu_seqlens = torch.tensor([0, 4, 9], dtype=torch.int32)
+    packed = packed_seq_params(cu_seqlens, angles, tower.backend)
+    return learned.device.type, packed.cu_seqlens_q.device.type, packed.max_seqlen_q
 
 
 def test_no_forward_waits_for_the_device(ranks: Worlds, hf_models: dict[str, Path]) -> None:

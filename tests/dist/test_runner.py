@@ -130,9 +130,10 @@ def logprobs(hf_models: dict[str, Path]) -> list[Tensor]:
         (2, Layout(), 24),
         (2, Layout(pipeline=2), 33),
         (4, Layout(pipeline=2), 24),
+        (2, Layout(pipeline=2, virtual_pipeline=2), 33),
         (4, Layout(tensor=2, sequence_parallel=True), 33),
     ],
-    ids=["one", "one-small", "dp2", "pp2", "pp2-dp2", "tp2-dp2"],
+    ids=["one", "one-small", "dp2", "pp2", "pp2-dp2", "pp2-vpp2", "tp2-dp2"],
 )
 def test_infer_gives_every_rank_all_results_in_order(
     ranks: Worlds,

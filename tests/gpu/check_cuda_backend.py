@@ -131,17 +131,18 @@ def gradients(runner: ModelRunner, head: Head) -> tuple[float, dict[str, Tensor]
     runner.model.config.finalize_model_grads_func = lambda models, tokens, **kwargs: finalize(
         models, tokens, **(kwargs | {"force_all_reduce": True})
     )
-    assert runner.ddp is not None
-    runner.ddp.force_all_reduce = True
     runner.model.train()
-    runner.ddp.zero_grad_buffer()
+    for chunk in runner.ddp:
+        chunk.force_all_reduce = True
+        chunk.zero_grad_buffer()
     sums = runner.forward_backward(batch(), loss_of(head))
     grads = {
         name: tensor.float().cpu().clone()
         for name, tensor in iter_hf_weights(runner.model, read=lambda p: p.main_grad.to(p.dtype))
     }
     runner.model.config.finalize_model_grads_func = finalize
-    runner.ddp.force_all_reduce = False
+    for chunk in runner.ddp:
+        chunk.force_all_reduce = False
     return sums["loss"], grads
 
 

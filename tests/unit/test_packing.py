@@ -40,7 +40,6 @@ def test_documented_example() -> None:
     assert batch.cu_seqlens.tolist() == [0, 4, 6]
     assert batch.cu_seqlens.dtype == torch.int32
     assert batch.num_sequences == 2
-    assert batch.max_seqlen == 4
     assert batch.pixel_values is None and batch.grids == ()
     assert batch.visual_index.numel() == batch.feature_index.numel() == 0
 
@@ -57,7 +56,6 @@ def test_padding_is_the_last_sequence_and_trains_nothing() -> None:
     assert batch.input_ids.tolist() == [1, 2, 3, 4, 5, PAD, PAD, PAD]
     assert batch.cu_seqlens.tolist() == [0, 5, 8]
     assert batch.num_sequences == 1
-    assert batch.max_seqlen == 5
     assert batch.padding_mask.tolist() == [False] * 5 + [True] * 3
     assert batch.position_ids[:, 5:].tolist() == [[0, 1, 2]] * 3
     assert batch.loss_mask.tolist() == [0, 0, 1, 1, 0, 0, 0, 0]
