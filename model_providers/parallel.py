@@ -17,7 +17,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 class Layout:
     """Sizes of one model's parallel dimensions; data parallel is what is left of the world.
 
-    tensor x pipeline x data = world for attention and dense layers;
+    tensor x context x pipeline x data = world for attention and dense layers;
     expert_tensor x expert x pipeline x expert_data = world for the experts.
     """
 

@@ -96,7 +96,8 @@ class Train(Section):
     steps: int = Field(ge=0)
     """Optimizer steps."""
     micro_batch_tokens: int = Field(4096, ge=1)
-    """Most tokens in one packed micro-batch; a longer single sequence is an error."""
+    """Most tokens in one packed micro-batch, over all context-parallel ranks; a longer single
+    sequence is an error."""
     save_every: int = Field(0, ge=0)
     """Steps between training checkpoints; 0 saves only at the end."""
     keep_checkpoints: int = Field(1, ge=1)

@@ -33,6 +33,7 @@ ADAM = Optimizer(lr=1e-2, eps=1e-3, warmup_steps=5, weight_decay=0.1)
 TP2SP = Layout(tensor=2, sequence_parallel=True)
 TP2EP2 = Layout(tensor=2, expert=2, sequence_parallel=True)
 ETP2 = Layout(expert_tensor=2)
+CP2EP2 = Layout(context=2, expert=2)
 UNEVEN = Layout(pipeline=2, first_stage_layers=1)
 VPP2 = Layout(pipeline=2, virtual_pipeline=2)
 # eight parts of which the first and the last hold no layer
@@ -70,8 +71,17 @@ def _differing(path: Path, layout: Layout, ckpt: Path) -> list[str]:
         ("moe", 2, ETP2),
         ("tied", 2, UNEVEN),
         ("dense", 2, VPP2),
+        ("moe", 2, CP2EP2),
     ],
-    ids=["dense-tp2", "tied-pp2", "moe-tp2-ep2", "moe-etp2", "tied-uneven", "dense-vpp2"],
+    ids=[
+        "dense-tp2",
+        "tied-pp2",
+        "moe-tp2-ep2",
+        "moe-etp2",
+        "tied-uneven",
+        "dense-vpp2",
+        "moe-cp2-ep2",
+    ],
 )
 def test_weights_load_at_every_layout(
     ranks: Worlds, hf_models: dict[str, Path], tmp_path: Path, kind: str, world: int, layout: Layout
@@ -81,7 +91,7 @@ def test_weights_load_at_every_layout(
     others = [(1, Layout()), (2, Layout()), (2, Layout(pipeline=2)), (2, TP2SP), (2, UNEVEN)]
     others.append((2, VPP2))
     if kind == "moe":
-        others += [(2, Layout(expert=2)), (2, ETP2)]
+        others += [(2, Layout(expert=2)), (2, ETP2), (2, CP2EP2)]
     for size, other in others:
         found = ranks(size).run(_differing, hf_models[kind], other, ckpt)
         assert found == [[]] * size, other
@@ -130,8 +140,8 @@ CASES = {
 OTHERS = {
     "dense": [(1, Layout()), (2, Layout(pipeline=2)), (2, Layout()), (4, TP2SP)],
     "tied": [(1, Layout()), (2, TP2SP)],
-    "moe": [(1, Layout()), (2, Layout(expert=2)), (2, Layout(pipeline=2)), (2, ETP2), (2, VPP2)],
-    "deep": [(1, Layout()), (2, UNEVEN), (4, DEEP)],
+    "moe": [(1, Layout()), (2, Layout(expert=2)), (2, ETP2), (2, VPP2), (2, CP2EP2)],
+    "deep": [(1, Layout()), (2, UNEVEN), (4, DEEP), (2, Layout(context=2))],
 }
 
 

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 from unittest import mock
 
 import pytest
 from torch import Tensor
 
-from model_providers import qwen3_vl
+from model_providers import context, cpu_layers, image_shares, qwen3_vl
+from model_providers.config import Qwen3VLConfig
 from model_providers.parallel import Layout
 from model_providers.qwen3_vl import Head
 from model_providers.weight_map import GatedUp, Split
@@ -246,6 +249,83 @@ def test_the_comparison_sees_features_that_are_only_sliced(
     assert loss == pytest.approx(wanted[0], rel=1e-5)
     name = "model.visual.deepstack_merger_list.1.linear_fc2.weight"
     assert distance(gradients[name], wanted[2][name]) > 1e-2
+
+
+def _with_the_other_backward(path: Path, name: str) -> Gradients:
+    """Gradients of a gather that are summed over the ranks where they should not be, or not summed
+    where they should."""
+    module = import_module(name)
+    gather = module.gather_from_sequence_parallel_region
+
+    def flipped(
+        values: Tensor, tensor_parallel_output_grad: bool = True, group: Any = None
+    ) -> Tensor:
+        return gather(
+            values, tensor_parallel_output_grad=not tensor_parallel_output_grad, group=group
+        )
+
+    with mock.patch.object(module, "gather_from_sequence_parallel_region", flipped):
+        return checks.gradients(path, CP2)
+
+
+@pytest.mark.parametrize(
+    "module, name",
+    [
+        (image_shares, "model.visual.deepstack_merger_list.1.linear_fc2.weight"),
+        (image_shares, "model.visual.pos_embed.weight"),
+        (context, "lm_head.weight"),
+        (cpu_layers, "model.language_model.layers.2.self_attn.v_proj.weight"),
+    ],
+    ids=["images", "positions", "head", "keys and values"],
+)
+def test_the_comparison_sees_a_gather_with_the_wrong_backward(
+    ranks: Worlds, hf_models: dict[str, Path], one_rank: OneRank, module: ModuleType, name: str
+) -> None:
+    wanted = one_rank("dense", "language", {})
+    loss, _, gradients = ranks(2).run(
+        _with_the_other_backward, hf_models["dense"], module.__name__
+    )[0]
+    assert loss == pytest.approx(wanted[0], rel=1e-5)
+    assert distance(gradients[name], wanted[2][name]) > 1e-2
+
+
+def _without_features_in_the_payload(path: Path) -> Gradients:
+    with mock.patch.object(Qwen3VLConfig, "deepstack_left", lambda self, layers: 0):
+        return checks.gradients(path, DEEP["pp2-vpp3"][1])
+
+
+def test_the_comparison_sees_features_that_stay_behind(
+    ranks: Worlds, hf_models: dict[str, Path], one_rank: OneRank
+) -> None:
+    loss = ranks(2).run(_without_features_in_the_payload, hf_models["deep"])[0][0]
+    assert abs(loss - one_rank("deep", "language", {})[0]) > 1e-2
+
+
+def _encoded(path: Path, layout: Layout) -> list[list[int]]:
+    """Patches of the images that this rank encodes in each micro-batch with images."""
+    runner = checks.make_runner(path, layout, micro_batch_tokens=33)
+    encode, encoded = runner.model.vision_model.forward, []
+
+    def count(pixels: Tensor, grids: Tensor) -> Tensor:
+        encoded.append(grids.prod(dim=1).tolist())
+        return encode(pixels, grids)
+
+    with mock.patch.object(runner.model.vision_model, "forward", count):
+        runner.train_step(checks.mixed_batch(), checks.weighted_loss(30))
+    return encoded
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_context_parallel_ranks_encode_each_image_once(
+    ranks: Worlds, hf_models: dict[str, Path], world: int
+) -> None:
+    [wanted] = ranks(1).run(_encoded, hf_models["dense"], Layout())
+    found = ranks(world).run(_encoded, hf_models["dense"], Layout(context=world))
+    together = [size for rank in found for batch in rank for size in batch]
+    assert sorted(together) == sorted(size for batch in wanted for size in batch)
+    # some rank has no image somewhere, and one has something to do
+    assert min(map(len, found)) < len(wanted)
+    assert max(map(len, found)) > 0
 
 
 def _with_gate_and_up_in_one_piece(path: Path) -> Gradients:

@@ -71,6 +71,8 @@ def _round_trip(path: Path, layout: Layout) -> list[str]:
         ("deep", 4, Layout(tensor=2, pipeline=2, first_stage_layers=2)),
         ("deep-moe", 4, Layout(expert=2, pipeline=2, virtual_pipeline=3)),
         ("moe", 2, Layout(expert_tensor=2)),
+        ("moe", 4, Layout(context=2, expert=4)),
+        ("tied", 4, Layout(context=2, tensor=2, sequence_parallel=True)),
         ("moe", 4, Layout(tensor=2, expert=2, expert_tensor=2, sequence_parallel=True)),
     ],
 )

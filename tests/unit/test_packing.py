@@ -51,6 +51,29 @@ def test_values_follow_the_predicted_token() -> None:
     assert batch.per_token["advantages"].tolist() == [1.5, 2.5, 0, 1.5, 0]
 
 
+def test_context_parallel_ranks_pad_every_sequence_and_the_row_makes_up_for_it() -> None:
+    """Rows that are laid out equally long hold different numbers of tokens."""
+    long, short = sequence([1, 2, 3, 4, 5], 2), sequence([6], 1)
+    assert packed_length([long, short], 8, 4) == 16
+    one, other = (
+        pack(parts, pad_to=16, sequence_multiple=4, **SETTINGS) for parts in ([long, short], [long])
+    )
+    assert one.cu_seqlens.tolist() == [0, 5, 6, 10]
+    assert other.cu_seqlens.tolist() == [0, 5, 13]
+    with pytest.raises(ValueError, match="2 sequences have 12 tokens, more than pad_to=8"):
+        pack([long, short], pad_to=8, sequence_multiple=4, **SETTINGS)
+
+
+@pytest.mark.parametrize("multiple", [1, 2, 4])
+def test_micro_batches_come_in_multiples(multiple: int) -> None:
+    lengths = [9, 4, 7, 2, 8, 3, 9]
+    plan = plan_micro_batches(lengths, dp_size=2, max_tokens=9, multiple=multiple)
+    count = {1: 3, 2: 4, 4: 4}[multiple]
+    assert [len(batches) for batches in plan] == [count, count]
+    members = sorted(i for batches in plan for batch in batches for i in batch)
+    assert members == list(range(7))
+
+
 def test_padding_is_the_last_sequence_and_trains_nothing() -> None:
     batch = pack([sequence([1, 2, 3, 4, 5], 2)], pad_multiple=4, **SETTINGS)
     assert batch.input_ids.tolist() == [1, 2, 3, 4, 5, PAD, PAD, PAD]
