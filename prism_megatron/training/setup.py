@@ -5,7 +5,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import torch
 import torch.distributed as dist
 
 from checkpoint_tools.megatron_directory import hf_directory, load_model
@@ -53,16 +52,7 @@ def build_runner(
     aux_loss_coef: float = 0.0,
     updates_per_step: int = 1,
 ) -> ModelRunner:
-    """The section's model with its weights, ready to train.
-
-    Raises ValueError for a discriminator on a backend of less than fp32: its head stays in fp32,
-    and megatron.core 0.19 can't save the optimizer of a model with weights of two dtypes.
-    """
-    if head == "score" and backend.dtype is not torch.float32:
-        raise ValueError(
-            f"backend {backend.name!r} trains in {backend.dtype}, where a discriminator's training "
-            "state can't be checkpointed yet; run this stage with backend=cpu"
-        )
+    """The section's model with its weights, ready to train."""
     parallel = ParallelState.create(layout_of(section.parallel))
     backend.seed(run.seed, parallel)
     model = load_model(section.path, parallel, backend, head, aux_loss_coef)

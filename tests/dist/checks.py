@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -88,8 +89,9 @@ def make_runner(
     aux_loss_coef: float = 0.0,
     freeze_vision: bool = False,
     optimizer: Optimizer | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> ModelRunner:
-    backend = backends.create("cpu")
+    backend = replace(backends.create("cpu"), dtype=dtype)
     parallel = parallel_state(layout)
     backend.seed(7, parallel)
     config = Qwen3VLConfig.from_hf(path)

@@ -84,10 +84,11 @@ def _train(
     steps: int,
     ckpt: Path | None = None,
     separate_steps: bool = True,
+    dtype: torch.dtype = torch.float32,
 ) -> Training:
     """(Loss, gradient norm) of each step and the weights after them. Starts from `ckpt` where there
     is one, and leaves one there after two steps where there is none."""
-    runner = checks.make_runner(path, layout, head, optimizer=ADAM)
+    runner = checks.make_runner(path, layout, head, optimizer=ADAM, dtype=dtype)
     if ckpt is not None and ckpt.exists():
         with mock.patch.object(
             megatron_directory,
@@ -166,6 +167,27 @@ def test_a_step_counter_shared_by_all_parameters_would_be_seen(
     head, world, layout = CASES[kind]
     _, found = ranks(world).run(_train, hf_models[kind], layout, head, 2, ckpt, False)[0]
     assert max((found[name] - weight).abs().max() for name, weight in weights.items()) > 1e-3
+
+
+@pytest.mark.parametrize(
+    "world, layout",
+    [(1, Layout()), (2, Layout()), (2, TP2EP2), (2, Layout(pipeline=2))],
+    ids=["one", "dp2", "tp2-ep2", "pp2"],
+)
+def test_an_fp32_head_on_a_bf16_trunk_resumes_bit_equal(
+    ranks: Worlds, hf_models: dict[str, Path], tmp_path: Path, world: int, layout: Layout
+) -> None:
+    def train(steps: int, ckpt: Path) -> Training:
+        arguments = (hf_models["moe"], layout, "score", steps, ckpt, True, torch.bfloat16)
+        return ranks(world).run(_train, *arguments)[0]
+
+    losses, weights = train(4, tmp_path / "ckpt")
+    resumed, found = train(2, tmp_path / "ckpt")
+    assert resumed == losses[2:]
+    assert all(torch.equal(found[name], weight) for name, weight in weights.items())
+    dtypes = {name: weight.dtype for name, weight in weights.items()}
+    assert dtypes.pop("v_head.1.weight") == torch.float32
+    assert set(dtypes.values()) == {torch.bfloat16}
 
 
 def _load_error(path: Path, ckpt: Path) -> str:
