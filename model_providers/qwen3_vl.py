@@ -38,6 +38,7 @@ from model_providers.config import (
 from model_providers.layers import decoder_block
 from model_providers.packed import packed_seq_params
 from model_providers.parallel import ParallelState
+from model_providers.router import router_mask
 from model_providers.vision import VisionModel
 
 Head = Literal["language", "score"]
@@ -51,6 +52,7 @@ class Batch(Protocol):
     position_ids: Tensor
     cu_seqlens: Tensor
     padding_mask: Tensor
+    section: Tensor
     visual_index: Tensor
     feature_index: Tensor
     pixel_values: Tensor | None
@@ -68,9 +70,23 @@ class ScoreHead(nn.Module):
         self.weight = nn.Parameter(torch.zeros(1, hidden_size, dtype=torch.float32))
         self.weight.sequence_parallel = sequence_parallel  # type: ignore[attr-defined]
 
-    def forward(self, hidden: Tensor) -> Tensor:
+    def forward(self, hidden: Tensor, section: Tensor) -> Tensor:
         """[T, 1, h] -> [T]."""
         return nn.functional.linear(hidden.float(), self.weight).flatten()
+
+
+class SectionHeads(nn.Module):
+    """A score head for each of model_providers.config.SECTIONS."""
+
+    def __init__(self, hidden_size: int, sequence_parallel: bool) -> None:
+        super().__init__()
+        self.perception = ScoreHead(hidden_size, sequence_parallel)
+        self.reasoning = ScoreHead(hidden_size, sequence_parallel)
+
+    def forward(self, hidden: Tensor, section: Tensor) -> Tensor:
+        """[T, 1, h], section [T] -> [T], each token's from the head of its section."""
+        perception, reasoning = self.perception(hidden, section), self.reasoning(hidden, section)
+        return torch.where(section == 1, reasoning, perception)
 
 
 class Embedding(MegatronModule):
@@ -133,7 +149,8 @@ class LanguageModel(MegatronModule):
                 tp_group=parallel.groups.tp,
             )
         elif self.post_process:
-            self.score_head = ScoreHead(config.hidden_size, transformer.sequence_parallel)
+            head_type = SectionHeads if config.dedicated else ScoreHead
+            self.score_head = head_type(config.hidden_size, transformer.sequence_parallel)
         if self.tied and self.post_process and not self.pre_process:
             # a copy of the first stage's, which the gradient norm counts already
             self.embedding.word_embeddings.weight.shared = True
@@ -223,12 +240,12 @@ class Qwen3VLModel(MegatronModule):
             context_mask=rows.local,
             rotary_pos_emb=mrope_angles(self.architecture, batch.position_ids),
             packed_seq_params=packed_seq_params(batch.cu_seqlens, self.backend),
-            padding_mask=self._local_padding(batch) if self.architecture.num_experts else None,
+            padding_mask=self._router_mask(batch) if self.architecture.num_experts else None,
         )
         if not self.post_process:
             return self._pack(hidden, features)
         if self.head == "score":
-            scores = self.language_model.score_head(hidden)
+            scores = self.language_model.score_head(hidden, self._local(batch.section))
             if self.config.sequence_parallel:
                 scores = tensor_parallel.gather_from_sequence_parallel_region(
                     scores, tensor_parallel_output_grad=False, group=self.parallel.groups.tp
@@ -263,9 +280,13 @@ class Qwen3VLModel(MegatronModule):
         size = total // self.parallel.layout.tensor
         return self.parallel.tensor_rank * size, size
 
-    def _local_padding(self, batch: Batch) -> Tensor:
-        first, size = self._slice(batch.input_ids.numel())
-        return batch.padding_mask[None, first : first + size]
+    def _local(self, values: Tensor) -> Tensor:
+        """This tensor-parallel rank's part of one value a token."""
+        first, size = self._slice(values.numel())
+        return values[first : first + size]
+
+    def _router_mask(self, batch: Batch) -> Tensor:
+        return router_mask(self._local(batch.padding_mask), self._local(batch.section))
 
     def _local_visual_rows(self, batch: Batch) -> _VisualRows:
         first, size = self._slice(batch.input_ids.numel())

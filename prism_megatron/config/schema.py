@@ -229,17 +229,23 @@ class Convert(Section):
     """Hugging Face directory."""
     out: Path
     """Megatron checkpoint that is written."""
+    value_head: Path | None = None
+    """A discriminator's value_head.pt, as the reference writes it, where the shards lack v_head."""
     parallel: Parallel = Parallel()
     """Layout of the ranks that convert; the checkpoint loads at any layout."""
 
 
 class Upcycle(Section):
-    """Dense model to Mixture-of-Experts discriminator."""
+    """Dense model to discriminator, by default a Mixture of Experts."""
 
     hf: Path
     """Dense Hugging Face directory."""
     out: Path
-    """Mixture-of-Experts Hugging Face directory that is written, value head included."""
+    """Hugging Face directory that is written, value head included."""
+    architecture: Literal["shared", "dedicated", "dense"] = "shared"
+    """shared: one head, any expert for any token; dedicated: half of the experts and a head for
+    captions, half and a head for reasoning; dense: a head on the dense model. The written
+    config.json says which, so that nothing else has to."""
     num_experts: int = Field(4, ge=2)
     """Experts a layer, each a noisy copy of the dense MLP."""
     top_k: int = Field(2, ge=1)
@@ -252,11 +258,19 @@ class Upcycle(Section):
     """Seed of noise, router and head."""
 
     @model_validator(mode="after")
-    def _top_k_fits(self) -> Self:
+    def _experts_fit(self) -> Self:
         if self.top_k > self.num_experts:
             raise ValueError(
                 f"top_k={self.top_k} experts a token, but num_experts={self.num_experts}; "
                 "lower top_k"
+            )
+        if self.architecture == "dedicated" and (
+            self.num_experts % 2 or 2 * self.top_k > self.num_experts
+        ):
+            raise ValueError(
+                f"architecture=dedicated gives each of two sections half of num_experts="
+                f"{self.num_experts}, of which a token takes top_k={self.top_k}; give an even "
+                "number, at least twice top_k"
             )
         return self
 

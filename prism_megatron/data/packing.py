@@ -87,6 +87,7 @@ def pack(
     padding = length - total
     pad_row = torch.full((padding,), pad_id, dtype=torch.int64)
     parts = [sequence.input_ids for sequence in sequences] + [pad_row] * bool(padding)
+    sections = [sequence.section for sequence in sequences] + [0] * bool(padding)
     input_ids = torch.cat(parts)
     positions = [
         mrope_positions(
@@ -105,6 +106,7 @@ def pack(
         cu_seqlens=torch.tensor([0, *map(len, parts)]).cumsum(0).to(torch.int32),
         loss_mask=_shifted([s.response_mask for s in sequences], length, torch.float32),
         padding_mask=torch.arange(length) >= total,
+        section=torch.cat([torch.full_like(p, k) for p, k in zip(parts, sections, strict=True)]),
         pixel_values=torch.cat([i.pixel_values for i in images.values()]) if images else None,
         image_grid_thw=torch.tensor([i.grid_thw for i in images.values()]) if images else None,
         visual_index=(input_ids == image_token_id).nonzero().flatten(),

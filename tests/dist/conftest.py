@@ -26,10 +26,12 @@ def ranks() -> Iterator[Callable[[int], Ranks]]:
 
 @pytest.fixture(scope="session")
 def hf_models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Hugging Face directories: dense, dense with tied embeddings, Mixture-of-Experts."""
+    """Hugging Face directories: dense, dense with tied embeddings, Mixture-of-Experts, with
+    experts divided between the sections."""
     root = tmp_path_factory.mktemp("hf")
     return {
         "dense": tiny_models.save(root / "dense", "dense"),
         "tied": tiny_models.save(root / "tied", "dense", tied=True),
         "moe": tiny_models.save(root / "moe", "moe"),
+        "dedicated": tiny_models.save(root / "dedicated", "dedicated"),
     }
