@@ -52,6 +52,15 @@ class Model(Section):
     """Keep the vision tower and its mergers as they are."""
 
 
+class Discriminator(Model):
+    """The discriminator, and what it is shown. Its architecture is in its config.json (upcycle)."""
+
+    streams: Literal["sections", "response"] = "sections"
+    """sections: captions and reasoning are scored apart; response: one score for the whole."""
+    text_only: bool = False
+    """Leave images out of what the discriminator reads."""
+
+
 class Optimizer(Section):
     """AdamW with a warm-up and a constant or cosine schedule."""
 
@@ -153,7 +162,7 @@ class Pairs(Section):
 class Warmup(Stage):
     """Discriminator warm-up: Bradley-Terry on caption and reasoning pairs."""
 
-    model: Model
+    model: Discriminator
     optimizer: Optimizer
     batch_size: int = Field(ge=1)
     """Pairs an optimizer step, over all ranks."""
@@ -166,7 +175,7 @@ class Align(Stage):
 
     policy: Model
     policy_optimizer: Optimizer
-    discriminator: Model
+    discriminator: Discriminator
     discriminator_optimizer: Optimizer
     prompts_per_step: int = Field(ge=1)
     """Prompts a step; each gets sampling.n responses."""
@@ -175,6 +184,8 @@ class Align(Stage):
     """Weight of the perception stream in the advantage."""
     reasoning_weight: float = Field(0.5, ge=0)
     """Weight of the reasoning stream in the advantage."""
+    response_weight: float = Field(1.0, ge=0)
+    """Weight of the whole response's stream in the advantage, with streams=response."""
     format_penalty: float = Field(1.5, ge=0)
     """What a response that does not split into its sections loses in advantage."""
     score_reg_coef: float = Field(1e-3, ge=0)

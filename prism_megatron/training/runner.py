@@ -211,7 +211,8 @@ class ModelRunner:
     def _router_metrics(self, micro_batches: int) -> dict[str, float]:
         """Mean over layers and micro-batches of the load-balancing loss; top_k when balanced."""
         entry = get_moe_metrics_tracker().metrics.get("load_balancing_loss")
-        if entry is None:
+        # megatron.core's tracker is the process's, and another model may have left its entry there
+        if entry is None or not self.model.architecture.num_experts:
             return {}
         value = entry.values.mean() / micro_batches * self.model.architecture.top_k
         dist.all_reduce(value, group=self.parallel.groups.tp_cp)

@@ -13,7 +13,7 @@ from model_providers.backend import Backend
 from model_providers.config import Qwen3VLConfig
 from model_providers.parallel import Layout, ParallelState
 from model_providers.qwen3_vl import Head
-from prism_megatron.config.schema import Data, Model, Optimizer, Parallel, Run, Train
+from prism_megatron.config.schema import Data, Discriminator, Model, Optimizer, Parallel, Run, Train
 from prism_megatron.data.prompts import PromptEncoder
 from prism_megatron.data.rows import Quarantine
 from prism_megatron.training.runner import ModelRunner
@@ -35,9 +35,21 @@ def start(backend_name: str, *models: Model) -> Backend:
     for model in models:
         layout = layout_of(model.parallel)
         backend.check(layout)
-        Qwen3VLConfig.from_hf(hf_directory(model.path)).check_layout(layout)
+        architecture = Qwen3VLConfig.from_hf(hf_directory(model.path))
+        architecture.check_layout(layout)
+        if isinstance(model, Discriminator) and model.streams == "response":
+            _check_whole_response(architecture, model)
     backend.init_process_group()
     return backend
+
+
+def _check_whole_response(architecture: Qwen3VLConfig, model: Discriminator) -> None:
+    if architecture.dedicated:
+        raise ValueError(
+            f"{model.path} is a dedicated discriminator: an expert judges perception or reasoning, "
+            "but streams=response shows both at once; set streams=sections, or upcycle with "
+            "architecture=shared"
+        )
 
 
 def build_runner(

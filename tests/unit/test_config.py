@@ -174,6 +174,16 @@ def test_a_dedicated_discriminator_halves_its_experts(
     assert f"half of num_experts={experts}, of which a token takes top_k={top_k}" in text
 
 
+def test_a_discriminator_has_its_own_keys_and_a_policy_not() -> None:
+    file = ROOT / "configs/quickstart/align.yaml"
+    options = ["discriminator.streams=response", "discriminator.text_only=true"]
+    config = configuration.load("align", file, options)
+    assert (config.discriminator.streams, config.discriminator.text_only) == ("response", True)
+    assert config.response_weight == 1.0
+    with pytest.raises(ValueError, match="policy.text_only: unknown key"):
+        configuration.load("align", file, ["policy.text_only=true"])
+
+
 @pytest.mark.parametrize("text", ["a: [1,", "- 1\n- 2\n", "a: ${b\n"])
 def test_a_file_that_is_no_yaml_mapping_is_named(write: Write, text: str) -> None:
     assert "sft.yaml" in message(write("sft.yaml", text))
