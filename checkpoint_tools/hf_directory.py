@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -18,6 +20,7 @@ from model_providers.config import Qwen3VLConfig
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 MAX_SHARD_BYTES = 5 * 2**30
+TRL_HEAD = "v_head.summary.weight"
 
 
 class HFDirectory(Mapping[str, Tensor]):
@@ -27,14 +30,23 @@ class HFDirectory(Mapping[str, Tensor]):
     layout the file has: transformers 4.57 and the released checkpoints store the transpose.
     """
 
-    def __init__(self, path: Path) -> None:
-        """Raises ValueError naming the file if an index or a shard is missing or unreadable."""
+    def __init__(self, path: Path, value_head: Path | None = None) -> None:
+        """value_head: the reference's value_head.pt, read too; only on request, since the same
+        weights usually are in the shards.
+
+        Raises ValueError naming the file if an index or a shard is missing or unreadable.
+        """
         self.path = path
         self.config = Qwen3VLConfig.from_hf(path)
         self.raw_config: dict[str, Any] = json.loads((path / "config.json").read_text())
         self._file_of = self._read_index()
+        self._head = _value_head(value_head) if value_head else {}
+        if found := sorted(set(self._head) & set(self._file_of)):
+            raise ValueError(f"{found[0]} is in {value_head} and in {path}; leave the former out")
 
     def __getitem__(self, name: str) -> Tensor:
+        if name in self._head:
+            return self._head[name]
         file = self._file_of[name]
         with _open(file) as tensors:
             tensor: Tensor = tensors.get_tensor(name)
@@ -43,10 +55,10 @@ class HFDirectory(Mapping[str, Tensor]):
         return tensor
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._file_of)
+        return iter([*self._file_of, *self._head])
 
     def __len__(self) -> int:
-        return len(self._file_of)
+        return len(self._file_of) + len(self._head)
 
     def _read_index(self) -> dict[str, Path]:
         index = self.path / INDEX
@@ -100,6 +112,19 @@ def _open(file: Path) -> Any:
         raise ValueError(f"{file} is truncated or not a safetensors file: {error}") from error
 
 
+def _value_head(file: Path) -> dict[str, Tensor]:
+    """The head under its name in shards, from the file that the reference writes beside them
+    (moe/value_head.py, save_pretrained) under TRL's name. No code of the file is run."""
+    try:
+        found = torch.load(file, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise ValueError(f"{file} is no value_head.pt of plain tensors: {error}") from error
+    if not isinstance(found, dict) or set(found) != {TRL_HEAD}:
+        names = sorted(found) if isinstance(found, dict) else type(found).__name__
+        raise ValueError(f"{file} holds {names}, wanted {TRL_HEAD} alone")
+    return {"v_head.1.weight": found[TRL_HEAD]}
+
+
 def write(
     out: Path, tensors: Iterable[tuple[str, Tensor]], config_from: Path, writer: bool
 ) -> None:
@@ -130,7 +155,7 @@ def copy_config(source: Path, target: Path) -> None:
     """Copy everything of a Hugging Face directory but weights: config, processor, tokenizer."""
     target.mkdir(parents=True, exist_ok=True)
     for file in source.iterdir():
-        if file.is_file() and file.suffix != ".safetensors" and file.name != INDEX:
+        if file.is_file() and file.suffix not in (".safetensors", ".pt") and file.name != INDEX:
             shutil.copyfile(file, target / file.name)
 
 

@@ -20,29 +20,30 @@ from checkpoint_tools import megatron_directory
 from checkpoint_tools.hf_directory import HFDirectory
 from model_providers import backend as backends
 from model_providers.backend import Backend
-from model_providers.config import Qwen3VLConfig
 from model_providers.parallel import Layout, ParallelState
-from model_providers.qwen3_vl import Head
-from model_providers.weight_map import iter_hf_weights
-
-VALUE_HEAD = "v_head.1.weight"
+from model_providers.qwen3_vl import Head, Qwen3VLModel
+from model_providers.weight_map import iter_hf_weights, load_hf_weights
 
 
-def convert(hf: Path, out: Path, layout: Layout, backend: Backend) -> None:
+def convert(
+    hf: Path, out: Path, layout: Layout, backend: Backend, value_head: Path | None = None
+) -> None:
     """Write `out` from `hf` and check it; all ranks call this.
+
+    value_head: a value_head.pt, for a directory whose shards have no head.
 
     Raises:
         ValueError: the layout does not fit, weights and config disagree, or the written checkpoint
             differs from the source.
     """
     backend.check(layout)
-    Qwen3VLConfig.from_hf(hf).check_layout(layout)
-    source = HFDirectory(hf)
+    source = HFDirectory(hf, value_head)
+    source.config.check_layout(layout)
     backend.init_process_group()
     parallel = ParallelState.create(layout)
     backend.seed(0, parallel)
-    head = head_of(source)
-    model = megatron_directory.load_model(hf, parallel, backend, head)
+    model = Qwen3VLModel(source.config, parallel, backend, head_of(source)).to(backend.device)
+    load_hf_weights(model, source, str(hf))
     megatron_directory.save(out, model, hf)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -60,7 +61,7 @@ def convert(hf: Path, out: Path, layout: Layout, backend: Backend) -> None:
 
 def head_of(source: HFDirectory) -> Head:
     """Whether the directory holds a language model or a discriminator."""
-    return "score" if VALUE_HEAD in source else "language"
+    return "score" if any(name.startswith("v_head.") for name in source) else "language"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -70,6 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--hf", type=Path, required=True, help="Hugging Face directory")
     parser.add_argument("--out", type=Path, required=True, help="checkpoint to write")
+    parser.add_argument("--value-head", type=Path, help="value_head.pt, if no shard has the head")
     parser.add_argument("--tensor", type=int, default=1, help="tensor-parallel ranks")
     parser.add_argument("--pipeline", type=int, default=1, help="pipeline stages")
     parser.add_argument("--backend", default="cpu", choices=("cpu", "cuda"))
@@ -77,7 +79,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     layout = Layout(
         tensor=options.tensor, pipeline=options.pipeline, sequence_parallel=options.tensor > 1
     )
-    convert(options.hf, options.out, layout, backends.create(options.backend))
+    backend = backends.create(options.backend)
+    convert(options.hf, options.out, layout, backend, options.value_head)
     return 0
 
 

@@ -1,6 +1,13 @@
-"""Turn a dense Qwen3-VL into a Mixture-of-Experts discriminator with a value head.
+"""Turn a dense Qwen3-VL into a discriminator: a Mixture of Experts with a value head.
 
     python -m checkpoint_tools.upcycle --hf runs/sft/hf --out runs/discriminator --num-experts 4
+
+    architecture  experts                                        value heads
+    shared        any token may take any                         one (the reference's)
+    dedicated     half for perception, half for reasoning        one for each (the paper's)
+    dense         none, the MLP stays                            one (an ablation)
+
+config.json says which under "prism_discriminator", and whoever loads the model reads it there.
 
 Every expert is the dense MLP plus noise; the router's weights for a token sum to one, so without
 noise the discriminator computes what the dense model computed. As in the reference
@@ -21,7 +28,9 @@ from transformers import Qwen3VLMoeConfig
 
 from checkpoint_tools import hf_directory
 from checkpoint_tools.hf_directory import HFDirectory
+from model_providers.config import Qwen3VLConfig, check_dedicated
 
+ARCHITECTURES = ("shared", "dedicated", "dense")
 MLP = ("mlp.gate_proj.weight", "mlp.up_proj.weight", "mlp.down_proj.weight")
 
 
@@ -33,22 +42,29 @@ def upcycle(
     noise_std: float,
     router_std: float,
     seed: int,
+    architecture: str = "shared",
 ) -> None:
-    """Write `out`, a qwen3_vl_moe directory with v_head.1.weight, from the dense `hf`.
+    """Write `out`, a discriminator of that architecture, from the dense `hf`.
 
     noise_std: standard deviation added to every expert weight; router_std: of the router's and the
-    head's initial weights.
+    heads' initial weights. `dense` reads neither noise nor number of experts.
     """
     source = HFDirectory(hf)
     if source.config.num_experts:
         raise ValueError(f"{hf} has experts already; upcycling starts from a dense model")
     if top_k > num_experts:
         raise ValueError(f"top_k={top_k} of num_experts={num_experts} experts; lower top_k")
-    tensors = _tensors(source, num_experts, noise_std, router_std, seed)
+    if architecture == "dedicated":
+        check_dedicated(num_experts, top_k, "upcycle")
+    marked = source.raw_config | {"prism_discriminator": {"architecture": architecture}}
     staging = out.with_name(f".{out.name}.config")
     hf_directory.copy_config(hf, staging)
-    config = _moe_config(source.raw_config, num_experts, top_k)
-    config.save_pretrained(staging)
+    if architecture == "dense":
+        (staging / "config.json").write_text(json.dumps(marked, indent=2))
+    else:
+        _moe_config(marked, num_experts, top_k).save_pretrained(staging)
+    config = Qwen3VLConfig.from_hf(staging)
+    tensors = _tensors(source, config, noise_std, router_std, seed)
     hf_directory.write(out, tensors, staging, writer=True)
     for file in staging.iterdir():
         file.unlink()
@@ -74,33 +90,37 @@ def _moe_config(raw: dict[str, Any], num_experts: int, top_k: int) -> Qwen3VLMoe
         dtype=raw.get("dtype"),
         architectures=["Qwen3VLMoeForConditionalGeneration"],
         **{key: raw[key] for key in keep},
+        prism_discriminator=raw["prism_discriminator"],
     )
 
 
 def _tensors(
-    source: HFDirectory, num_experts: int, noise_std: float, router_std: float, seed: int
+    source: HFDirectory, config: Qwen3VLConfig, noise_std: float, router_std: float, seed: int
 ) -> Iterator[tuple[str, Tensor]]:
     generator = torch.Generator().manual_seed(seed)
 
     def noisy(tensor: Tensor) -> Tensor:
-        shape = (num_experts, *tensor.shape)
+        shape = (config.num_experts, *tensor.shape)
         noise = torch.randn(shape, generator=generator, dtype=torch.float32)
         return (tensor.float() + noise_std * noise).to(tensor.dtype)
 
     def normal(*shape: int) -> Tensor:
         return router_std * torch.randn(*shape, generator=generator)
 
-    hidden = source.config.hidden_size
     for name in source:
-        if not name.endswith(MLP):
+        if not (config.num_experts and name.endswith(MLP)):
             yield name, source[name]
-    for layer in range(source.config.num_layers):
+    for layer in range(config.num_layers if config.num_experts else 0):
         prefix = f"model.language_model.layers.{layer}."
         gate, up, down = (source[prefix + part] for part in MLP)
         yield prefix + "mlp.experts.gate_up_proj", noisy(torch.cat([gate, up]))
         yield prefix + "mlp.experts.down_proj", noisy(down)
-        yield prefix + "mlp.gate.weight", normal(num_experts, hidden).to(gate.dtype)
-    yield "v_head.1.weight", normal(1, hidden)
+        yield (
+            prefix + "mlp.gate.weight",
+            normal(config.num_experts, config.hidden_size).to(gate.dtype),
+        )
+    for name in config.value_heads:
+        yield name, normal(1, config.hidden_size)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -110,6 +130,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--hf", type=Path, required=True, help="dense Hugging Face directory")
     parser.add_argument("--out", type=Path, required=True, help="directory to write")
+    parser.add_argument("--architecture", default="shared", choices=ARCHITECTURES)
     parser.add_argument("--num-experts", type=int, default=4)
     parser.add_argument("--top-k", type=int, default=2)
     parser.add_argument("--noise-std", type=float, default=0.01)
@@ -117,7 +138,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=1234)
     options = parser.parse_args(argv)
     upcycle(**vars(options))
-    print(json.dumps({"out": str(options.out), "num_experts": options.num_experts}))
+    print(json.dumps({"out": str(options.out), "architecture": options.architecture}))
     return 0
 
 

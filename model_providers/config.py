@@ -21,6 +21,9 @@ from megatron.core.transformer.transformer_layer import get_transformer_layer_of
 from model_providers.backend import Backend
 from model_providers.parallel import Layout
 
+SECTIONS = ("perception", "reasoning")
+"""What a discriminator judges: captions; thinking and answers."""
+
 
 @dataclass(frozen=True)
 class VisionConfig:
@@ -64,6 +67,8 @@ class Qwen3VLConfig:
     num_experts: int
     top_k: int
     moe_intermediate_size: int
+    dedicated: bool
+    """Experts and value heads are divided between SECTIONS; otherwise one head judges both."""
     rms_norm_eps: float
     rope_theta: float
     mrope_section: tuple[int, int, int]
@@ -117,6 +122,7 @@ class Qwen3VLConfig:
             num_experts=experts if moe else 0,
             top_k=text["num_experts_per_tok"] if moe else 0,
             moe_intermediate_size=text["moe_intermediate_size"] if moe else 0,
+            dedicated=_is_dedicated(raw, text, experts if moe else 0, source),
             rms_norm_eps=text["rms_norm_eps"],
             rope_theta=float(theta),
             mrope_section=tuple(rope["mrope_section"]),
@@ -148,6 +154,12 @@ class Qwen3VLConfig:
         """Deepstack features that are still to be added after the first `layers` decoder layers;
         they travel with the hidden states."""
         return max(0, self.num_deepstack - layers)
+
+    @property
+    def value_heads(self) -> tuple[str, ...]:
+        """Hugging Face names of a discriminator's heads, each [1, hidden_size]."""
+        # "1" is the place of the linear layer in the reference's Sequential(Dropout, Linear)
+        return tuple(f"v_head.{name}.weight" for name in (SECTIONS if self.dedicated else ("1",)))
 
     def check_layout(self, layout: Layout) -> None:
         """ValueError if this model can't be split as `layout` says, before any collective."""
@@ -219,6 +231,32 @@ class Qwen3VLConfig:
                 "virtual stages each); choose sizes that divide, set first_stage_layers and "
                 "last_stage_layers, or count embedding_as_layer and loss_as_layer"
             )
+
+
+def _is_dedicated(raw: dict[str, Any], text: _Fields, num_experts: int, source: str) -> bool:
+    """What upcycling wrote down of the discriminator (checkpoint_tools.upcycle); the reference's
+    checkpoints say nothing and are `shared`."""
+    possible = ("shared", "dedicated") if num_experts else ("dense",)
+    architecture = raw.get("prism_discriminator", {}).get("architecture", possible[0])
+    if architecture not in possible:
+        raise ValueError(
+            f"{source}: prism_discriminator.architecture is {architecture!r}, but a model with "
+            f"{num_experts} experts is {' or '.join(possible)}"
+        )
+    if architecture == "dedicated":
+        check_dedicated(num_experts, text["num_experts_per_tok"], source)
+    return bool(architecture == "dedicated")
+
+
+def check_dedicated(num_experts: int, top_k: int, source: str) -> None:
+    """ValueError if the experts can't be divided evenly between the sections."""
+    each, rest = divmod(num_experts, len(SECTIONS))
+    if rest or top_k > each:
+        raise ValueError(
+            f"{source}: a dedicated discriminator divides num_experts={num_experts} between "
+            f"{' and '.join(SECTIONS)}, and a token takes top_k={top_k} of its section's; give an "
+            "even number of experts, at least twice top_k"
+        )
 
 
 class _Fields:
@@ -333,6 +371,8 @@ class TextTransformerConfig(TransformerConfig):
 
     num_deepstack: int = 0
     """Features that ride along: feature i is added after decoder layer i."""
+    expert_sections: int = 1
+    """Sections that the experts are divided among."""
 
 
 def text_transformer_config(
@@ -377,6 +417,7 @@ def text_transformer_config(
         bias_activation_fusion=backend.fused_kernels,
         add_bias_linear=False,
         num_deepstack=config.num_deepstack,
+        expert_sections=len(SECTIONS) if config.dedicated else 1,
         sequence_parallel=layout.sequence_parallel,
         **experts,
         **precision.transformer_fields(config.num_experts),

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.backends import BackendSpecProvider
 from megatron.core.models.gpt.gpt_layer_specs import get_mlp_module_spec_for_backend
+from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec_for_backend
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
@@ -18,6 +21,8 @@ from megatron.core.transformer.transformer_layer import (
     TransformerLayerSubmodules,
 )
 from torch import Tensor
+
+from model_providers.router import SectionRouter
 
 
 class DeepstackLayer(TransformerLayer):
@@ -92,9 +97,7 @@ def _layer(
         ),
         self_attn_bda=get_bias_dropout_add,
         pre_mlp_layernorm=IdentityOp if fused and not moe else norm,
-        mlp=get_mlp_module_spec_for_backend(
-            layers, config.num_moe_experts, moe_grouped_gemm=config.moe_grouped_gemm
-        ),
+        mlp=_experts(config, layers) if moe else get_mlp_module_spec_for_backend(layers),
         mlp_bda=get_bias_dropout_add,
         # norms are saved under the names that the fused layers give them, so that a checkpoint
         # loads on every backend
@@ -105,3 +108,9 @@ def _layer(
             **({} if moe else {"pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_"}),
         },
     )
+
+
+def _experts(config: TransformerConfig, layers: BackendSpecProvider) -> Any:
+    """megatron.core's Mixture-of-Experts layer with our router."""
+    spec = get_moe_module_spec_for_backend(layers, config.num_moe_experts, config.moe_grouped_gemm)
+    return partial(spec.func, submodules=replace(spec.keywords["submodules"], router=SectionRouter))

@@ -51,6 +51,7 @@ from model_providers.image_shares import encode_once
 from model_providers.layers import decoder_block
 from model_providers.packed import packed_seq_params
 from model_providers.parallel import ParallelState
+from model_providers.router import router_mask
 from model_providers.vision import Grid, VisionModel
 
 Head = Literal["language", "score"]
@@ -64,6 +65,7 @@ class Batch(Protocol):
     position_ids: Tensor
     cu_seqlens: Tensor
     padding_mask: Tensor
+    section: Tensor
     visual_index: Tensor
     feature_index: Tensor
     pixel_values: Tensor | None
@@ -81,9 +83,23 @@ class ScoreHead(nn.Module):
         self.weight = nn.Parameter(torch.zeros(1, hidden_size, dtype=torch.float32))
         self.weight.sequence_parallel = sequence_parallel  # type: ignore[attr-defined]
 
-    def forward(self, hidden: Tensor) -> Tensor:
+    def forward(self, hidden: Tensor, section: Tensor) -> Tensor:
         """[T, 1, h] -> [T]."""
         return nn.functional.linear(hidden.float(), self.weight).flatten()
+
+
+class SectionHeads(nn.Module):
+    """A score head for each of model_providers.config.SECTIONS."""
+
+    def __init__(self, hidden_size: int, sequence_parallel: bool) -> None:
+        super().__init__()
+        self.perception = ScoreHead(hidden_size, sequence_parallel)
+        self.reasoning = ScoreHead(hidden_size, sequence_parallel)
+
+    def forward(self, hidden: Tensor, section: Tensor) -> Tensor:
+        """[T, 1, h], section [T] -> [T], each token's from the head of its section."""
+        perception, reasoning = self.perception(hidden, section), self.reasoning(hidden, section)
+        return torch.where(section == 1, reasoning, perception)
 
 
 class Embedding(MegatronModule):
@@ -155,7 +171,8 @@ class LanguageModel(MegatronModule):
                 tp_group=parallel.groups.tp,
             )
         elif self.post_process:
-            self.score_head = ScoreHead(config.hidden_size, transformer.sequence_parallel)
+            head_type = SectionHeads if config.dedicated else ScoreHead
+            self.score_head = head_type(config.hidden_size, transformer.sequence_parallel)
         if self.tied and self.post_process and not self.pre_process:
             # a copy of the first chunk's, which the gradient norm counts already
             self.embedding.word_embeddings.weight.shared = True
@@ -282,7 +299,9 @@ class Qwen3VLChunk(MegatronModule):
         else:
             hidden, features = self._unpack(batch, rows, size)
             self.language_model.decoder.set_input_tensor(hidden)
-        padding = share.take(batch.padding_mask, True)[None, first : first + size]
+        local = slice(first, first + size)
+        section = share.take(batch.section, 0)[local]
+        padding = share.take(batch.padding_mask, True)[local]
         hidden = self.language_model.decoder(
             hidden,
             attention_mask=None,
@@ -294,12 +313,12 @@ class Qwen3VLChunk(MegatronModule):
                 self.backend,
                 self.parallel.groups.cp,
             ),
-            padding_mask=padding if self.architecture.num_experts else None,
+            padding_mask=router_mask(padding, section) if self.architecture.num_experts else None,
         )
         if not self.post_process:
             return self._pack(hidden, features)
         if self.head == "score":
-            scores = self.language_model.score_head(hidden)
+            scores = self.language_model.score_head(hidden, section)
             if self.config.sequence_parallel:
                 scores = tensor_parallel.gather_from_sequence_parallel_region(
                     scores, tensor_parallel_output_grad=False, group=self.parallel.groups.tp

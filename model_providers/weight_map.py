@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from model_providers.config import Qwen3VLConfig
+from model_providers.config import SECTIONS, Qwen3VLConfig
 from model_providers.parallel import ParallelState
 from model_providers.qwen3_vl import Qwen3VLChunk, Qwen3VLModel, padded_vocab_size
 
@@ -187,6 +187,10 @@ RULES: tuple[Rule, ...] = (
     Rule(("language_model.output_layer.weight",), ("lm_head.weight",), Vocabulary()),
     # the name that the reference's value head has in its shards
     Rule(("language_model.score_head.weight",), ("v_head.1.weight",), SAME),
+    *(
+        Rule((f"language_model.score_head.{name}.weight",), (f"v_head.{name}.weight",), SAME)
+        for name in SECTIONS
+    ),
     Rule(
         ("language_model.decoder.final_layernorm.weight",),
         ("model.language_model.norm.weight",),

@@ -58,12 +58,15 @@ class Sequence:
     response_mask: [L] bool, True on the tokens whose log-probability is trained (response tokens).
     per_token: named [L] float tensors that follow the tokens (advantages, old log-probabilities),
     aligned with input_ids (value at l belongs to the token input_ids[l]).
+    section: index in model_providers.config.SECTIONS of what a dedicated discriminator judges here;
+    other models don't look.
     """
 
     input_ids: Tensor
     images: tuple[ImageInputs, ...]
     response_mask: Tensor
     per_token: dict[str, Tensor] = field(default_factory=dict)
+    section: int = 0
 
     def __len__(self) -> int:
         return int(self.input_ids.numel())
@@ -82,6 +85,7 @@ class PackedBatch:
                                padding, if any, is the last sequence
     loss_mask    [T] float     1 where labels[t] is trained, i.e. the *predicted* token is response
     padding_mask [T] bool      True on padding tokens
+    section      [T] int64     the sequence's section (see Sequence), 0 on padding
     pixel_values [P, D]        patches of the N distinct images, each image once; None if none
     grids                      (t, h, w) in patches of those images, in their order
     visual_index [V] int64     positions in [0, T) of the visual tokens, ascending
@@ -103,6 +107,7 @@ class PackedBatch:
     cu_seqlens: Tensor
     loss_mask: Tensor
     padding_mask: Tensor
+    section: Tensor
     visual_index: Tensor
     feature_index: Tensor
     pixel_values: Tensor | None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import (
@@ -45,6 +46,7 @@ VISION = dict(
     in_channels=3,
     hidden_act="gelu_pytorch_tanh",
 )
+DEDICATED = dict(num_experts=8, num_experts_per_tok=3, moe_intermediate_size=44)
 EXPERTS = dict(
     num_experts=4,
     num_experts_per_tok=2,
@@ -56,9 +58,10 @@ EXPERTS = dict(
 
 
 def build(kind: str, tied: bool = False, seed: int = 0, layers: int = 4) -> PreTrainedModel:
-    """kind "dense" or "moe"; every weight random, norms around one, so that nothing cancels."""
+    """kind "dense", "moe" or "dedicated"; every weight random, norms around one, so that nothing
+    cancels."""
     torch.manual_seed(seed)
-    ids = dict(
+    ids: dict[str, Any] = dict(
         image_token_id=IMAGE,
         video_token_id=VIDEO,
         vision_start_token_id=VISION_START,
@@ -66,8 +69,12 @@ def build(kind: str, tied: bool = False, seed: int = 0, layers: int = 4) -> PreT
         tie_word_embeddings=tied,
     )
     text = TEXT | {"num_hidden_layers": layers}
-    if kind == "moe":
-        config = Qwen3VLMoeConfig(text_config=text | EXPERTS, vision_config=VISION, **ids)
+    if kind in ("moe", "dedicated"):
+        experts = EXPERTS
+        if kind == "dedicated":
+            experts = EXPERTS | DEDICATED
+            ids["prism_discriminator"] = {"architecture": "dedicated"}
+        config = Qwen3VLMoeConfig(text_config=text | experts, vision_config=VISION, **ids)
         model: PreTrainedModel = Qwen3VLMoeForConditionalGeneration(config)
     else:
         config = Qwen3VLConfig(text_config=text, vision_config=VISION, **ids)

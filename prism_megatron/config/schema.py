@@ -71,6 +71,15 @@ class Model(Section):
     """Keep the vision tower and its mergers as they are."""
 
 
+class Discriminator(Model):
+    """The discriminator, and what it is shown. Its architecture is in its config.json (upcycle)."""
+
+    streams: Literal["sections", "response"] = "sections"
+    """sections: captions and reasoning are scored apart; response: one score for the whole."""
+    text_only: bool = False
+    """Leave images out of what the discriminator reads."""
+
+
 class Optimizer(Section):
     """AdamW with a warm-up and a constant or cosine schedule."""
 
@@ -173,7 +182,7 @@ class Pairs(Section):
 class Warmup(Stage):
     """Discriminator warm-up: Bradley-Terry on caption and reasoning pairs."""
 
-    model: Model
+    model: Discriminator
     optimizer: Optimizer
     batch_size: int = Field(ge=1)
     """Pairs an optimizer step, over all ranks."""
@@ -186,7 +195,7 @@ class Align(Stage):
 
     policy: Model
     policy_optimizer: Optimizer
-    discriminator: Model
+    discriminator: Discriminator
     discriminator_optimizer: Optimizer
     prompts_per_step: int = Field(ge=1)
     """Prompts a step; each gets sampling.n responses."""
@@ -195,6 +204,8 @@ class Align(Stage):
     """Weight of the perception stream in the advantage."""
     reasoning_weight: float = Field(0.5, ge=0)
     """Weight of the reasoning stream in the advantage."""
+    response_weight: float = Field(1.0, ge=0)
+    """Weight of the whole response's stream in the advantage, with streams=response."""
     format_penalty: float = Field(1.5, ge=0)
     """What a response that does not split into its sections loses in advantage."""
     score_reg_coef: float = Field(1e-3, ge=0)
@@ -249,17 +260,23 @@ class Convert(Section):
     """Hugging Face directory."""
     out: Path
     """Megatron checkpoint that is written."""
+    value_head: Path | None = None
+    """A discriminator's value_head.pt, as the reference writes it, where the shards lack v_head."""
     parallel: Parallel = Parallel()
     """Layout of the ranks that convert; the checkpoint loads at any layout."""
 
 
 class Upcycle(Section):
-    """Dense model to Mixture-of-Experts discriminator."""
+    """Dense model to discriminator, by default a Mixture of Experts."""
 
     hf: Path
     """Dense Hugging Face directory."""
     out: Path
-    """Mixture-of-Experts Hugging Face directory that is written, value head included."""
+    """Hugging Face directory that is written, value head included."""
+    architecture: Literal["shared", "dedicated", "dense"] = "shared"
+    """shared: one head, any expert for any token; dedicated: half of the experts and a head for
+    captions, half and a head for reasoning; dense: a head on the dense model. The written
+    config.json says which, so that nothing else has to."""
     num_experts: int = Field(4, ge=2)
     """Experts a layer, each a noisy copy of the dense MLP."""
     top_k: int = Field(2, ge=1)
@@ -272,11 +289,19 @@ class Upcycle(Section):
     """Seed of noise, router and head."""
 
     @model_validator(mode="after")
-    def _top_k_fits(self) -> Self:
+    def _experts_fit(self) -> Self:
         if self.top_k > self.num_experts:
             raise ValueError(
                 f"top_k={self.top_k} experts a token, but num_experts={self.num_experts}; "
                 "lower top_k"
+            )
+        if self.architecture == "dedicated" and (
+            self.num_experts % 2 or 2 * self.top_k > self.num_experts
+        ):
+            raise ValueError(
+                f"architecture=dedicated gives each of two sections half of num_experts="
+                f"{self.num_experts}, of which a token takes top_k={self.top_k}; give an even "
+                "number, at least twice top_k"
             )
         return self
 

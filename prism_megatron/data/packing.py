@@ -103,6 +103,7 @@ def pack(
     length = total + padding
     pad_row = torch.full((padding,), pad_id, dtype=torch.int64)
     parts = [sequence.input_ids for sequence in sequences] + [pad_row] * bool(padding)
+    sections = [sequence.section for sequence in sequences] + [0] * bool(padding)
     input_ids = torch.cat(parts)
     positions = [
         mrope_positions(
@@ -121,6 +122,7 @@ def pack(
         cu_seqlens=torch.tensor([0, *map(len, parts)]).cumsum(0).to(torch.int32),
         loss_mask=_shifted([s.response_mask for s in sequences], length, torch.float32),
         padding_mask=torch.arange(length) >= total,
+        section=torch.cat([torch.full_like(p, k) for p, k in zip(parts, sections, strict=True)]),
         pixel_values=torch.cat([i.pixel_values for i in images.values()]) if images else None,
         grids=tuple(image.grid_thw for image in images.values()),
         visual_index=(input_ids == image_token_id).nonzero().flatten(),

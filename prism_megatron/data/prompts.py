@@ -14,6 +14,7 @@ import io
 import re
 from collections import OrderedDict
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -28,6 +29,7 @@ from prism_megatron.types import ImageInputs, Prompt, Sequence
 
 IMAGE_PLACEHOLDER = "<image>"
 END_OF_TURN = "<|im_end|>"
+VISION_BOUNDS = ("<|vision_start|>", "<|vision_end|>")
 CACHED_PATCH_BYTES = 512 * 2**20
 
 
@@ -54,6 +56,8 @@ class PromptEncoder:
         self.image_token_id: int = processor.image_token_id
         self.end_id: int = self.tokenizer.convert_tokens_to_ids(END_OF_TURN)
         self.pad_id: int = self.tokenizer.pad_token_id
+        bounds = self.tokenizer.convert_tokens_to_ids(list(VISION_BOUNDS))
+        self._vision_ids = {self.image_token_id, *bounds}
         self.merge_size: int = processor.image_processor.merge_size
         control = [t.content for t in self.tokenizer.added_tokens_decoder.values() if t.special]
         self._control = re.compile("|".join(map(re.escape, control)))
@@ -110,14 +114,23 @@ class PromptEncoder:
         """A demonstration: response and end of turn are trained, the prompt is not."""
         return rollout_sequence(prompt, self.encode_response(response_text), {})
 
-    def section_sequence(self, prompt: Prompt, section_text: str) -> Sequence:
+    def section_sequence(
+        self, prompt: Prompt, section_text: str, *, section: int = 0, text_only: bool = False
+    ) -> Sequence:
         """What the discriminator scores: prompt, section, end of turn.
+
+        section: which one it is, to a dedicated discriminator; text_only: without the prompt's
+        images and their tokens.
 
         Teacher's and student's sections are tokenised here from text and closed by the same token,
         whose position carries the score, so neither tokenisation nor ending tells them apart. (The
         reference scores different kinds of tokens for the two: prism-method section 2.4.)
         """
-        return rollout_sequence(prompt, self.encode_response(section_text), {})
+        if text_only:
+            text = tuple(i for i in prompt.input_ids if i not in self._vision_ids)
+            prompt = replace(prompt, input_ids=text, images=())
+        sequence = rollout_sequence(prompt, self.encode_response(section_text), {})
+        return replace(sequence, section=section)
 
     def decode(self, ids: tuple[int, ...]) -> str:
         """Text of response ids, without the end-of-turn token."""

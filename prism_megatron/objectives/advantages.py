@@ -5,6 +5,8 @@ Shapes: B responses; groups [B] holds for each the id of its prompt, in any orde
 
 from __future__ import annotations
 
+from collections.abc import Sequence as Ordered
+
 import torch
 from torch import Tensor
 
@@ -42,13 +44,10 @@ def group_normalise(
 
 
 def alignment_advantage(
-    perception: Tensor,
-    reasoning: Tensor,
+    streams: Ordered[tuple[float, Tensor]],
     groups: Tensor,
     valid: Tensor,
     *,
-    caption_weight: float,
-    reasoning_weight: float,
     format_penalty: float,
     eps: float = 1e-6,
 ) -> Tensor:
@@ -56,11 +55,10 @@ def alignment_advantage(
 
     With GN = group_normalise over valid responses and F = 1 for an invalid response, else 0:
 
-        A = caption_weight * GN(perception) + reasoning_weight * GN(reasoning)
-            - format_penalty * (F - mean of F over the group)
+        A = sum over streams of weight * GN(scores) - format_penalty * (F - group's mean of F)
 
-    perception, reasoning [B]: discriminator scores D(prompt + caption), D(prompt + think + answer),
-    not read where invalid; groups [B] int64; valid [B] bool.
+    streams: weight and scores [B] of each, in PRISM the discriminator's D(prompt + caption) and
+    D(prompt + think + answer), not read where invalid; groups [B] int64; valid [B] bool.
 
     Source: paper, equations 1 and 3, in the form of the reference's default mode (core_algos.py):
     each stream is normalised by itself and then weighed, so that neither outweighs the other by
@@ -78,14 +76,15 @@ def alignment_advantage(
     GN(perception) = [1, -1, 0, 0], GN(reasoning) = 0, the penalty's mean is 0.375, hence
     A = [0.875, -0.125, -1.125, 0.375].
     """
-    streams = caption_weight * group_normalise(perception, groups, valid, eps)
-    streams = streams + reasoning_weight * group_normalise(reasoning, groups, valid, eps)
+    advantage = torch.zeros(len(groups))
+    for weight, scores in streams:
+        advantage = advantage + weight * group_normalise(scores, groups, valid, eps)
     _, group = torch.unique(groups, return_inverse=True)
     invalid = (~valid).float()
     num_groups = int(group.max()) + 1 if group.numel() else 0
     size = _group_sum(torch.ones_like(invalid), group, num_groups)
     share = (_group_sum(invalid, group, num_groups) / size)[group]
-    return streams - format_penalty * (invalid - share)
+    return advantage - format_penalty * (invalid - share)
 
 
 def _group_sum(values: Tensor, group: Tensor, num_groups: int) -> Tensor:

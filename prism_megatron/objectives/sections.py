@@ -25,6 +25,9 @@ _LAYOUT = re.compile(
     r"\s*<caption>(.*)</caption>\s*<think>(.*)</think>\s*<answer>(.*)</answer>\s*",
     re.DOTALL | re.ASCII,
 )
+STREAMS = {"sections": ("caption", "reasoning"), "response": ("response",)}
+"""What the discriminator is shown of an answer, by name: its sections one by one (PRISM), or the
+whole of it at once (GAD)."""
 _CONTROL_TOKEN = re.compile(r"<\|\w+\|>")
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}".encode()
 
@@ -46,6 +49,12 @@ class Sections:
     def reasoning_text(self) -> str:
         """What the reasoning stream reads: thinking and answer, without the caption."""
         return f"<think>{self.think}</think>\n<answer>{self.answer}</answer>"
+
+    def read_by(self, stream: str) -> str:
+        """What that stream of the discriminator reads; see STREAMS."""
+        caption, reasoning = self.caption_text, self.reasoning_text
+        whole = f"{caption}\n{reasoning}"
+        return {"caption": caption, "reasoning": reasoning, "response": whole}[stream]
 
 
 def split_sections(text: str) -> Sections | None:

@@ -46,20 +46,21 @@ from prism_megatron.types import Prompt, Rollout, Sequence
 
 @dataclass(frozen=True)
 class Task:
-    """A prompt with the teacher's answer to it."""
+    """A prompt with the teacher's answer to it, one sequence for each stream."""
 
     prompt: Prompt
-    teacher: Sections
+    teacher: dict[str, Sequence]
 
 
 def run(config: schema.Align) -> None:
     """Play the game for train.steps steps and export the policy to run.dir/hf."""
     backend = start(config.backend, config.policy, config.discriminator)
     encoder = build_encoder(config.policy.path, config.data)
+    reader = discriminator.Reader(encoder, config.discriminator)
     quarantine = open_quarantine(config.run, config.data)
     stream = BatchStream(
         read_prompts(config.data.path, required=("teacher_caption", "teacher_cot")),
-        lambda row: task(encoder, row),
+        lambda row: task(encoder, reader, row),
         quarantine,
         batch_size=config.prompts_per_step,
         seed=config.run.seed,
@@ -91,32 +92,36 @@ def run(config: schema.Align) -> None:
     engine = EmbeddedFleet(
         LocalEngine(hf_directory(config.policy.path), seed=config.run.seed, pretrained=False)
     )
-    game = Game(config, encoder, policy, judge, engine)
+    game = Game(config, reader, policy, judge, engine)
     game.sync(done)
     if loop.run(lambda: game.step(stream.next_batch(), loop.step)):
         loop.export("policy")
 
 
-def task(encoder: PromptEncoder, row: PromptRow) -> Task:
+def task(encoder: PromptEncoder, reader: discriminator.Reader, row: PromptRow) -> Task:
     """RowError if the teacher's answer itself has not the format that the student must learn."""
     teacher = sections_of(row.teacher_caption or "", row.teacher_cot or "")
     if teacher is None:
         raise RowError("teacher_caption and teacher_cot do not make up a well-formed response")
-    for text in (teacher.caption_text, teacher.reasoning_text):
-        encoder.encode_section(text)
-    return Task(encoder.encode_prompt(row), teacher)
+    prompt = encoder.encode_prompt(row)
+    return Task(prompt, reader.read(prompt, teacher))
 
 
 @dataclass
 class Stream:
-    """One side of the judgement, captions or reasoning, over the whole step.
+    """One part of the judgement, such as captions or reasoning, over the whole step.
 
     Sequences and scores: the teacher's, one a prompt, then those of the valid responses.
     """
 
+    weight: float
     teacher: list[Sequence]
-    student: list[Sequence] = field(default_factory=list)
+    student: list[Sequence]
     scores: Tensor = field(default_factory=lambda: torch.zeros(0))
+
+    @property
+    def sequences(self) -> list[Sequence]:
+        return [*self.teacher, *self.student]
 
 
 class Game:
@@ -125,14 +130,14 @@ class Game:
     def __init__(
         self,
         config: schema.Align,
-        encoder: PromptEncoder,
+        reader: discriminator.Reader,
         policy: ModelRunner,
         judge: ModelRunner,
         engine: EmbeddedFleet,
     ) -> None:
-        self.config, self.encoder = config, encoder
+        self.config, self.reader = config, reader
         self.policy, self.judge, self.engine = policy, judge, engine
-        self.table = token_bytes(encoder.tokenizer)
+        self.table = token_bytes(reader.encoder.tokenizer)
 
     def step(self, tasks: list[Task], number: int) -> Metrics:
         """Sample, judge, train the judge, train the policy, hand its weights to the engine."""
@@ -142,21 +147,18 @@ class Game:
         groups = torch.arange(len(tasks)).repeat_interleave(self.config.sampling.n)
         valid = torch.tensor([s is not None for s in sections])
 
-        caption, reasoning = self._score(tasks, samples, sections)
+        streams = self._score(tasks, samples, sections)
         advantages = alignment_advantage(
-            _spread(caption, valid),
-            _spread(reasoning, valid),
+            [(stream.weight, _spread(stream, valid)) for stream in streams.values()],
             groups,
             valid,
-            caption_weight=self.config.caption_weight,
-            reasoning_weight=self.config.reasoning_weight,
             format_penalty=self.config.format_penalty,
         )
-        judged = self._update_judge(caption, reasoning, groups[valid])
+        judged = self._update_judge(streams, groups[valid])
         policy = policy_update(self.policy, samples, advantages, clip_low=0.2, clip_high=0.2)
         self.sync(number + 1)
         return {
-            **_means(caption, reasoning, groups[valid]),
+            **_means(streams, groups[valid]),
             **judged,
             "policy_loss": policy["policy_loss"],
             "policy_grad_norm": policy["grad_norm"],
@@ -173,54 +175,57 @@ class Game:
     def _sections(self, rollout: Rollout) -> Sections | None:
         if rollout.finish_reason != "stop":
             return None
-        return split_sections(response_text(rollout.ids, self.table, (self.encoder.end_id,)))
+        return split_sections(response_text(rollout.ids, self.table, (self.reader.encoder.end_id,)))
 
     def _score(
         self,
         tasks: list[Task],
         samples: list[tuple[Prompt, Rollout]],
         sections: list[Sections | None],
-    ) -> tuple[Stream, Stream]:
-        """Both streams in one packed pass of the discriminator. An image is encoded once for the
+    ) -> dict[str, Stream]:
+        """All streams in one packed pass of the discriminator. An image is encoded once for the
         sequences of a micro-batch that show it."""
-        build = self.encoder.section_sequence
-        caption = Stream([build(t.prompt, t.teacher.caption_text) for t in tasks])
-        reasoning = Stream([build(t.prompt, t.teacher.reasoning_text) for t in tasks])
-        for (prompt, _), found in zip(samples, sections, strict=True):
-            if found is not None:
-                caption.student.append(build(prompt, found.caption_text))
-                reasoning.student.append(build(prompt, found.reasoning_text))
-        both = [*caption.teacher, *caption.student, *reasoning.teacher, *reasoning.student]
-        caption.scores, reasoning.scores = discriminator.score(self.judge, both).chunk(2)
-        return caption, reasoning
+        students = [
+            self.reader.read(prompt, found)
+            for (prompt, _), found in zip(samples, sections, strict=True)
+            if found is not None
+        ]
+        streams = {
+            name: Stream(
+                getattr(self.config, f"{name}_weight"),
+                [t.teacher[name] for t in tasks],
+                [student[name] for student in students],
+            )
+            for name in self.reader.streams
+        }
+        everything = [sequence for stream in streams.values() for sequence in stream.sequences]
+        scores = discriminator.score(self.judge, everything).chunk(len(streams))
+        for stream, own in zip(streams.values(), scores, strict=True):
+            stream.scores = own
+        return streams
 
-    def _update_judge(self, caption: Stream, reasoning: Stream, groups: Tensor) -> Metrics:
+    def _update_judge(self, streams: dict[str, Stream], groups: Tensor) -> Metrics:
         """Teacher above student for every valid response; groups [valid] says whose teacher."""
         if not len(groups):
             return {"discriminator_loss": 0.0, "discriminator_accuracy": 0.0, "aux_loss": 0.0,
                     "discriminator_grad_norm": 0.0}  # fmt: skip
-        prompts, count = len(caption.teacher), len(groups)
-
-        def streams(scores: Tensor) -> list[tuple[Tensor, dict[str, Tensor]]]:
-            return [
-                bradley_terry_loss(stream[:prompts][groups], stream[prompts:], num_pairs=count)
-                for stream in scores.chunk(2)
-            ]
+        count = len(groups)
 
         def objective(scores: Tensor) -> Tensor:
-            regulariser = score_regulariser(scores, scores.numel())
-            losses = [loss for loss, _ in streams(scores)]
-            return losses[0] + losses[1] + self.config.score_reg_coef * regulariser
+            loss = self.config.score_reg_coef * score_regulariser(scores, scores.numel())
+            for own in scores.chunk(len(streams)):
+                teacher, student = own[:-count], own[-count:]
+                loss = loss + bradley_terry_loss(teacher[groups], student, num_pairs=count)[0]
+            return loss
 
-        sequences = [*caption.teacher, *caption.student, *reasoning.teacher, *reasoning.student]
-        scores = torch.cat([caption.scores, reasoning.scores])
+        sequences = [sequence for stream in streams.values() for sequence in stream.sequences]
+        scores = torch.cat([stream.scores for stream in streams.values()])
         result = discriminator.update(self.judge, sequences, scores, objective)
-        accuracy = [_accuracy(stream, groups) for stream in (caption, reasoning)]
+        accuracy = {f"{name}_accuracy": _accuracy(s, groups) for name, s in streams.items()}
         return {
             "discriminator_loss": float(objective(scores)),
-            "discriminator_accuracy": sum(accuracy) / 2,
-            "caption_accuracy": accuracy[0],
-            "reasoning_accuracy": accuracy[1],
+            "discriminator_accuracy": sum(accuracy.values()) / len(accuracy),
+            **accuracy,
             "discriminator_grad_norm": result.grad_norm,
             **result.sums,
         }
@@ -240,11 +245,11 @@ def _accuracy(stream: Stream, groups: Tensor) -> float:
     return discriminator.accuracy(teachers, stream.student, teacher[groups] - student)
 
 
-def _means(caption: Stream, reasoning: Stream, groups: Tensor) -> Metrics:
+def _means(streams: dict[str, Stream], groups: Tensor) -> Metrics:
     """Mean scores of both sides, and how far the teacher is above on average."""
     means: Metrics = {}
     gaps = []
-    for name, stream in (("caption", caption), ("reasoning", reasoning)):
+    for name, stream in streams.items():
         teacher, student = stream.scores.split([len(stream.teacher), len(stream.student)])
         means[f"teacher_{name}_score"] = float(teacher.mean())
         means[f"student_{name}_score"] = float(student.mean()) if len(student) else 0.0

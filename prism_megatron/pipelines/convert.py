@@ -10,4 +10,5 @@ from prism_megatron.training.setup import layout_of
 
 def run(config: schema.Convert) -> None:
     """Write config.out; it loads at any layout."""
-    convert(config.hf, config.out, layout_of(config.parallel), backends.create(config.backend))
+    backend = backends.create(config.backend)
+    convert(config.hf, config.out, layout_of(config.parallel), backend, config.value_head)

@@ -1,4 +1,4 @@
-"""Discriminator warm-up: Bradley-Terry on caption pairs and reasoning pairs.
+"""Discriminator warm-up: Bradley-Terry on caption pairs and reasoning pairs, or on whole responses.
 
 pairs JSONL --> (prompt + teacher section, prompt + student section) --> scores --> update
 """
@@ -24,23 +24,22 @@ from prism_megatron.types import Sequence
 
 @dataclass(frozen=True)
 class Pair:
-    """The sections of one row, ready to score."""
+    """The answers of one row, ready to score: a sequence for each stream of the discriminator."""
 
-    teacher_caption: Sequence
-    student_caption: Sequence
-    teacher_reasoning: Sequence
-    student_reasoning: Sequence
+    teacher: dict[str, Sequence]
+    student: dict[str, Sequence]
 
 
 def run(config: schema.Warmup) -> None:
     """Train the discriminator config.model and export it to run.dir/hf."""
     backend = start(config.backend, config.model)
     encoder = build_encoder(config.model.path, config.data)
+    reader = discriminator.Reader(encoder, config.model)
     quarantine = open_quarantine(config.run, config.data)
 
     stream = BatchStream(
         read_pairs(config.data.path),
-        lambda row: pair(encoder, row),
+        lambda row: pair(encoder, reader, row),
         quarantine,
         batch_size=config.batch_size,
         seed=config.run.seed,
@@ -63,48 +62,44 @@ def run(config: schema.Warmup) -> None:
         loop.export("discriminator")
 
 
-def pair(encoder: PromptEncoder, row: PairRow) -> Pair:
+def pair(encoder: PromptEncoder, reader: discriminator.Reader, row: PairRow) -> Pair:
     """RowError if one side is not a well-formed response."""
     teacher = sections_of(row.teacher_caption, row.teacher_cot)
     student = sections_of(row.student_caption, row.student_cot)
     if teacher is None or student is None:
         raise RowError("caption and cot do not make up a well-formed response")
     prompt = encoder.encode_prompt(row)
-    sides = (teacher, student)
-    texts = [s.caption_text for s in sides] + [s.reasoning_text for s in sides]
-    return Pair(*(encoder.section_sequence(prompt, text) for text in texts))
+    return Pair(reader.read(prompt, teacher), reader.read(prompt, student))
 
 
 def step(model: ModelRunner, pairs: list[Pair]) -> Metrics:
     """Score, compare, update; caption and reasoning pairs weigh the same."""
-    count = len(pairs)
-    captions = [p.teacher_caption for p in pairs], [p.student_caption for p in pairs]
-    reasoning = [p.teacher_reasoning for p in pairs], [p.student_reasoning for p in pairs]
-    sequences = [*captions[0], *captions[1], *reasoning[0], *reasoning[1]]
+    streams = {
+        name: ([p.teacher[name] for p in pairs], [p.student[name] for p in pairs])
+        for name in pairs[0].teacher
+    }
+    sequences = [sequence for sides in streams.values() for side in sides for sequence in side]
     scores = discriminator.score(model, sequences)
 
-    def objective(scores: Tensor) -> Tensor:
-        return sum(loss for loss, _ in streams(scores)) / 2
+    def by_stream(scores: Tensor) -> Tensor:
+        """[stream, teacher or student, pair]"""
+        return scores.view(len(streams), 2, len(pairs))
 
-    def streams(scores: Tensor) -> list[tuple[Tensor, dict[str, Tensor]]]:
-        caption, reasoning = scores.view(2, 2, count)
-        return [bradley_terry_loss(*stream, num_pairs=count) for stream in (caption, reasoning)]
+    def objective(scores: Tensor) -> Tensor:
+        losses = [bradley_terry_loss(*s, num_pairs=len(pairs))[0] for s in by_stream(scores)]
+        return torch.stack(losses).mean()
 
     result = discriminator.update(model, sequences, scores, objective)
-    losses, sums = zip(*streams(scores), strict=True)
-    accuracy = [
-        discriminator.accuracy(teachers, students, gap)
-        for teachers, students, gap in (
-            (captions[0], captions[1], scores[:count] - scores[count : 2 * count]),
-            (reasoning[0], reasoning[1], scores[2 * count : 3 * count] - scores[3 * count :]),
-        )
-    ]
+    gaps = by_stream(scores)[:, 0] - by_stream(scores)[:, 1]
+    accuracy = {
+        f"{name}_accuracy": discriminator.accuracy(*sides, gap)
+        for (name, sides), gap in zip(streams.items(), gaps, strict=True)
+    }
     return {
-        "loss": float(torch.stack(losses).mean()),
-        "accuracy": sum(accuracy) / 2,
-        "caption_accuracy": accuracy[0],
-        "reasoning_accuracy": accuracy[1],
-        "score_gap": sum(float(s["gap"]) for s in sums) / (2 * count),
+        "loss": float(objective(scores)),
+        "accuracy": sum(accuracy.values()) / len(accuracy),
+        **accuracy,
+        "score_gap": float(gaps.mean()),
         "grad_norm": result.grad_norm,
         **result.sums,
     }

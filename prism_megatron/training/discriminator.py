@@ -1,6 +1,7 @@
 """The discriminator in training: scores of sections, and one adversarial update from them.
 
-    sections --packed--> score at each sequence's last token [n]
+    answer --Reader--> one sequence a stream, caption and reasoning or the whole response
+    sequences --packed--> score at each sequence's last token [n]
     scores --objective--> loss, d loss / d score --second pass--> gradients of the weights
 
 The objective compares scores of different sequences, teacher with student, which would have to
@@ -19,11 +20,38 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from model_providers.config import SECTIONS
+from prism_megatron.config import schema
+from prism_megatron.data.prompts import PromptEncoder
+from prism_megatron.objectives.sections import STREAMS, Sections
 from prism_megatron.training.runner import ModelRunner, StepResult
-from prism_megatron.types import PackedBatch, Sequence
+from prism_megatron.types import PackedBatch, Prompt, Sequence
+
+SECTION_OF = {"caption": SECTIONS.index("perception"), "reasoning": SECTIONS.index("reasoning")}
+"""What a dedicated discriminator judges a stream by."""
 
 Objective = Callable[[Tensor], Tensor]
 """scores [n] -> loss."""
+
+
+class Reader:
+    """What the discriminator is shown of an answer, as its section of the configuration says."""
+
+    def __init__(self, encoder: PromptEncoder, section: schema.Discriminator) -> None:
+        self.encoder, self.text_only = encoder, section.text_only
+        self.streams = STREAMS[section.streams]
+
+    def read(self, prompt: Prompt, answer: Sections) -> dict[str, Sequence]:
+        """A sequence for each of `streams`; RowError if one can't be encoded."""
+        return {
+            stream: self.encoder.section_sequence(
+                prompt,
+                answer.read_by(stream),
+                section=SECTION_OF.get(stream, 0),
+                text_only=self.text_only,
+            )
+            for stream in self.streams
+        }
 
 
 def _ends(batch: PackedBatch) -> Tensor:

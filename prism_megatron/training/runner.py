@@ -24,8 +24,14 @@ from megatron.core.distributed import (
     DistributedDataParallelConfig,
     finalize_model_grads,
 )
-from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
-from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.optimizer import (
+    OptimizerConfig,
+    ParamKey,
+    get_megatron_optimizer,
+    get_standard_config_overrides,
+)
+from megatron.core.optimizer.optimizer_config import ParamPredicate
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler, ParamGroupOverride
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
@@ -330,8 +336,20 @@ def _optimizer(section: Optimizer, ddp: list[DistributedDataParallel], model: Qw
         params_dtype=model.backend.dtype,
         use_distributed_optimizer=True,
     )
+    # The fp32 head of a BF16 model gets a parameter group of its own, which any override makes,
+    # even of the rate by itself. DistributedOptimizer numbers a group's parameters buffer by buffer
+    # (_build_optimizer_group_ranges) and hands them to Adam fp32 first
+    # (_build_model_and_main_param_groups), so in a group of two dtypes a checkpoint would mix up
+    # whose moments are whose.
+    other_dtype = ParamPredicate("other_dtype", lambda p: p.dtype != model.backend.dtype)
+    overrides = get_standard_config_overrides(config)
+    overrides[ParamKey(predicate=other_dtype)] = ParamGroupOverride(max_lr=section.lr)
     optimizer = get_megatron_optimizer(
-        config, ddp, use_gloo_process_groups=False, pg_collection=model.parallel.groups
+        config,
+        ddp,
+        config_overrides=overrides,
+        use_gloo_process_groups=False,
+        pg_collection=model.parallel.groups,
     )
     for part in optimizer.chained_optimizers:
         if isinstance(part.optimizer, torch.optim.Adam | torch.optim.AdamW):

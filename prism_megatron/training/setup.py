@@ -5,7 +5,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import torch
 import torch.distributed as dist
 
 from checkpoint_tools.megatron_directory import hf_directory, load_model
@@ -14,7 +13,7 @@ from model_providers.backend import Backend
 from model_providers.config import Qwen3VLConfig
 from model_providers.parallel import Layout, ParallelState
 from model_providers.qwen3_vl import Head
-from prism_megatron.config.schema import Data, Model, Optimizer, Parallel, Run, Train
+from prism_megatron.config.schema import Data, Discriminator, Model, Optimizer, Parallel, Run, Train
 from prism_megatron.data.prompts import PromptEncoder
 from prism_megatron.data.rows import Quarantine
 from prism_megatron.training.runner import ModelRunner
@@ -32,9 +31,21 @@ def start(backend_name: str, *models: Model) -> Backend:
     for model in models:
         layout = layout_of(model.parallel)
         backend.check(layout)
-        Qwen3VLConfig.from_hf(hf_directory(model.path)).check_layout(layout)
+        architecture = Qwen3VLConfig.from_hf(hf_directory(model.path))
+        architecture.check_layout(layout)
+        if isinstance(model, Discriminator) and model.streams == "response":
+            _check_whole_response(architecture, model)
     backend.init_process_group()
     return backend
+
+
+def _check_whole_response(architecture: Qwen3VLConfig, model: Discriminator) -> None:
+    if architecture.dedicated:
+        raise ValueError(
+            f"{model.path} is a dedicated discriminator: an expert judges perception or reasoning, "
+            "but streams=response shows both at once; set streams=sections, or upcycle with "
+            "architecture=shared"
+        )
 
 
 def build_runner(
@@ -49,16 +60,7 @@ def build_runner(
     aux_loss_coef: float = 0.0,
     updates_per_step: int = 1,
 ) -> ModelRunner:
-    """The section's model with its weights, ready to train.
-
-    Raises ValueError for a discriminator on a backend of less than fp32: its head stays in fp32,
-    and megatron.core 0.19 can't save the optimizer of a model with weights of two dtypes.
-    """
-    if head == "score" and backend.dtype is not torch.float32:
-        raise ValueError(
-            f"backend {backend.name!r} trains in {backend.dtype}, where a discriminator's training "
-            "state can't be checkpointed yet; run this stage with backend=cpu"
-        )
+    """The section's model with its weights, ready to train."""
     parallel = ParallelState.create(layout_of(section.parallel))
     backend.seed(run.seed, parallel)
     model = load_model(section.path, parallel, backend, head, aux_loss_coef)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -45,9 +46,10 @@ def sequence(seed: int, length: int, *images: ImageInputs) -> Sequence:
 
 
 def mixed_batch() -> list[Sequence]:
-    """Images of different sizes, one shared by two sequences, text only in between."""
+    """Images of different sizes, one shared by two sequences, text only in between; both sections,
+    which only a dedicated discriminator tells apart."""
     wide, tall, square = image("wide", 4, 6), image("tall", 8, 2), image("square", 2, 2)
-    return [
+    sequences = [
         sequence(1, 9, wide),
         sequence(2, 13),
         sequence(3, 7, tall, square),
@@ -55,6 +57,8 @@ def mixed_batch() -> list[Sequence]:
         sequence(5, 6),
         sequence(6, 10, square),
     ]
+    sections = (0, 1, 1, 0, 1, 1)
+    return [replace(s, section=section) for s, section in zip(sequences, sections, strict=True)]
 
 
 def weighted_loss(tokens: float) -> Any:
@@ -80,6 +84,15 @@ def parallel_state(layout: Layout) -> ParallelState:
     return ParallelState.create(layout)
 
 
+def head_weights(config: Qwen3VLConfig) -> dict[str, Tensor]:
+    """Random weights of the model's value head or heads."""
+    generator = torch.Generator().manual_seed(11)
+    return {
+        name: torch.randn(1, config.hidden_size, generator=generator)
+        for name in config.value_heads
+    }
+
+
 def make_runner(
     path: Path,
     layout: Layout,
@@ -88,16 +101,16 @@ def make_runner(
     aux_loss_coef: float = 0.0,
     freeze_vision: bool = False,
     optimizer: Optimizer | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> ModelRunner:
-    backend = backends.create("cpu")
+    backend = replace(backends.create("cpu"), dtype=dtype)
     parallel = parallel_state(layout)
     backend.seed(7, parallel)
     config = Qwen3VLConfig.from_hf(path)
     model = Qwen3VLModel(config, parallel, backend, head, aux_loss_coef)
     weights = load_file(path / "model.safetensors")
     if head == "score":
-        generator = torch.Generator().manual_seed(11)
-        weights["v_head.1.weight"] = torch.randn(1, config.hidden_size, generator=generator)
+        weights |= head_weights(config)
     load_hf_weights(model, weights, str(path))
     if freeze_vision:
         model.freeze_vision()

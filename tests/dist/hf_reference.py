@@ -20,6 +20,17 @@ def load(path: Path) -> PreTrainedModel:
 
 def logits(model: PreTrainedModel, sequence: Sequence) -> Tensor:
     """Logits of one sequence alone, [L, vocab]."""
+    found: Tensor = model(**_inputs(sequence)).logits
+    return found[0]
+
+
+def hidden(model: PreTrainedModel, sequence: Sequence) -> Tensor:
+    """Last hidden states of one sequence alone, after the final norm, [L, h]."""
+    found: Tensor = model.model(**_inputs(sequence)).last_hidden_state
+    return found[0]
+
+
+def _inputs(sequence: Sequence) -> dict[str, Tensor]:
     ids = sequence.input_ids[None]
     images = {}
     if sequence.images:
@@ -27,13 +38,12 @@ def logits(model: PreTrainedModel, sequence: Sequence) -> Tensor:
             pixel_values=torch.cat([image.pixel_values for image in sequence.images]),
             image_grid_thw=torch.tensor([image.grid_thw for image in sequence.images]),
         )
-    found: Tensor = model(
+    return dict(
         input_ids=ids,
         attention_mask=torch.ones_like(ids),
         mm_token_type_ids=(ids == IMAGE).int(),
         **images,
-    ).logits
-    return found[0]
+    )
 
 
 def loss(logits: Tensor, sequence: Sequence, tokens: float) -> Tensor:

@@ -107,10 +107,11 @@ def _train(
     steps: int,
     ckpt: Path | None = None,
     separate_steps: bool = True,
+    dtype: torch.dtype = torch.float32,
 ) -> Training:
     """(Loss, gradient norm) of each step and the weights after them. Starts from `ckpt` where there
     is one, and leaves one there after two steps where there is none."""
-    runner = checks.make_runner(path, layout, head, optimizer=ADAM)
+    runner = checks.make_runner(path, layout, head, optimizer=ADAM, dtype=dtype)
     if ckpt is not None and ckpt.exists():
         with mock.patch.object(
             megatron_directory,
@@ -191,6 +192,27 @@ def test_a_step_counter_shared_by_all_parameters_would_be_seen(
     head, world, layout = CASES[kind]
     _, found = ranks(world).run(_train, hf_models[kind], layout, head, 2, ckpt, False)[0]
     assert max((found[name] - weight).abs().max() for name, weight in weights.items()) > 1e-3
+
+
+@pytest.mark.parametrize(
+    "world, layout",
+    [(1, Layout()), (2, Layout()), (2, TP2EP2), (2, Layout(pipeline=2))],
+    ids=["one", "dp2", "tp2-ep2", "pp2"],
+)
+def test_an_fp32_head_on_a_bf16_trunk_resumes_bit_equal(
+    ranks: Worlds, hf_models: dict[str, Path], tmp_path: Path, world: int, layout: Layout
+) -> None:
+    def train(steps: int, ckpt: Path) -> Training:
+        arguments = (hf_models["moe"], layout, "score", steps, ckpt, True, torch.bfloat16)
+        return ranks(world).run(_train, *arguments)[0]
+
+    losses, weights = train(4, tmp_path / "ckpt")
+    resumed, found = train(2, tmp_path / "ckpt")
+    assert resumed == losses[2:]
+    assert all(torch.equal(found[name], weight) for name, weight in weights.items())
+    dtypes = {name: weight.dtype for name, weight in weights.items()}
+    assert dtypes.pop("v_head.1.weight") == torch.float32
+    assert set(dtypes.values()) == {torch.bfloat16}
 
 
 def _load_error(path: Path, ckpt: Path) -> str:
@@ -351,9 +373,35 @@ def _corrupted_conversion(path: Path, out: Path) -> str:
     return "accepted"
 
 
-def _upcycle(dense: Path, out: Path, noise: float, seed: int = 5) -> Path:
-    upcycle(dense, out, 3, 2, noise_std=noise, router_std=0.02, seed=seed)
+def _upcycle(
+    dense: Path, out: Path, noise: float, seed: int = 5, architecture: str = "shared"
+) -> Path:
+    experts = 6 if architecture == "dedicated" else 3
+    upcycle(dense, out, experts, 2, noise, 0.02, seed, architecture)
     return out
+
+
+def _wrong_heads(path: Path, architecture: str) -> str:
+    """Load a discriminator whose config.json was edited to another architecture."""
+    raw = json.loads((path / "config.json").read_text())
+    raw["prism_discriminator"] = {"architecture": architecture}
+    (path / "config.json").write_text(json.dumps(raw))
+    try:
+        megatron_directory.load_model(
+            path, checks.parallel_state(Layout()), backends.create("cpu"), "score"
+        )
+    except ValueError as error:
+        return str(error)
+    return "loaded"
+
+
+def test_heads_of_another_architecture_are_refused(
+    ranks: Worlds, hf_models: dict[str, Path], tmp_path: Path
+) -> None:
+    dedicated = _upcycle(hf_models["dense"], tmp_path / "moe", 0.01, architecture="dedicated")
+    [message] = ranks(1).run(_wrong_heads, dedicated, "shared")
+    assert "1 missing (v_head.1.weight)" in message
+    assert "2 surplus (v_head.perception.weight, v_head.reasoning.weight)" in message
 
 
 def test_upcycled_without_noise_it_computes_what_the_dense_model_did(
@@ -407,13 +455,22 @@ def test_upcycling_refuses_what_it_cannot_do(hf_models: dict[str, Path], tmp_pat
         upcycle(hf_models["dense"], tmp_path / "moe", 3, 4, 0.0, 0.02, 1)
     with pytest.raises(ValueError, match="has experts already"):
         upcycle(hf_models["moe"], tmp_path / "moe", 3, 2, 0.0, 0.02, 1)
+    with pytest.raises(ValueError, match="num_experts=6 .* top_k=4 of its section's"):
+        upcycle(hf_models["dense"], tmp_path / "moe", 6, 4, 0.0, 0.02, 1, "dedicated")
+    with pytest.raises(ValueError, match="num_experts=5"):
+        upcycle(hf_models["dense"], tmp_path / "moe", 5, 2, 0.0, 0.02, 1, "dedicated")
     assert not (tmp_path / "moe").exists()
 
 
+@pytest.mark.parametrize("architecture", ["shared", "dedicated", "dense"])
 def test_an_upcycled_model_converts_with_its_value_head(
-    ranks: Worlds, hf_models: dict[str, Path], tmp_path: Path
+    ranks: Worlds, hf_models: dict[str, Path], tmp_path: Path, architecture: str
 ) -> None:
-    moe, ckpt = _upcycle(hf_models["dense"], tmp_path / "moe", 0.01), tmp_path / "ckpt"
+    ckpt = tmp_path / "ckpt"
+    moe = _upcycle(hf_models["dense"], tmp_path / "moe", 0.01, architecture=architecture)
+    config = Qwen3VLConfig.from_hf(moe)
+    assert config.dedicated == (architecture == "dedicated")
+    assert bool(config.num_experts) == (architecture != "dense")
     ranks(1).run(_convert, moe, ckpt, Layout())
     assert megatron_to_hf.head_of(ckpt) == "score"
     out = tmp_path / "again"
@@ -421,4 +478,5 @@ def test_an_upcycled_model_converts_with_its_value_head(
     before, after = load_file(moe / "model.safetensors"), load_file(out / "model.safetensors")
     # a discriminator has no language head to give back
     assert set(before) - set(after) == {"lm_head.weight"}
+    assert set(config.value_heads) <= set(after)
     assert all(torch.equal(before[name], tensor) for name, tensor in after.items())

@@ -15,12 +15,9 @@ def align(
     perception: list[float], reasoning: list[float], groups: list[int], valid: list[bool]
 ) -> Tensor:
     return alignment_advantage(
-        torch.tensor(perception),
-        torch.tensor(reasoning),
+        [(0.5, torch.tensor(perception)), (0.5, torch.tensor(reasoning))],
         torch.tensor(groups),
         torch.tensor(valid),
-        caption_weight=0.5,
-        reasoning_weight=0.5,
         format_penalty=1.5,
     )
 
@@ -95,16 +92,17 @@ def test_streams_weigh_alike_whatever_their_scale() -> None:
 
 
 def test_stream_weights() -> None:
-    actual = alignment_advantage(
-        torch.tensor([1.0, -1.0]),
-        torch.tensor([-2.0, 2.0]),
-        torch.tensor([4, 4]),
-        torch.tensor([True, True]),
-        caption_weight=0.9,
-        reasoning_weight=0.2,
-        format_penalty=1.5,
-    )
+    streams = [(0.9, torch.tensor([1.0, -1.0])), (0.2, torch.tensor([-2.0, 2.0]))]
+    groups, valid = torch.tensor([4, 4]), torch.tensor([True, True])
+    actual = alignment_advantage(streams, groups, valid, format_penalty=1.5)
     close(actual, [0.7 / 2**0.5, -0.7 / 2**0.5])
+
+
+def test_a_single_stream_is_grpo_on_its_scores() -> None:
+    scores, groups = torch.tensor([0.3, -1.2, 0.9, 2.0]), torch.tensor([0, 0, 0, 0])
+    valid = torch.ones(4, dtype=torch.bool)
+    actual = alignment_advantage([(1.0, scores)], groups, valid, format_penalty=1.5)
+    torch.testing.assert_close(actual, group_normalise(scores, groups))
 
 
 def test_valid_group_is_the_mean_of_both_normalised_streams() -> None:

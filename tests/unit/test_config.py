@@ -163,6 +163,27 @@ def test_a_check_between_keys_reports_its_own_words(write: Write) -> None:
     assert "top_k=5 experts a token, but num_experts=3" in text
 
 
+@pytest.mark.parametrize("experts, top_k", [(5, 2), (4, 3)])
+def test_a_dedicated_discriminator_halves_its_experts(
+    write: Write, experts: int, top_k: int
+) -> None:
+    shared = f"hf: a\nout: b\nnum_experts: {experts}\ntop_k: {top_k}\n"
+    configuration.load("upcycle", write("shared.yaml", shared), [])
+    own = write("upcycle.yaml", shared + "architecture: dedicated\n")
+    text = message(own, stage="upcycle")
+    assert f"half of num_experts={experts}, of which a token takes top_k={top_k}" in text
+
+
+def test_a_discriminator_has_its_own_keys_and_a_policy_not() -> None:
+    file = ROOT / "configs/quickstart/align.yaml"
+    options = ["discriminator.streams=response", "discriminator.text_only=true"]
+    config = configuration.load("align", file, options)
+    assert (config.discriminator.streams, config.discriminator.text_only) == ("response", True)
+    assert config.response_weight == 1.0
+    with pytest.raises(ValueError, match="policy.text_only: unknown key"):
+        configuration.load("align", file, ["policy.text_only=true"])
+
+
 @pytest.mark.parametrize("text", ["a: [1,", "- 1\n- 2\n", "a: ${b\n"])
 def test_a_file_that_is_no_yaml_mapping_is_named(write: Write, text: str) -> None:
     assert "sft.yaml" in message(write("sft.yaml", text))

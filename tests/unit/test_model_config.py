@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -251,3 +252,30 @@ def test_a_stage_may_hold_the_embedding_alone(configs: dict[str, Qwen3VLConfig])
     config = replace(configs["moe"], num_layers=94)
     layout = Layout(pipeline=8, virtual_pipeline=12, **COUNTED)
     assert [len(layers) for layers in _allocation(config, layout)] == [0, *[1] * 94, 0]
+
+
+@pytest.mark.parametrize(
+    "kind, architecture, experts, message",
+    [
+        ("moe", "dense", 4, "'dense', but a model with 4 experts is shared or dedicated"),
+        ("dense", "shared", 0, "'shared', but a model with 0 experts is dense"),
+        ("moe", "split", 4, "'split', but a model with 4 experts is shared or dedicated"),
+        ("moe", "dedicated", 5, "num_experts=5 between perception and reasoning"),
+        ("moe", "dedicated", 2, "takes top_k=2 of its section's"),
+    ],
+)
+def test_a_discriminator_that_its_experts_contradict_is_refused(
+    tmp_path: Path, kind: str, architecture: str, experts: int, message: str
+) -> None:
+    raw = json.loads((tiny_models.save(tmp_path, kind) / "config.json").read_text())
+    raw["prism_discriminator"] = {"architecture": architecture}
+    raw["text_config"]["num_experts"] = experts
+    with pytest.raises(ValueError, match=message):
+        Qwen3VLConfig.from_dict(raw, "config.json")
+
+
+def test_a_file_that_says_nothing_of_the_discriminator_is_shared(
+    configs: dict[str, Qwen3VLConfig],
+) -> None:
+    assert not configs["moe"].dedicated and not configs["dense"].dedicated
+    assert configs["moe"].value_heads == ("v_head.1.weight",)

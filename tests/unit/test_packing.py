@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -83,6 +85,13 @@ def test_padding_is_the_last_sequence_and_trains_nothing() -> None:
     assert batch.position_ids[:, 5:].tolist() == [[0, 1, 2]] * 3
     assert batch.loss_mask.tolist() == [0, 0, 1, 1, 0, 0, 0, 0]
     assert batch.labels[5:].tolist() == [0, 0, 0]
+
+
+def test_every_token_knows_its_sequences_section() -> None:
+    sequences = [replace(sequence([n] * n, 1), section=n % 2) for n in (3, 2, 1)]
+    batch = pack(sequences, pad_multiple=4, **SETTINGS)
+    assert batch.section.tolist() == [1, 1, 1, 0, 0, 1, 0, 0]
+    assert batch.section.dtype == torch.int64
 
 
 def test_pad_to_gives_ranks_equal_length() -> None:

@@ -224,6 +224,23 @@ def test_teacher_and_student_sections_end_in_the_same_token(encoder: PromptEncod
         assert (sequence.input_ids[sequence.response_mask] == encoder.end_id).sum() == 1
 
 
+def test_a_text_only_section_leaves_out_the_image_and_nothing_else(encoder: PromptEncoder) -> None:
+    shown = encoder.encode_prompt(row(("user", "left <image>right"), images=(png(64, 32),)))
+    blind = encoder.encode_prompt(row(("user", "left right")))
+    text = "<caption>3 8</caption>"
+    found = encoder.section_sequence(shown, text, section=1, text_only=True)
+    assert found.images == () and found.section == 1
+    # tokenised apart from each other, "left " and "right" may merge differently, but read the same
+    assert encoder.decode(tuple(found.input_ids.tolist())) == encoder.decode(
+        tuple(encoder.section_sequence(blind, text).input_ids.tolist())
+    )
+    full = encoder.section_sequence(shown, text)
+    assert full.images == shown.images and full.section == 0
+    left_out = len(full) - len(found)
+    assert left_out == int((full.input_ids == encoder.image_token_id).sum()) + 2
+    assert torch.equal(found.input_ids[found.response_mask], full.input_ids[full.response_mask])
+
+
 def test_from_config_reads_the_system_prompt_file(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "system.txt").write_text("Be brief.\n\n")
     data = schema.Data(path=tmp_path, system_prompt=tmp_path / "system.txt", max_prompt_tokens=77)

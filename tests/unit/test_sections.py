@@ -9,6 +9,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from prism_megatron.objectives.sections import (
+    STREAMS,
     response_text,
     split_sections,
     token_bytes,
@@ -115,6 +116,17 @@ def test_table_holds_the_bytes_of_every_token(
         assert b"".join(table[index] for index in ids) == text.encode()
     assert table[tokenizer.convert_tokens_to_ids("</think>")] == b"</think>"
     assert len(table) == len(tokenizer)
+
+
+def test_every_stream_reads_its_part_in_uniform_white_space() -> None:
+    sections = split_sections(VALID.replace("><", ">\r\n\n<"))
+    assert sections is not None
+    read = {stream: sections.read_by(stream) for kind in STREAMS.values() for stream in kind}
+    assert read == {
+        "caption": "<caption> 3 8 </caption>",
+        "reasoning": "<think> 3 + 8 = 11 </think>\n<answer> 11 </answer>",
+        "response": VALID.replace("><", ">\n<"),
+    }
 
 
 def test_no_byte_level_bpe_is_an_error() -> None:

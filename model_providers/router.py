@@ -1,0 +1,78 @@
+"""The router of the experts: megatron.core's top-k, within the experts that a token may take.
+
+A dedicated discriminator divides its experts among the sections that it judges: expert e is of
+section e mod S, so that expert-parallel ranks hold as many of each where they can. To a token the
+experts of other sections have logits of minus infinity.
+"""
+
+from __future__ import annotations
+
+import torch
+from megatron.core.transformer.moe.moe_utils import get_tokens_per_expert_and_token_count
+from megatron.core.transformer.moe.router import TopKRouter
+from torch import Tensor
+
+
+def router_mask(padding: Tensor, section: Tensor) -> Tensor:
+    """padding, section [T] -> [2, T] bool: what the router has to know of its tokens.
+
+    It rides through the block as `padding_mask`, which megatron.core hands on to the router alone
+    (as [T, 2]), so it is an explicit input of activation recomputation.
+    """
+    return torch.stack([padding, section == 1])
+
+
+class SectionRouter(TopKRouter):
+    """See the top of the file; with config.expert_sections = 1 every token may take any expert."""
+
+    def routing(self, logits: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """logits [T, 1, E], padding_mask [T, 2] -> weights and choices, both [T, E]."""
+        assert padding_mask is not None, "the model passes router_mask"
+        padding, section = padding_mask.unbind(1)
+        if self.config.expert_sections > 1:
+            owner = torch.arange(logits.shape[-1], device=logits.device) % 2
+            foreign = owner != section.long()[:, None]
+            logits = logits.masked_fill(foreign[:, None], float("-inf"))
+        return super().routing(logits, padding)
+
+    def _apply_aux_loss(
+        self,
+        probs: Tensor,
+        scores_for_aux_loss: Tensor,
+        routing_map: Tensor,
+        with_padding_mask: bool = False,
+    ) -> Tensor:
+        """The load-balancing loss of each section, weighted by the section's share of the tokens.
+
+        With T_s tokens and E_s experts of section s, k choices a token, f_e the share of these
+        k T_s choices that fell on expert e, P_e the mean of its probability over the T_s tokens:
+
+            loss = coefficient * sum_s (T_s / T) E_s sum_{e of s} f_e P_e
+
+        The inner sum is Switch Transformer's loss (equation 4) for one section: 1, its balanced
+        value, when the section's tokens spread evenly over its own experts. However the tokens of a
+        row divide among sections, every token weighs the same and the balanced value is the same;
+        the loss over all experts at once would weigh a section by the square of its share. With one
+        section this is megatron.core's loss, and a row of padding alone has loss 0 instead of 0/0.
+        """
+        coefficient = self.get_aux_loss_coeff("aux_loss")
+        if coefficient == 0:
+            return probs
+        choices, tokens, _ = get_tokens_per_expert_and_token_count(
+            routing_map, self.tp_cp_group, self.topk, with_padding_mask
+        )
+        sections = self.config.expert_sections
+        chosen = choices.view(-1, sections).float()
+        probability = scores_for_aux_loss.sum(dim=0).view(-1, sections)
+        # [S]: T_s, and T_s times the loss of section s
+        counts = chosen.sum(dim=0) / self.topk
+        losses = (chosen * probability).sum(dim=0) * chosen.shape[0] / self.topk
+        loss = (losses / counts.clamp(min=1)).sum() / counts.sum().clamp(min=1)
+        return self.attach_and_log_load_balancing_loss(
+            probs,
+            coefficient,
+            coefficient * loss,
+            "load_balancing_loss",
+            self.tp_cp_group,
+            valid_token_count=tokens,
+        )
