@@ -46,6 +46,7 @@ def _preset(
         tie_word_embeddings=tied,
         image_token_id=151655,
         video_token_id=151656,
+        dedicated=False,
         vision=VisionConfig(
             depth=24 if small_tower else 27,
             hidden_size=1024 if small_tower else 1152,

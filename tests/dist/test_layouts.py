@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from importlib import import_module
+from math import prod
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -16,6 +17,7 @@ from model_providers import context, cpu_layers, image_shares, qwen3_vl
 from model_providers.config import Qwen3VLConfig
 from model_providers.parallel import Layout
 from model_providers.qwen3_vl import Head
+from model_providers.vision import Grid
 from model_providers.weight_map import GatedUp, Split
 from tests.dist import checks
 from tests.dist.hf_reference import distance
@@ -306,8 +308,8 @@ def _encoded(path: Path, layout: Layout) -> list[list[int]]:
     runner = checks.make_runner(path, layout, micro_batch_tokens=33)
     encode, encoded = runner.model.vision_model.forward, []
 
-    def count(pixels: Tensor, grids: Tensor) -> Tensor:
-        encoded.append(grids.prod(dim=1).tolist())
+    def count(pixels: Tensor, grids: list[Grid]) -> Tensor:
+        encoded.append([prod(grid) for grid in grids])
         return encode(pixels, grids)
 
     with mock.patch.object(runner.model.vision_model, "forward", count):

@@ -50,11 +50,12 @@ def build(name: str) -> torch.nn.Module:
 
 def _restore_buffers(model: torch.nn.Module, config: Qwen3VLConfig) -> None:
     """Rotary frequencies are computed where a model is built, which `meta` leaves empty."""
-    text, vision = model.model.language_model.rotary_emb, model.model.visual.rotary_pos_emb
-    for module, args in ((text, (config.text_config,)), (vision, (vision.dim,))):
-        fresh = type(module)(*args)
-        for key, value in fresh.named_buffers():
-            setattr(module, key, value.cuda())
+    theta = {"language_model": config.text_config.rope_parameters["rope_theta"], "visual": 10000.0}
+    for key, buffer in list(model.named_buffers()):
+        assert key.endswith("inv_freq"), key
+        exponent = torch.arange(buffer.numel(), device="cuda", dtype=torch.float) / buffer.numel()
+        [base] = (value for part, value in theta.items() if f".{part}." in key)
+        buffer.copy_(1.0 / base**exponent)
 
 
 def collate(rows: list[Sequence], pad: int, image_token: int) -> dict[str, torch.Tensor]:
