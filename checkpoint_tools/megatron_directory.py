@@ -112,7 +112,8 @@ def load(path: Path, model: Qwen3VLModel, optimizer: Any = None, scheduler: Any 
         raise ValueError(f"{path} does not fit the model: {reasons}") from error
     except (CheckpointingException, KeyError, ValueError, RuntimeError) as error:
         raise ValueError(f"{path} does not fit the model: {error}") from error
-    model.load_state_dict(state["model"])
+    for i, chunk in enumerate(model.chunks):
+        chunk.load_state_dict(state["model"][i])
     if optimizer is not None:
         _load_optimizer(optimizer, state["optimizer"])
         scheduler.load_state_dict(state["scheduler"])
@@ -128,7 +129,7 @@ def _check_architecture(path: Path, model: Qwen3VLModel) -> None:
 
 
 def _optimizer_state(
-    optimizer: Any, weights: dict[str, Any], is_loading: bool, metadata: dict[str, Any]
+    optimizer: Any, weights: dict[int, Any], is_loading: bool, metadata: dict[str, Any]
 ) -> dict[str, Any]:
     """Moments and main weights under the names of the weights, and how many steps were taken.
 
@@ -173,7 +174,8 @@ def _state(
         "dp_cp_group": model.parallel.groups.dp_cp,
         "distrib_optim_sharding_type": SHARDING,
     }
-    weights = model.sharded_state_dict(metadata=metadata)
+    # chunks repeat each other's names, but not those under which their weights are saved
+    weights = {i: c.sharded_state_dict(metadata=metadata) for i, c in enumerate(model.chunks)}
     state: dict[str, Any] = {"model": weights}
     if optimizer is not None:
         state["optimizer"] = _optimizer_state(optimizer, weights, is_loading, metadata)

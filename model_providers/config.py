@@ -10,11 +10,13 @@ import json
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
+from megatron.core.transformer.transformer_block import get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
 from model_providers.backend import Backend
 from model_providers.parallel import Layout
@@ -43,6 +45,12 @@ class VisionConfig:
     def patch_dim(self) -> int:
         """Values of one flattened patch."""
         return self.in_channels * self.temporal_patch_size * self.patch_size**2
+
+    def work(self, frames: int, height: int, width: int) -> float:
+        """What the blocks compute for an image of so many patches, beside another's: linear layers,
+        and attention within each frame (multiply-adds, divided by 2 * hidden * depth)."""
+        linear = 2 * self.hidden_size + self.intermediate_size
+        return frames * height * width * (linear + height * width)
 
 
 @dataclass(frozen=True)
@@ -142,6 +150,11 @@ class Qwen3VLConfig:
         """Decoder layers that get a deepstack feature added after them."""
         return len(self.vision.deepstack_visual_indexes)
 
+    def deepstack_left(self, layers: int) -> int:
+        """Deepstack features that are still to be added after the first `layers` decoder layers;
+        they travel with the hidden states."""
+        return max(0, self.num_deepstack - layers)
+
     @property
     def value_heads(self) -> tuple[str, ...]:
         """Hugging Face names of a discriminator's heads, each [1, hidden_size]."""
@@ -155,7 +168,6 @@ class Qwen3VLConfig:
             "key-value heads": (self.num_kv_heads, layout.tensor),
             "vision heads": (self.vision.num_heads, layout.tensor),
             "vision feed-forward size": (self.vision.intermediate_size, layout.tensor),
-            "decoder layers": (self.num_layers, layout.pipeline * layout.virtual_pipeline),
         }
         if self.num_experts:
             divisible["experts"] = (self.num_experts, layout.expert)
@@ -177,6 +189,47 @@ class Qwen3VLConfig:
         if self.num_experts and layout.tensor > 1 and not layout.sequence_parallel:
             raise ValueError(
                 "experts with tensor parallelism need sequence parallelism; set sequence=true"
+            )
+        self._check_stages(layout)
+
+    def _check_stages(self, layout: Layout) -> None:
+        """megatron.core's rules for spreading layers over stages, before it meets them itself."""
+        ends = {
+            name: size
+            for name in ("first_stage_layers", "last_stage_layers")
+            if (size := getattr(layout, name)) is not None
+        }
+        extra = [n for n in ("embedding_as_layer", "loss_as_layer") if getattr(layout, n)]
+        chunks = layout.virtual_pipeline
+        asked = [*ends, *extra, *["virtual_pipeline"] * (chunks > 1)]
+        if layout.pipeline == 1 and asked:
+            raise ValueError(
+                f"{' and '.join(asked)} can't be set with a single pipeline stage; raise pipeline"
+            )
+        if ends and extra:
+            raise ValueError(
+                f"{' and '.join([*ends, *extra])} can't be set together; set the stages' layers or "
+                "count embedding and loss as layers, not both"
+            )
+        for name, size in ends.items():
+            if size < 1 or size % chunks:
+                raise ValueError(
+                    f"{name}={size} decoder layers can't be split in {chunks} virtual stages; "
+                    f"choose a multiple of {chunks} above 0"
+                )
+        layers = self.num_layers - sum(ends.values()) + len(extra)
+        stages = layout.pipeline - len(ends)
+        parts = stages * chunks
+        counted = f"{self.num_layers} decoder layers"
+        if extra:
+            counted += f", with {' and '.join(extra)} {layers},"
+        if ends:
+            counted += f", {layers} of them outside of {' and '.join(ends)},"
+        if layers if parts == 0 else layers < 1 or layers % parts:
+            raise ValueError(
+                f"{counted} can't be split in {parts} ({stages} pipeline stages with {chunks} "
+                "virtual stages each); choose sizes that divide, set first_stage_layers and "
+                "last_stage_layers, or count embedding_as_layer and loss_as_layer"
             )
 
 
@@ -225,6 +278,93 @@ class _Fields:
             raise ValueError(f"{self.where}.{key} is {self.values.get(key)!r}, wanted {value!r}")
 
 
+FP8Recipe = Literal["delayed", "tensorwise", "blockwise"]
+"""Transformer Engine's scaling: by a history of maxima, by the tensor's own maximum, or by the
+maxima of 1 x 128 (activations) and 128 x 128 (weights) blocks."""
+
+
+@dataclass(frozen=True)
+class Precision:
+    """What the decoder's matrix products compute in; vision tower, router and heads stay in the
+    backend's dtype."""
+
+    fp8: FP8Recipe | None = None
+    """E4M3 forward, E5M2 gradients; None computes in the backend's dtype."""
+    bf16_first_layers: int = 0
+    """Decoder layers at the start that are left out of FP8."""
+    bf16_last_layers: int = 0
+    """Decoder layers at the end that are left out of FP8."""
+
+    @property
+    def row_multiple(self) -> int:
+        """What the tokens of a rank's row must be a multiple of: FP8 products need 16, blockwise
+        scaling whole blocks."""
+        return {None: 1, "blockwise": 128}.get(self.fp8, 16)
+
+    def check(self, backend: Backend, layout: Layout) -> None:
+        """ValueError if backend or layout can't compute so."""
+        if self.fp8 is None:
+            if self.bf16_first_layers or self.bf16_last_layers:
+                raise ValueError(
+                    "bf16_first_layers and bf16_last_layers mean something with fp8 only"
+                )
+            return
+        if not backend.fp8:
+            raise ValueError(
+                f"fp8={self.fp8!r} needs Transformer Engine on a GPU; backend {backend.name!r} has "
+                "none, so leave fp8 out or choose backend=cuda"
+            )
+        if self.fp8 == "delayed" and (self.bf16_first_layers or self.bf16_last_layers):
+            raise ValueError(
+                "fp8='delayed' collects its maxima over all layers and can't leave some in BF16; "
+                "choose tensorwise or blockwise, or set bf16_first_layers and bf16_last_layers to 0"
+            )
+        if self.fp8 == "delayed" and layout.pipeline > 1:
+            raise ValueError(
+                "fp8='delayed' reduces its maxima over all ranks in one call, which pipeline "
+                f"stages (pipeline={layout.pipeline}) reach with different layers; choose "
+                "tensorwise or blockwise"
+            )
+
+    def transformer_fields(self, num_experts: int) -> dict[str, Any]:
+        """The same as megatron.core's configuration says it."""
+        if self.fp8 is None:
+            return {}
+        return dict(
+            fp8="hybrid",
+            fp8_recipe=self.fp8,
+            fp8_amax_history_len=1024,
+            fp8_amax_compute_algo="max",
+            first_last_layers_bf16=bool(self.bf16_first_layers or self.bf16_last_layers),
+            num_layers_at_start_in_bf16=self.bf16_first_layers,
+            num_layers_at_end_in_bf16=self.bf16_last_layers,
+            # an expert's tokens are as many as come; they are filled up to what FP8 needs
+            moe_router_padding_for_quantization=bool(num_experts),
+        )
+
+
+BACKEND_DTYPE = Precision()
+
+
+def stage_layers(config: Qwen3VLConfig, layout: Layout, stage: int, chunk: int = 0) -> range:
+    """Decoder layers, from 0, that pipeline stage `stage` holds in its virtual stage `chunk`.
+
+    megatron.core's own allocation, so a layout that it refuses raises its error here;
+    Qwen3VLConfig.check_layout says the same in our words.
+    """
+    virtual = chunk if layout.virtual_pipeline > 1 else None
+    # width and precision have no part in it
+    plan = TransformerConfig(
+        num_layers=config.num_layers,
+        hidden_size=1,
+        num_attention_heads=1,
+        pipeline_dtype=torch.float32,
+        **_pipeline(layout),
+    )
+    first = get_transformer_layer_offset(plan, virtual, stage)
+    return range(first, first + get_num_layers_to_build(plan, virtual, stage))
+
+
 @dataclass
 class TextTransformerConfig(TransformerConfig):
     """megatron.core's configuration of the decoder, plus what its deepstack layers need."""
@@ -236,7 +376,11 @@ class TextTransformerConfig(TransformerConfig):
 
 
 def text_transformer_config(
-    config: Qwen3VLConfig, layout: Layout, backend: Backend, aux_loss_coef: float = 0.0
+    config: Qwen3VLConfig,
+    layout: Layout,
+    backend: Backend,
+    aux_loss_coef: float = 0.0,
+    precision: Precision = BACKEND_DTYPE,
 ) -> TextTransformerConfig:
     """The decoder as megatron.core sees it.
 
@@ -255,6 +399,8 @@ def text_transformer_config(
             moe_router_dtype="fp32",
             moe_token_dispatcher_type=backend.moe_dispatcher,
             moe_grouped_gemm=backend.grouped_gemm,
+            moe_permute_fusion=backend.fused_kernels,
+            moe_router_fusion=backend.fused_kernels,
         )
     transformer = TextTransformerConfig(
         num_layers=config.num_layers,
@@ -268,11 +414,14 @@ def text_transformer_config(
         qk_layernorm=True,
         gated_linear_unit=True,
         activation_func=F.silu,
+        bias_activation_fusion=backend.fused_kernels,
         add_bias_linear=False,
         num_deepstack=config.num_deepstack,
         expert_sections=len(SECTIONS) if config.dedicated else 1,
         sequence_parallel=layout.sequence_parallel,
         **experts,
+        **precision.transformer_fields(config.num_experts),
+        **_pipeline(layout),
         **_common(layout, backend),
     )
     if layout.pipeline > 1:
@@ -288,9 +437,10 @@ def vision_transformer_config(
 ) -> TransformerConfig:
     """The vision tower's blocks; they live whole on the first pipeline stage."""
     vision = config.vision
-    common = _common(layout, backend) | dict(pipeline_model_parallel_size=1)
-    common["virtual_pipeline_model_parallel_size"] = None
+    common = _common(layout, backend)
     common["expert_model_parallel_size"] = common["expert_tensor_parallel_size"] = 1
+    # images are shared out whole (image_shares.py)
+    common["context_parallel_size"] = 1
     return TransformerConfig(
         num_layers=vision.depth,
         hidden_size=vision.hidden_size,
@@ -299,6 +449,8 @@ def vision_transformer_config(
         normalization="LayerNorm",
         layernorm_epsilon=1e-6,
         activation_func=partial(F.gelu, approximate="tanh"),
+        # megatron.core has fused kernels for the functions that it knows by name only
+        bias_activation_fusion=False,
         add_bias_linear=True,
         # images are short and their number per micro-batch varies: the tower is split over tensor
         # ranks by heads and features only
@@ -307,12 +459,25 @@ def vision_transformer_config(
     )
 
 
+def _pipeline(layout: Layout) -> dict[str, Any]:
+    return dict(
+        pipeline_model_parallel_size=layout.pipeline,
+        virtual_pipeline_model_parallel_size=(
+            layout.virtual_pipeline if layout.virtual_pipeline > 1 else None
+        ),
+        # without it one call exchanges the shapes of both directions, and of two stages, which are
+        # each other's next and previous one, each would take a shape for the other direction's
+        overlap_p2p_comm=layout.virtual_pipeline > 1,
+        num_layers_in_first_pipeline_stage=layout.first_stage_layers,
+        num_layers_in_last_pipeline_stage=layout.last_stage_layers,
+        account_for_embedding_in_pipeline_split=layout.embedding_as_layer,
+        account_for_loss_in_pipeline_split=layout.loss_as_layer,
+    )
+
+
 def _common(layout: Layout, backend: Backend) -> dict[str, Any]:
-    virtual = layout.virtual_pipeline if layout.virtual_pipeline > 1 else None
     return dict(
         tensor_model_parallel_size=layout.tensor,
-        pipeline_model_parallel_size=layout.pipeline,
-        virtual_pipeline_model_parallel_size=virtual,
         context_parallel_size=layout.context,
         expert_model_parallel_size=layout.expert,
         expert_tensor_parallel_size=layout.expert_tensor,
@@ -326,11 +491,9 @@ def _common(layout: Layout, backend: Backend) -> dict[str, Any]:
         # weights always come from a checkpoint, and coverage is checked
         perform_initialization=False,
         use_cpu_initialization=backend.device.type == "cpu",
-        gradient_accumulation_fusion=False,
-        bias_activation_fusion=False,
-        bias_dropout_fusion=False,
+        gradient_accumulation_fusion=backend.fused_kernels,
+        bias_dropout_fusion=backend.fused_kernels,
         masked_softmax_fusion=False,
         persist_layer_norm=False,
-        apply_rope_fusion=False,
         batch_p2p_comm=False,
     )

@@ -6,15 +6,24 @@ sequences; these two do both.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from megatron.core.models.backends import LocalSpecProvider
 from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import (
+    gather_from_sequence_parallel_region,
+    vocab_parallel_cross_entropy,
+)
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+
+from model_providers.context import owner, sequence_multiple
 
 
 class TorchNorm(nn.Module):
@@ -47,7 +56,8 @@ class PackedAttention(nn.Module):
     """Scaled dot-product attention within each packed sequence.
 
     Sequences of like length run as one padded batch: lengths are rounded up to a power of two and
-    grouped, so at most half of a batch is padding.
+    grouped, so at most half of a batch is padding. Context-parallel ranks gather keys and values
+    from each other, and each attends from its own tokens.
     """
 
     def __init__(
@@ -56,11 +66,14 @@ class PackedAttention(nn.Module):
         layer_number: int,
         attn_mask_type: AttnMaskType,
         attention_type: str,
+        pg_collection: ProcessGroupCollection,
         **unused: Any,
     ) -> None:
         super().__init__()
         assert attention_type == "self"
         self.causal = attn_mask_type == AttnMaskType.causal
+        self.context = pg_collection.cp
+        assert self.causal or self.context.size() == 1
 
     def forward(
         self,
@@ -72,44 +85,99 @@ class PackedAttention(nn.Module):
         attention_bias: Tensor | None = None,
         packed_seq_params: PackedSeqParams | None = None,
     ) -> Tensor:
-        """query [T, heads, d], key and value [T, kv_heads, d] -> [T, heads * d]."""
+        """query [T, heads, d], key and value [T, kv_heads, d] -> [T, heads * d], T of this rank."""
         assert packed_seq_params is not None, "sequences come packed"
-        plan = packed_seq_params.groups  # type: ignore[attr-defined]
+        angles = packed_seq_params.angles.squeeze(1)  # type: ignore[attr-defined]
+        query, key = rotate(query, angles), rotate(key, angles)
+        if self.context.size() > 1:
+            # backward sums the ranks' gradients and returns each rank its part
+            key, value = (
+                gather_from_sequence_parallel_region(tensor.contiguous(), group=self.context)
+                for tensor in (key, value)
+            )
         out = query.new_empty(query.shape)
-        for index, lengths in plan:
-            out = out.index_put((index[lengths],), self._group(query, key, value, index, lengths))
+        for group in packed_seq_params.groups:  # type: ignore[attr-defined]
+            rows = group.queries[group.real]
+            out = out.index_put((rows,), self._attend(query, key, value, group))
         return out.flatten(1)
 
-    def _group(
-        self, query: Tensor, key: Tensor, value: Tensor, index: Tensor, valid: Tensor
-    ) -> Tensor:
-        """index [B, L] token positions, valid [B, L] bool -> attention output of valid tokens."""
-        q, k, v = (tensor[index].transpose(1, 2) for tensor in (query, key, value))
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, group: AttentionGroup) -> Tensor:
+        """Attention output of the group's real tokens."""
+        q = query[group.queries].transpose(1, 2)
+        k, v = (tensor[group.keys].transpose(1, 2) for tensor in (key, value))
+        mask = group.mask
         # right padding is never seen by earlier tokens of a causal sequence
-        mask = None if self.causal or bool(valid.all()) else valid[:, None, None, :]
+        if not self.causal and not bool(group.real.all()):
+            mask = group.real[:, None, None, :]
         attended = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=self.causal, enable_gqa=q.shape[1] != k.shape[1]
+            q,
+            k,
+            v,
+            attn_mask=mask,
+            is_causal=self.causal and mask is None,
+            enable_gqa=q.shape[1] != k.shape[1],
         )
-        return attended.transpose(1, 2)[valid]
+        return attended.transpose(1, 2)[group.real]
 
 
-def attention_groups(cu_seqlens: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """Sequences grouped by rounded-up length: (token positions [B, L], which are real [B, L]).
+def rotate(states: Tensor, angles: Tensor) -> Tensor:
+    """Rotary embedding: [T, heads, d] by [T, 1, d], pairing value i with value i + d / 2."""
+    first, second = states.chunk(2, dim=-1)
+    return states * angles.cos() + torch.cat([-second, first], dim=-1) * angles.sin()
+
+
+@dataclass(frozen=True)
+class AttentionGroup:
+    """B sequences of like length, padded to the longest.
+
+    queries [B, Q]  positions among this rank's tokens     real [B, Q] bool  which are no padding
+    keys    [B, K]  positions among the tokens of all context-parallel ranks, laid end to end
+    mask    [B, 1, Q, K] bool  which keys a query sees; None where both are in order and whole
+    """
+
+    queries: Tensor
+    real: Tensor
+    keys: Tensor
+    mask: Tensor | None
+
+
+def attention_groups(cu_seqlens: Tensor, ranks: int = 1, rank: int = 0) -> list[AttentionGroup]:
+    """The sequences grouped by rounded-up length, as context-parallel rank `rank` of `ranks` sees
+    them; cu_seqlens [S+1] over all ranks (ContextShare).
 
     Computed once a micro-batch and shared by all layers.
     """
     starts, lengths = cu_seqlens[:-1].long(), cu_seqlens.diff().long()
+    share = int(cu_seqlens[-1]) // ranks
     groups = []
     rounded = torch.exp2(torch.ceil(torch.log2(lengths.clamp(min=1).double()))).long()
     for size in rounded.unique().tolist():
         members = (rounded == size) & (lengths > 0)
         if not bool(members.any()):
             continue
-        start, length = starts[members], lengths[members]
-        offsets = torch.arange(int(length.max()))
-        valid = offsets[None] < length[:, None]
-        groups.append((torch.where(valid, start[:, None] + offsets, start[:, None]), valid))
+        start, length = starts[members, None], lengths[members, None]
+        chunk = length // sequence_multiple(ranks)
+        offset = torch.arange(int(length.max()))
+        holder, place = owner(offset.minimum(length - 1), chunk, ranks)
+        keys = holder * share + start // ranks + place
+        local = torch.arange(int(length.max()) // ranks)
+        real = local < length // ranks
+        queries = start // ranks + torch.where(real, local, 0)
+        mask = None
+        if ranks > 1:
+            behind = (2 * ranks - 1 - rank) * chunk + local - chunk
+            position = torch.where(local < chunk, rank * chunk + local, behind)
+            mask = (offset <= position[..., None])[:, None]
+        groups.append(AttentionGroup(queries, real, keys, mask))
     return groups
+
+
+def cross_entropy(logits: Tensor, labels: Tensor, group: ProcessGroup) -> Tensor:
+    """-log p(labels) [T] in fp32 of logits [T, vocab / tensor]."""
+    loss: Tensor = vocab_parallel_cross_entropy(
+        logits.unsqueeze(1).float(), labels.unsqueeze(1), tp_group=group
+    )
+    return loss.squeeze(1)
 
 
 class TorchSpecProvider(LocalSpecProvider):

@@ -31,8 +31,8 @@ class DeepstackLayer(TransformerLayer):
     The features ride through the block as `context` [F, V, hidden], the argument that carries
     cross-attention states and that a decoder without cross-attention hands on untouched, so they
     are explicit inputs of activation recomputation and keep their gradients. `context_mask` [V]
-    holds the rows of the hidden states that they belong to. Feature f of the F that are left on
-    this pipeline stage belongs to decoder layer num_deepstack - F + f.
+    holds the rows of the hidden states that they belong to. Feature f of the F that were left
+    before this chunk of layers belongs to decoder layer num_deepstack - F + f.
     """
 
     def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
@@ -49,7 +49,7 @@ class DeepstackLayer(TransformerLayer):
 def decoder_block(
     config: TransformerConfig, layers: BackendSpecProvider, num_layers: int
 ) -> TransformerBlockSubmodules:
-    """The text decoder's layers on one pipeline stage, with its final norm."""
+    """The text decoder's layers in one chunk, with its final norm."""
     spec = ModuleSpec(
         module=DeepstackLayer,
         submodules=_layer(

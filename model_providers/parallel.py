@@ -17,7 +17,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 class Layout:
     """Sizes of one model's parallel dimensions; data parallel is what is left of the world.
 
-    tensor x pipeline x data = world for attention and dense layers;
+    tensor x context x pipeline x data = world for attention and dense layers;
     expert_tensor x expert x pipeline x expert_data = world for the experts.
     """
 
@@ -28,6 +28,13 @@ class Layout:
     expert: int = 1
     expert_tensor: int = 1
     sequence_parallel: bool = False
+    first_stage_layers: int | None = None
+    last_stage_layers: int | None = None
+    """Decoder layers of the first and the last pipeline stage; the others share the rest evenly."""
+    embedding_as_layer: bool = False
+    loss_as_layer: bool = False
+    """The embedding (with the vision tower) takes a layer's place on the first stage, the head and
+    the loss take one on the last."""
 
     def data(self, world: int) -> int:
         """Data-parallel size at `world` ranks; ValueError if that does not divide."""
@@ -112,9 +119,10 @@ class ParallelState:
 
     @property
     def groups_of_one_stage(self) -> ProcessGroupCollection:
-        """The groups as a module sees them that lives whole on one pipeline stage."""
+        """The groups as a module sees them that lives whole on one pipeline stage and whose work
+        context-parallel ranks do not split."""
         one_stage = ProcessGroupCollection(**vars(self.groups))
-        one_stage.pp = self.alone
+        one_stage.pp = one_stage.cp = self.alone
         return one_stage
 
     @property

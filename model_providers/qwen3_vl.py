@@ -1,22 +1,30 @@
 """Qwen3-VL composed from megatron.core: vision tower, decoder with deepstack, one of two heads.
 
-    pixel_values --> VisionModel --> features [1 + F, V, h]   (first pipeline stage only)
+    pixel_values --> VisionModel --> features [1 + F, V, h]   (first chunk only)
                                         |  row 0 replaces the placeholder embeddings
     input_ids --> embedding ------------+--> hidden [T, 1, h]
                                         |
                               decoder layer i, then += features[1 + i] at the visual tokens
                                         |
-                pipeline payload to the next stage = [hidden ; features not yet added]
+                pipeline payload to the next chunk = [hidden ; features not yet added]
                                         |
-                  last stage: final norm --> log p(label) [T]  or  score [T]
+                  last chunk: final norm --> log p(label) [T]  or  score [T]
 
-With sequence parallelism every tensor-parallel rank holds its slice of the T tokens and of the
+A pipeline stage holds one chunk of the decoder's layers, or several with virtual pipeline
+parallelism: micro-batches pass the first chunk of every stage, then the second of every stage, and
+so on. The payload shrinks with every layer that adds its feature, wherever that layer is.
+
+With context parallelism all of this is for the rank's share of the T tokens (context.py).
+
+With sequence parallelism every tensor-parallel rank holds its slice of these tokens and of the
 visual rows in it. A row belongs to one rank only, so features enter through a copy whose backward
 sums over the ranks; a plain slice would lose the other ranks' share of the tower's gradient.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from copy import copy
 from typing import Any, Literal, Protocol
 
 import torch
@@ -24,22 +32,27 @@ from megatron.core import tensor_parallel
 from megatron.core.enums import ModelType
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, VocabParallelEmbedding
 from megatron.core.transformer.module import MegatronModule
-from megatron.core.transformer.transformer_block import TransformerBlock, get_num_layers_to_build
+from megatron.core.transformer.transformer_block import TransformerBlock
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from model_providers.backend import Backend
 from model_providers.config import (
+    BACKEND_DTYPE,
+    Precision,
     Qwen3VLConfig,
+    stage_layers,
     text_transformer_config,
     vision_transformer_config,
 )
+from model_providers.context import ContextShare
+from model_providers.image_shares import encode_once
 from model_providers.layers import decoder_block
 from model_providers.packed import packed_seq_params
 from model_providers.parallel import ParallelState
 from model_providers.router import router_mask
-from model_providers.vision import VisionModel
+from model_providers.vision import Grid, VisionModel
 
 Head = Literal["language", "score"]
 
@@ -56,7 +69,7 @@ class Batch(Protocol):
     visual_index: Tensor
     feature_index: Tensor
     pixel_values: Tensor | None
-    image_grid_thw: Tensor | None
+    grids: Sequence[Grid]
 
 
 class ScoreHead(nn.Module):
@@ -108,7 +121,10 @@ class Embedding(MegatronModule):
 
 
 class LanguageModel(MegatronModule):
-    """Embedding, decoder and head of one pipeline stage."""
+    """Embedding, decoder layers and head, as far as they are in one chunk.
+
+    layers: the numbers, from 0, of the decoder layers in it.
+    """
 
     def __init__(
         self,
@@ -117,34 +133,40 @@ class LanguageModel(MegatronModule):
         backend: Backend,
         head: Head,
         aux_loss_coef: float,
+        precision: Precision,
+        chunk: int,
     ) -> None:
-        transformer = text_transformer_config(config, parallel.layout, backend, aux_loss_coef)
+        layout = parallel.layout
+        transformer = text_transformer_config(config, layout, backend, aux_loss_coef, precision)
         super().__init__(transformer)
-        self.pre_process, self.post_process = parallel.is_first_stage, parallel.is_last_stage
+        self.layers = stage_layers(config, layout, parallel.pipeline_rank, chunk)
+        self.pre_process = parallel.is_first_stage and chunk == 0
+        self.post_process = parallel.is_last_stage and chunk == layout.virtual_pipeline - 1
         self.tied = config.tie_word_embeddings and head == "language"
-        vocab = padded_vocab_size(config.vocab_size, parallel.layout.tensor)
+        vocab = padded_vocab_size(config.vocab_size, layout.tensor)
         self.tp_group = parallel.groups.tp
         if self.pre_process or (self.post_process and self.tied):
             self.embedding = Embedding(transformer, vocab, config.hidden_size, parallel.groups.tp)
         self.decoder = TransformerBlock(
             transformer,
-            decoder_block(
-                transformer,
-                backend.layers,
-                get_num_layers_to_build(transformer, None, parallel.pipeline_rank),
-            ),
+            decoder_block(transformer, backend.layers, len(self.layers)),
             pre_process=self.pre_process,
             post_process=self.post_process,
             pg_collection=parallel.groups,
+            vp_stage=chunk if layout.virtual_pipeline > 1 else None,
         )
+        assert [layer.layer_number - 1 for layer in self.decoder.layers] == list(self.layers)
         if self.post_process and head == "language":
+            # megatron.core's own linear layer adds to the gradient in place only with Apex
+            plain = copy(transformer)
+            plain.gradient_accumulation_fusion = False
             self.output_layer = ColumnParallelLinear(
                 config.hidden_size,
                 vocab,
                 bias=False,
                 gather_output=False,
                 skip_weight_param_allocation=self.tied,
-                config=transformer,
+                config=plain,
                 init_method=transformer.init_method,
                 tp_group=parallel.groups.tp,
             )
@@ -152,7 +174,7 @@ class LanguageModel(MegatronModule):
             head_type = SectionHeads if config.dedicated else ScoreHead
             self.score_head = head_type(config.hidden_size, transformer.sequence_parallel)
         if self.tied and self.post_process and not self.pre_process:
-            # a copy of the first stage's, which the gradient norm counts already
+            # a copy of the first chunk's, which the gradient norm counts already
             self.embedding.word_embeddings.weight.shared = True
 
     def sharded_state_dict(
@@ -164,17 +186,62 @@ class LanguageModel(MegatronModule):
             # megatron.core marks itself
             state[f"{prefix}output_layer.weight"].allow_shape_mismatch = True
         if self.post_process and not self.pre_process and self.tied:
-            # the last stage's copy of the tied embedding is a replica of the first stage's
+            # the last chunk's copy of the tied embedding is a replica of the first chunk's
             copy = state[f"{prefix}embedding.word_embeddings.weight"]
             copy.replica_id = (1, *copy.replica_id[1:])
         return state
 
 
-class Qwen3VLModel(MegatronModule):
-    """One pipeline stage of Qwen3-VL; see the data flow at the top of the file.
+class Qwen3VLModel(nn.Module):
+    """One pipeline stage of Qwen3-VL: `chunks`, of which there are `virtual_pipeline`.
 
     head="language" gives log-probabilities of the labels, head="score" a scalar a token.
     """
+
+    def __init__(
+        self,
+        config: Qwen3VLConfig,
+        parallel: ParallelState,
+        backend: Backend,
+        head: Head = "language",
+        aux_loss_coef: float = 0.0,
+        precision: Precision = BACKEND_DTYPE,
+    ) -> None:
+        """Raises ValueError if layout or precision do not fit the model or the backend."""
+        backend.check(parallel.layout)
+        config.check_layout(parallel.layout)
+        precision.check(backend, parallel.layout)
+        super().__init__()
+        self.architecture, self.parallel, self.backend, self.head = config, parallel, backend, head
+        self.precision = precision
+        self.chunks = nn.ModuleList(
+            Qwen3VLChunk(config, parallel, backend, head, aux_loss_coef, precision, chunk)
+            for chunk in range(parallel.layout.virtual_pipeline)
+        )
+
+    @property
+    def config(self) -> TransformerConfig:
+        """The configuration that megatron.core's schedules go by: the first chunk's."""
+        return self.chunks[0].config
+
+    @property
+    def vision_model(self) -> VisionModel:
+        """The vision tower; the first stage has it."""
+        return self.chunks[0].vision_model
+
+    def freeze_vision(self) -> None:
+        """Stop gradients of tower and mergers."""
+        if self.parallel.is_first_stage:
+            self.vision_model.requires_grad_(False)
+
+    def forward(self, batch: Batch, output: Literal["head", "logits"] = "head") -> Tensor:
+        """Without pipeline parallelism, what Qwen3VLChunk gives; stages run in a schedule."""
+        [chunk] = self.chunks
+        return chunk(batch, output)
+
+
+class Qwen3VLChunk(MegatronModule):
+    """The part of Qwen3-VL that is computed at once; see the data flow at the top of the file."""
 
     # asked for by megatron.core's schedules
     model_type = ModelType.encoder_or_decoder
@@ -184,17 +251,19 @@ class Qwen3VLModel(MegatronModule):
         config: Qwen3VLConfig,
         parallel: ParallelState,
         backend: Backend,
-        head: Head = "language",
-        aux_loss_coef: float = 0.0,
+        head: Head,
+        aux_loss_coef: float,
+        precision: Precision,
+        chunk: int,
     ) -> None:
-        """Raises ValueError if the layout does not fit the model or the backend."""
-        backend.check(parallel.layout)
-        config.check_layout(parallel.layout)
-        language_model = LanguageModel(config, parallel, backend, head, aux_loss_coef)
+        language_model = LanguageModel(
+            config, parallel, backend, head, aux_loss_coef, precision, chunk
+        )
         super().__init__(language_model.config)
         self.tp_group = parallel.groups.tp
         self.architecture, self.parallel, self.backend, self.head = config, parallel, backend, head
-        self.pre_process, self.post_process = parallel.is_first_stage, parallel.is_last_stage
+        self.pre_process = language_model.pre_process
+        self.post_process = language_model.post_process
         self.language_model = language_model
         if self.pre_process:
             self.vision_model = VisionModel(
@@ -207,57 +276,59 @@ class Qwen3VLModel(MegatronModule):
 
     @property
     def share_embeddings_and_output_weights(self) -> bool:
-        """Read by megatron.core, which sums tied weights' gradients over first and last stage."""
+        """Read by megatron.core, which sums tied weights' gradients over first and last chunk."""
         return self.language_model.tied
 
     def shared_embedding_or_output_weight(self) -> Tensor:
         return self.language_model.embedding.word_embeddings.weight
 
     def set_input_tensor(self, input_tensor: Tensor | list[Tensor | None] | None) -> None:
-        """Called by the schedule with the previous stage's payload."""
+        """Called by the schedule with the previous chunk's payload."""
         self._payload = input_tensor[0] if isinstance(input_tensor, list) else input_tensor
 
-    def freeze_vision(self) -> None:
-        """Stop gradients of tower and mergers."""
-        if self.pre_process:
-            self.vision_model.requires_grad_(False)
-
     def forward(self, batch: Batch, output: Literal["head", "logits"] = "head") -> Tensor:
-        """The next stage's payload or, on the last stage, log p(labels) or scores, [T] fp32.
+        """The next chunk's payload or, of the last chunk, log p(labels) or scores, [T] fp32.
 
         output="logits" gives the language head's logits [T, vocab / tensor] instead.
         """
-        rows = self._local_visual_rows(batch)
+        share = ContextShare.of(batch.cu_seqlens, self.parallel.groups.cp, self.backend)
+        first, size = self._slice(share.size)
+        rows = self._visual_rows(batch, share, first, size)
         if self.pre_process:
-            hidden, features = self._embed(batch, rows)
+            hidden, features = self._embed(batch, share, rows)
         else:
-            hidden, features = self._unpack(batch, rows)
+            hidden, features = self._unpack(batch, rows, size)
             self.language_model.decoder.set_input_tensor(hidden)
+        local = slice(first, first + size)
+        section = share.take(batch.section, 0)[local]
+        padding = share.take(batch.padding_mask, True)[local]
         hidden = self.language_model.decoder(
             hidden,
             attention_mask=None,
             context=features,
             context_mask=rows.local,
-            rotary_pos_emb=mrope_angles(self.architecture, batch.position_ids),
-            packed_seq_params=packed_seq_params(batch.cu_seqlens, self.backend),
-            padding_mask=self._router_mask(batch) if self.architecture.num_experts else None,
+            packed_seq_params=packed_seq_params(
+                share.cu_seqlens,
+                mrope_angles(self.architecture, share.take(batch.position_ids, 0)),
+                self.backend,
+                self.parallel.groups.cp,
+            ),
+            padding_mask=router_mask(padding, section) if self.architecture.num_experts else None,
         )
         if not self.post_process:
             return self._pack(hidden, features)
         if self.head == "score":
-            scores = self.language_model.score_head(hidden, self._local(batch.section))
+            scores = self.language_model.score_head(hidden, section)
             if self.config.sequence_parallel:
                 scores = tensor_parallel.gather_from_sequence_parallel_region(
                     scores, tensor_parallel_output_grad=False, group=self.parallel.groups.tp
                 )
-            return scores
+            return share.gather(scores)
         logits = self._logits(hidden)
         if output == "logits":
-            return logits
-        labels = batch.labels.unsqueeze(1)
-        return -tensor_parallel.vocab_parallel_cross_entropy(
-            logits.unsqueeze(1).float(), labels, tp_group=self.parallel.groups.tp
-        ).squeeze(1)
+            return share.gather(logits)
+        labels = share.take(batch.labels, 0)
+        return share.gather(-self.backend.cross_entropy(logits, labels, self.parallel.groups.tp))
 
     def _logits(self, hidden: Tensor) -> Tensor:
         weight = self.shared_embedding_or_output_weight() if self.language_model.tied else None
@@ -274,34 +345,33 @@ class Qwen3VLModel(MegatronModule):
         return torch.arange(first, first + width, device=self.backend.device) >= vocab
 
     def _slice(self, total: int) -> tuple[int, int]:
-        """First token and number of tokens that this tensor-parallel rank holds between blocks."""
+        """Of the `total` tokens of its context-parallel share, the first and the number of those
+        that this tensor-parallel rank holds between blocks."""
         if not self.config.sequence_parallel:
             return 0, total
         size = total // self.parallel.layout.tensor
         return self.parallel.tensor_rank * size, size
 
-    def _local(self, values: Tensor) -> Tensor:
-        """This tensor-parallel rank's part of one value a token."""
-        first, size = self._slice(values.numel())
-        return values[first : first + size]
+    def _visual_rows(self, batch: Batch, share: ContextShare, first: int, size: int) -> _VisualRows:
+        """Those among the `size` tokens from `first` of the context-parallel share."""
+        rank, position = share.find(batch.visual_index)
+        mine = (rank == share.group.rank()) & (position >= first) & (position < first + size)
+        return _VisualRows(
+            self.backend.to_device(position[mine] - first),
+            self.backend.to_device(batch.feature_index[mine]),
+        )
 
-    def _router_mask(self, batch: Batch) -> Tensor:
-        return router_mask(self._local(batch.padding_mask), self._local(batch.section))
-
-    def _local_visual_rows(self, batch: Batch) -> _VisualRows:
-        first, size = self._slice(batch.input_ids.numel())
-        index = batch.visual_index
-        mine = (index >= first) & (index < first + size)
-        return _VisualRows(index[mine] - first, batch.feature_index[mine])
-
-    def _embed(self, batch: Batch, rows: _VisualRows) -> tuple[Tensor, Tensor | None]:
+    def _embed(
+        self, batch: Batch, share: ContextShare, rows: _VisualRows
+    ) -> tuple[Tensor, Tensor | None]:
         """-> hidden [T_local, 1, h] with the images in place, deepstack features [F, V, h]."""
-        hidden = self.language_model.embedding.word_embeddings(batch.input_ids.unsqueeze(0))
+        ids = share.take(batch.input_ids, 0)
+        hidden = self.language_model.embedding.word_embeddings(ids.unsqueeze(0))
         if not self.config.sequence_parallel:
             hidden = hidden.transpose(0, 1).contiguous()
         if batch.pixel_values is None:
             return hidden, None
-        features = self.vision_model(batch.pixel_values, batch.image_grid_thw)
+        features = self._image_features(batch.pixel_values, batch.grids)
         if self.config.sequence_parallel:
             features = tensor_parallel.copy_to_tensor_model_parallel_region(
                 features, group=self.parallel.groups.tp
@@ -310,21 +380,38 @@ class Qwen3VLModel(MegatronModule):
         hidden = hidden.index_copy(0, rows.local, features[0].unsqueeze(1))
         return hidden, features[1:]
 
+    def _image_features(self, pixel_values: Tensor, grids: Sequence[Grid]) -> Tensor:
+        """Features [1 + F, V, h] of all images, each encoded on one context-parallel rank."""
+        vision = self.architecture.vision
+        trained = any(parameter.requires_grad for parameter in self.vision_model.parameters())
+        nothing = torch.zeros(
+            (1 + self.architecture.num_deepstack, 0, vision.out_hidden_size),
+            dtype=self.backend.dtype,
+            device=self.backend.device,
+            requires_grad=trained,
+        )
+        return encode_once(
+            self.vision_model,
+            pixel_values,
+            grids,
+            costs=[vision.work(*grid) for grid in grids],
+            rows=[t * h * w // vision.spatial_merge_size**2 for t, h, w in grids],
+            nothing=nothing,
+            group=self.parallel.groups.cp,
+        )
+
     def _pack(self, hidden: Tensor, features: Tensor | None) -> Tensor:
-        """[hidden ; features that later stages add], along the token dimension."""
-        last = self.language_model.decoder.layers[-1].layer_number
-        left = self.architecture.num_deepstack - last
-        if features is None or left <= 0:
+        """[hidden ; features that later chunks add], along the token dimension."""
+        left = self.architecture.deepstack_left(self.language_model.layers.stop)
+        if features is None or not left:
             return hidden
         return torch.cat([hidden, features[-left:].flatten(0, 1).unsqueeze(1)])
 
-    def _unpack(self, batch: Batch, rows: _VisualRows) -> tuple[Tensor, Tensor | None]:
+    def _unpack(self, batch: Batch, rows: _VisualRows, size: int) -> tuple[Tensor, Tensor | None]:
         payload = self._payload
-        assert payload is not None, "a later pipeline stage runs through the schedule"
-        size = self._slice(batch.input_ids.numel())[1]
-        first_layer = self.language_model.decoder.layers[0].layer_number - 1
-        left = self.architecture.num_deepstack - first_layer
-        if batch.pixel_values is None or left <= 0:
+        assert payload is not None, "a later chunk runs through the schedule"
+        left = self.architecture.deepstack_left(self.language_model.layers.start)
+        if batch.pixel_values is None or not left:
             assert payload.shape[0] == size
             return payload, None
         features = payload[size:].squeeze(1).unflatten(0, (left, rows.local.numel()))

@@ -6,11 +6,15 @@ frame -> merger [P / merge^2, out_hidden] and one more merger after each deepsta
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+from functools import lru_cache, partial
+from itertools import accumulate
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.models.backends import BackendSpecProvider
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_block import TransformerBlock
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -23,6 +27,9 @@ from model_providers.packed import packed_seq_params
 from model_providers.parallel import ParallelState
 
 ROPE_THETA = 10000.0
+
+Grid = tuple[int, int, int]
+"""Frames, rows and columns of an image or video, in patches."""
 
 
 class PatchMerger(MegatronModule):
@@ -37,6 +44,7 @@ class PatchMerger(MegatronModule):
         config: TransformerConfig,
         vision: VisionConfig,
         parallel: ParallelState,
+        layers: BackendSpecProvider,
         norm_after_join: bool,
     ) -> None:
         super().__init__(config)
@@ -48,17 +56,19 @@ class PatchMerger(MegatronModule):
             eps=1e-6,
             dtype=config.params_dtype,
         )
-        shared = dict(config=config, init_method=config.init_method, tp_group=parallel.groups.tp)
-        self.linear_fc1 = ColumnParallelLinear(
-            self.joined, self.joined, bias=True, gather_output=False, **shared
-        )
-        self.linear_fc2 = RowParallelLinear(
-            self.joined,
-            vision.out_hidden_size,
+        shared = dict(
+            config=config,
+            init_method=config.init_method,
             bias=True,
-            input_is_parallel=True,
             skip_bias_add=False,
-            **shared,
+            is_expert=False,
+            tp_group=parallel.groups.tp,
+        )
+        self.linear_fc1 = layers.column_parallel_linear()(
+            self.joined, self.joined, gather_output=False, **shared
+        )
+        self.linear_fc2 = layers.row_parallel_linear()(
+            self.joined, vision.out_hidden_size, input_is_parallel=True, **shared
         )
 
     def forward(self, hidden: Tensor) -> Tensor:
@@ -107,28 +117,27 @@ class VisionModel(MegatronModule):
             post_layer_norm=False,
             pg_collection=parallel.groups_of_one_stage,
         )
-        self.merger = PatchMerger(config, vision, parallel, norm_after_join=False)
+        build = partial(PatchMerger, config, vision, parallel, backend.layers)
+        self.merger = build(norm_after_join=False)
         self.deepstack_merger_list = ShardedModuleList(
-            PatchMerger(config, vision, parallel, norm_after_join=True)
-            for _ in vision.deepstack_visual_indexes
+            build(norm_after_join=True) for _ in vision.deepstack_visual_indexes
         )
 
-    def forward(self, pixel_values: Tensor, grid_thw: Tensor) -> Tensor:
-        """pixel_values [P, D], grid_thw [N, 3] -> [1 + deepstack, P / merge^2, out_hidden].
+    def forward(self, pixel_values: Tensor, grids: Sequence[Grid]) -> Tensor:
+        """pixel_values [P, D], grids (t, h, w) -> [1 + deepstack, P / merge^2, out_hidden].
 
         Row 0 holds the token embeddings, the others what is added after the first decoder layers.
         """
-        grids = grid_thw.tolist()
+        corners, weights, coordinates = self._patches(grids)
         hidden = self.patch_embed(pixel_values.to(self.patch_embed.weight.dtype))
-        hidden = hidden + self._positions(grids)
-        frames = torch.tensor([h * w for t, h, w in grids for _ in range(t)])
-        frames = frames.to(hidden.device)
+        hidden = hidden + self._positions(corners, weights)
+        frames = [height * width for count, height, width in grids for _ in range(count)]
+        cu_seqlens = torch.tensor([0, *accumulate(frames)], dtype=torch.int32)
         hidden, taps = self.decoder(
             hidden.unsqueeze(1),
             attention_mask=None,
-            rotary_pos_emb=self._rotary(grids).to(hidden.device),
             packed_seq_params=packed_seq_params(
-                F.pad(frames.cumsum(0), (1, 0)).int(), self.backend
+                cu_seqlens, self._rotary(coordinates), self.backend
             ),
             extract_layer_indices=set(self.vision.deepstack_visual_indexes),
         )
@@ -137,46 +146,54 @@ class VisionModel(MegatronModule):
         features += [merger(tap.squeeze(1)) for merger, tap in mergers]
         return torch.stack(features)
 
-    def _coordinates(self, height: int, width: int) -> tuple[Tensor, Tensor]:
-        """Row and column of every patch of one frame, in merge-block order."""
-        merge = self.vision.spatial_merge_size
-        blocks = torch.arange(height * width).view(height // merge, merge, width // merge, merge)
-        flat = blocks.permute(0, 2, 1, 3).flatten()
-        return flat // width, flat % width
+    def _patches(self, grids: Sequence[Grid]) -> list[Tensor]:
+        """The tables of `frame_patches` for all P patches, frame after frame, on the device."""
+        side = math.isqrt(self.vision.num_position_embeddings)
+        frames = [
+            frame_patches(height, width, self.vision.spatial_merge_size, side)
+            for count, height, width in grids
+            for _ in range(count)
+        ]
+        return [
+            self.backend.to_device(torch.cat(table, dim=1)) for table in zip(*frames, strict=True)
+        ]
 
-    def _rotary(self, grids: list[list[int]]) -> Tensor:
-        """2-D rotary angles [P, 1, 1, head_dim]: a quarter of the pairs turns with the row, a
-        quarter with the column."""
+    def _rotary(self, coordinates: Tensor) -> Tensor:
+        """2-D rotary angles [P, 1, 1, head_dim] of row and column [2, P]: a quarter of the pairs
+        turns with the row, a quarter with the column."""
         dim = self.vision.hidden_size // self.vision.num_heads // 2
-        inverse = 1.0 / ROPE_THETA ** (torch.arange(0, dim, 2, dtype=torch.float) / dim)
-        angles = []
-        for frames, height, width in grids:
-            rows, columns = self._coordinates(height, width)
-            angle = torch.cat([rows[:, None] * inverse, columns[:, None] * inverse], dim=-1)
-            angles.append(angle.repeat(frames, 1))
-        half = torch.cat(angles)
+        exponent = torch.arange(0, dim, 2, dtype=torch.float, device=coordinates.device) / dim
+        angles = coordinates.float()[..., None] * (1.0 / ROPE_THETA**exponent)
+        half = torch.cat([angles[0], angles[1]], dim=-1)
         return torch.cat([half, half], dim=-1)[:, None, None]
 
-    def _positions(self, grids: list[list[int]]) -> Tensor:
-        """Learned positions of a square grid, interpolated bilinearly to each image [P, hidden].
+    def _positions(self, corners: Tensor, weights: Tensor) -> Tensor:
+        """Learned positions of a square grid, interpolated bilinearly to each frame [P, hidden].
 
         Weights and sum stay in fp32 and are cast once, as transformers 5.x does.
         """
-        side = int(self.vision.num_position_embeddings**0.5)
-        table = self.pos_embed.weight
-        out = []
-        for frames, height, width in grids:
-            rows, columns = self._coordinates(height, width)
-            y = torch.linspace(0, side - 1, height)[rows].to(table.device)
-            x = torch.linspace(0, side - 1, width)[columns].to(table.device)
-            top, left = y.long(), x.long()
-            bottom, right = (top + 1).clamp(max=side - 1), (left + 1).clamp(max=side - 1)
-            dy, dx = (y - top)[:, None], (x - left)[:, None]
-            position = (
-                (1 - dy) * (1 - dx) * table[top * side + left]
-                + (1 - dy) * dx * table[top * side + right]
-                + dy * (1 - dx) * table[bottom * side + left]
-                + dy * dx * table[bottom * side + right]
-            )
-            out.append(position.to(table.dtype).repeat(frames, 1))
-        return torch.cat(out)
+        table = self.pos_embed.weight.float()
+        position = weights[0, :, None] * table[corners[0]]
+        for corner, weight in zip(corners[1:], weights[1:], strict=True):
+            position = position + weight[:, None] * table[corner]
+        return position.to(self.pos_embed.weight.dtype)
+
+
+@lru_cache(maxsize=256)
+def frame_patches(height: int, width: int, merge: int, side: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Where the patches of a frame lie, in merge-block order; host tensors, kept by size.
+
+    Returns the four entries of the side x side table of learned positions around each patch
+    [4, h*w] int64, their weights [4, h*w] fp32, and its row and column [2, h*w] int64.
+    """
+    blocks = torch.arange(height * width).view(height // merge, merge, width // merge, merge)
+    order = blocks.permute(0, 2, 1, 3).flatten()
+    rows, columns = order // width, order % width
+    y = torch.linspace(0, side - 1, height)[rows]
+    x = torch.linspace(0, side - 1, width)[columns]
+    top, left = y.long(), x.long()
+    bottom, right = (top + 1).clamp(max=side - 1), (left + 1).clamp(max=side - 1)
+    dy, dx = y - top, x - left
+    corners = [top * side + left, top * side + right, bottom * side + left, bottom * side + right]
+    weights = [(1 - dy) * (1 - dx), (1 - dy) * dx, dy * (1 - dx), dy * dx]
+    return torch.stack(corners), torch.stack(weights), torch.stack([rows, columns])

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from model_providers.config import SECTIONS, Qwen3VLConfig
 from model_providers.parallel import ParallelState
-from model_providers.qwen3_vl import Qwen3VLModel, padded_vocab_size
+from model_providers.qwen3_vl import Qwen3VLChunk, Qwen3VLModel, padded_vocab_size
 
 
 class Transform:
@@ -326,17 +326,20 @@ class _Local:
 
 
 def _local_tasks(model: Qwen3VLModel) -> Iterator[_Local]:
+    for chunk in model.chunks:
+        yield from _chunk_tasks(chunk)
+
+
+def _chunk_tasks(model: Qwen3VLChunk) -> Iterator[_Local]:
     parallel = model.parallel
-    layers = model.language_model.decoder.layers
-    first_layer = layers[0].layer_number - 1 if len(layers) else 0
-    experts = model.architecture.num_experts // max(1, parallel.layout.expert)
+    experts = model.architecture.num_experts // parallel.layout.expert
     for name, parameter in model.named_parameters():
         match, rule = _match(name)
         found = match.groupdict()
         is_expert = "E" in found
         layer = int(found.get("L", -1))
-        if name.startswith("language_model."):
-            layer += first_layer
+        if name.startswith("language_model.") and layer >= 0:
+            layer = model.language_model.layers[layer]
         expert_rank = parallel.groups.ep.rank() if is_expert else 0
         expert = expert_rank * experts + int(found["E"]) if is_expert else -1
         task = Task(

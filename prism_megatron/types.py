@@ -6,7 +6,7 @@ patches, D values a patch, N distinct images.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -72,6 +72,9 @@ class Sequence:
         return int(self.input_ids.numel())
 
 
+ON_HOST = ("cu_seqlens", "visual_index", "feature_index")
+
+
 @dataclass
 class PackedBatch:
     """One micro-batch: S sequences laid end to end in one row of T tokens (THD layout).
@@ -83,11 +86,15 @@ class PackedBatch:
     loss_mask    [T] float     1 where labels[t] is trained, i.e. the *predicted* token is response
     padding_mask [T] bool      True on padding tokens
     section      [T] int64     the sequence's section (see Sequence), 0 on padding
-    pixel_values [P, D] / image_grid_thw [N, 3] int64: the distinct images, each once; None if none
+    pixel_values [P, D]        patches of the N distinct images, each image once; None if none
+    grids                      (t, h, w) in patches of those images, in their order
     visual_index [V] int64     positions in [0, T) of the visual tokens, ascending
     feature_index[V] int64     for each of them its row among the image features of the N images
     per_token    name -> [T]   values aligned with *labels* (shifted left by one, like loss_mask)
     num_sequences              S without the padding sequence
+
+    cu_seqlens, grids, visual_index and feature_index stay on the host: a forward plans by them,
+    and none shall wait for the device.
 
     Example: two sequences "A B | c d" and "E | f", response after the bar, no padding:
     input_ids = [A B c d E f], labels = [B c d 0 f 0], loss_mask = [0 1 1 0 1 0],
@@ -104,18 +111,21 @@ class PackedBatch:
     visual_index: Tensor
     feature_index: Tensor
     pixel_values: Tensor | None
-    image_grid_thw: Tensor | None
+    grids: tuple[tuple[int, int, int], ...]
     num_sequences: int
     per_token: dict[str, Tensor] = field(default_factory=dict)
 
     def to(self, device: torch.device | str) -> PackedBatch:
-        """The same batch with every tensor on `device`."""
+        """The same batch with what is computed with on `device`; nobody waits for the copies."""
+        if torch.device(device).type == "cpu":
+            return self
 
         def move(value: Any) -> Any:
             if isinstance(value, Tensor):
-                return value.to(device)
+                return value.pin_memory().to(device, non_blocking=True)
             if isinstance(value, dict):
-                return {name: tensor.to(device) for name, tensor in value.items()}
+                return {name: move(tensor) for name, tensor in value.items()}
             return value
 
-        return PackedBatch(**{name: move(value) for name, value in vars(self).items()})
+        moved = {name: move(value) for name, value in vars(self).items() if name not in ON_HOST}
+        return replace(self, **moved)

@@ -57,7 +57,7 @@ EXPERTS = dict(
 )
 
 
-def build(kind: str, tied: bool = False, seed: int = 0) -> PreTrainedModel:
+def build(kind: str, tied: bool = False, seed: int = 0, layers: int = 4) -> PreTrainedModel:
     """kind "dense", "moe" or "dedicated"; every weight random, norms around one, so that nothing
     cancels."""
     torch.manual_seed(seed)
@@ -68,15 +68,16 @@ def build(kind: str, tied: bool = False, seed: int = 0) -> PreTrainedModel:
         vision_end_token_id=VISION_END,
         tie_word_embeddings=tied,
     )
+    text = TEXT | {"num_hidden_layers": layers}
     if kind in ("moe", "dedicated"):
         experts = EXPERTS
         if kind == "dedicated":
             experts = EXPERTS | DEDICATED
             ids["prism_discriminator"] = {"architecture": "dedicated"}
-        config = Qwen3VLMoeConfig(text_config=TEXT | experts, vision_config=VISION, **ids)
+        config = Qwen3VLMoeConfig(text_config=text | experts, vision_config=VISION, **ids)
         model: PreTrainedModel = Qwen3VLMoeForConditionalGeneration(config)
     else:
-        config = Qwen3VLConfig(text_config=TEXT, vision_config=VISION, **ids)
+        config = Qwen3VLConfig(text_config=text, vision_config=VISION, **ids)
         model = Qwen3VLForConditionalGeneration(config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -86,7 +87,7 @@ def build(kind: str, tied: bool = False, seed: int = 0) -> PreTrainedModel:
     return model.float().eval()
 
 
-def save(directory: Path, kind: str, tied: bool = False) -> Path:
+def save(directory: Path, kind: str, tied: bool = False, layers: int = 4) -> Path:
     """Write the model as a Hugging Face directory and return it."""
-    build(kind, tied).save_pretrained(directory)
+    build(kind, tied, layers=layers).save_pretrained(directory)
     return directory

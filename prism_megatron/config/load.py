@@ -224,10 +224,12 @@ def _type_name(annotation: Any) -> str:
 def check_world(parallel: Parallel, world_size: int, name: str = "parallel") -> None:
     """ValueError if `parallel` does not fit `world_size` ranks; `name` is its configuration key.
 
-    Megatron's rules: tensor x pipeline divides the world; expert x pipeline does too, because the
-    experts are not split by tensor parallelism.
+    Megatron's rules: tensor x context x pipeline divides the world, and so does expert_tensor x
+    expert x pipeline, because the experts have a tensor parallelism of their own.
     """
-    for factors in ({"tensor": parallel.tensor}, {"expert": parallel.expert}):
+    for names in (("tensor", "context"), ("expert_tensor", "expert")):
+        sizes = {name: getattr(parallel, name) for name in names}
+        factors = {n: size for n, size in sizes.items() if size > 1} or {names[0]: 1}
         factors["pipeline"] = parallel.pipeline
         needed = math.prod(factors.values())
         if world_size % needed:

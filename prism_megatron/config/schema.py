@@ -24,14 +24,33 @@ class Run(Section):
 
 
 class Parallel(Section):
-    """How one model is split over the ranks; data parallel size is world / (tensor * pipeline)."""
+    """How one model is split over the ranks.
+
+    Data-parallel size is world / (tensor * context * pipeline); that of the experts is
+    world / (expert_tensor * expert * pipeline).
+    """
 
     tensor: int = Field(1, ge=1)
     """Tensor-parallel ranks."""
+    context: int = Field(1, ge=1)
+    """Context-parallel ranks; each holds its share of every sequence of a micro-batch."""
     pipeline: int = Field(1, ge=1)
     """Pipeline stages."""
+    virtual_pipeline: int = Field(1, ge=1)
+    """Parts that a stage's layers are cut into, which micro-batches pass in turn (interleaved
+    schedule): a smaller bubble for more communication."""
+    first_stage_layers: int | None = Field(None, ge=1)
+    """Decoder layers of the first pipeline stage; the other stages share the rest evenly."""
+    last_stage_layers: int | None = Field(None, ge=1)
+    """Decoder layers of the last pipeline stage; the other stages share the rest evenly."""
+    embedding_as_layer: bool = False
+    """The embedding and the vision tower take the place of a decoder layer on the first stage."""
+    loss_as_layer: bool = False
+    """The head and the loss take the place of a decoder layer on the last stage."""
     expert: int = Field(1, ge=1)
     """Expert-parallel ranks; experts are spread over them."""
+    expert_tensor: int = Field(1, ge=1)
+    """Tensor-parallel ranks of each expert, independent of `tensor`."""
     sequence: bool = True
     """Sequence parallelism: activations between blocks are split over the tensor-parallel ranks.
     Has no effect at tensor=1."""
@@ -86,7 +105,8 @@ class Train(Section):
     steps: int = Field(ge=0)
     """Optimizer steps."""
     micro_batch_tokens: int = Field(4096, ge=1)
-    """Most tokens in one packed micro-batch; a longer single sequence is an error."""
+    """Most tokens in one packed micro-batch, over all context-parallel ranks; a longer single
+    sequence is an error."""
     save_every: int = Field(0, ge=0)
     """Steps between training checkpoints; 0 saves only at the end."""
     keep_checkpoints: int = Field(1, ge=1)

@@ -17,14 +17,15 @@ from prism_megatron.types import ImageInputs, PackedBatch, Sequence
 
 
 def plan_micro_batches(
-    lengths: Ordered[int], *, dp_size: int, max_tokens: int
+    lengths: Ordered[int], *, dp_size: int, max_tokens: int, multiple: int = 1
 ) -> list[list[list[int]]]:
     """Indices of the sequences of each micro-batch: plan[dp_rank][micro_batch] -> indices.
 
-    Every rank gets the same number of micro-batches, no micro-batch exceeds `max_tokens`, and the
-    k-th micro-batches of the ranks hold about equally many tokens (longest sequence first into the
-    lightest micro-batch). With fewer sequences than ranks some lists are empty. The plan depends on
-    the arguments alone. ValueError if one sequence is longer than `max_tokens`.
+    Every rank gets the same number of micro-batches, a multiple of `multiple`; no micro-batch
+    exceeds `max_tokens`, and the k-th micro-batches of the ranks hold about equally many tokens
+    (longest sequence first into the lightest micro-batch). Lists are empty where there are fewer
+    sequences than micro-batches on all ranks. The plan depends on the arguments alone. ValueError
+    if one sequence is longer than `max_tokens`.
     """
     for index, length in enumerate(lengths):
         if length > max_tokens:
@@ -32,9 +33,9 @@ def plan_micro_batches(
                 f"sequence {index} has {length} tokens, a micro-batch holds "
                 f"train.micro_batch_tokens={max_tokens}; raise it or lower the data's token limits"
             )
-    num_micro_batches = max(1, -(-sum(lengths) // (max_tokens * dp_size)))
+    num_micro_batches = max(1, -(-sum(lengths) // (max_tokens * dp_size * multiple))) * multiple
     while (bins := _lightest_first(lengths, num_micro_batches * dp_size, max_tokens)) is None:
-        num_micro_batches += 1
+        num_micro_batches += multiple
     # Neighbours in load run at the same time on different ranks.
     bins.sort(key=lambda members: (-sum(lengths[i] for i in members), members))
     return [[sorted(bins[k]) for k in range(rank, len(bins), dp_size)] for rank in range(dp_size)]
@@ -55,10 +56,20 @@ def _lightest_first(
     return bins
 
 
-def packed_length(sequences: Ordered[Sequence], pad_multiple: int) -> int:
-    """Tokens T of the row that `pack` makes: a multiple of `pad_multiple`, at least one."""
-    total = sum(len(sequence) for sequence in sequences)
+def packed_length(
+    sequences: Ordered[Sequence], pad_multiple: int, sequence_multiple: int = 1
+) -> int:
+    """Length of the row that `pack` makes: a multiple of `pad_multiple`, at least one.
+
+    sequence_multiple: each sequence counts with its length rounded up to a multiple of it, as
+    context-parallel ranks lay it out.
+    """
+    total = sum(_rounded(len(sequence), sequence_multiple) for sequence in sequences)
     return max(1, -(-total // pad_multiple)) * pad_multiple
+
+
+def _rounded(length: int, multiple: int) -> int:
+    return -(-length // multiple) * multiple
 
 
 def pack(
@@ -68,23 +79,28 @@ def pack(
     merge_size: int,
     pad_id: int,
     pad_multiple: int = 1,
+    sequence_multiple: int = 1,
     pad_to: int | None = None,
     per_token: Ordered[str] = (),
 ) -> PackedBatch:
     """One packed micro-batch of the sequences in the given order.
 
-    The row is padded to `pad_to` tokens, or to a multiple of `pad_multiple`; padding is a sequence
-    of its own at the end. No sequences make a row of padding alone, for a rank that has none.
+    The row is padded until its length (see packed_length) is `pad_to`, or a multiple of
+    `pad_multiple`; padding is a sequence of its own at the end. No sequences make a row of padding
+    alone, for a rank that has none.
     per_token: names of the sequences' values to carry; each sequence must have every one of them.
     An image that several sequences show (same key) is in pixel_values once.
     """
-    length = packed_length(sequences, pad_multiple) if pad_to is None else pad_to
-    total = sum(len(sequence) for sequence in sequences)
-    if total > length:
+    if pad_to is None:
+        pad_to = packed_length(sequences, pad_multiple, sequence_multiple)
+    used = sum(_rounded(len(sequence), sequence_multiple) for sequence in sequences)
+    if used > pad_to:
         raise ValueError(
-            f"{len(sequences)} sequences have {total} tokens, more than pad_to={length}"
+            f"{len(sequences)} sequences have {used} tokens, more than pad_to={pad_to}"
         )
-    padding = length - total
+    padding = pad_to - used
+    total = sum(len(sequence) for sequence in sequences)
+    length = total + padding
     pad_row = torch.full((padding,), pad_id, dtype=torch.int64)
     parts = [sequence.input_ids for sequence in sequences] + [pad_row] * bool(padding)
     sections = [sequence.section for sequence in sequences] + [0] * bool(padding)
@@ -108,7 +124,7 @@ def pack(
         padding_mask=torch.arange(length) >= total,
         section=torch.cat([torch.full_like(p, k) for p, k in zip(parts, sections, strict=True)]),
         pixel_values=torch.cat([i.pixel_values for i in images.values()]) if images else None,
-        image_grid_thw=torch.tensor([i.grid_thw for i in images.values()]) if images else None,
+        grids=tuple(image.grid_thw for image in images.values()),
         visual_index=(input_ids == image_token_id).nonzero().flatten(),
         feature_index=_feature_index(sequences, images, merge_size),
         num_sequences=len(sequences),

@@ -21,12 +21,8 @@ from prism_megatron.training.runner import ModelRunner
 
 def layout_of(parallel: Parallel) -> Layout:
     """The configuration's section as megatron groups want it."""
-    return Layout(
-        tensor=parallel.tensor,
-        pipeline=parallel.pipeline,
-        expert=parallel.expert,
-        sequence_parallel=parallel.sequence_parallel,
-    )
+    sizes = parallel.model_dump(exclude={"sequence"})
+    return Layout(**sizes, sequence_parallel=parallel.sequence_parallel)
 
 
 def start(backend_name: str, *models: Model) -> Backend:

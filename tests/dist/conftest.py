@@ -27,11 +27,13 @@ def ranks() -> Iterator[Callable[[int], Ranks]]:
 @pytest.fixture(scope="session")
 def hf_models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Hugging Face directories: dense, dense with tied embeddings, Mixture-of-Experts, with
-    experts divided between the sections."""
+    experts divided between the sections; the deep ones have six layers instead of four."""
     root = tmp_path_factory.mktemp("hf")
     return {
         "dense": tiny_models.save(root / "dense", "dense"),
         "tied": tiny_models.save(root / "tied", "dense", tied=True),
         "moe": tiny_models.save(root / "moe", "moe"),
+        "deep": tiny_models.save(root / "deep", "dense", tied=True, layers=6),
+        "deep-moe": tiny_models.save(root / "deep-moe", "moe", layers=6),
         "dedicated": tiny_models.save(root / "dedicated", "dedicated"),
     }

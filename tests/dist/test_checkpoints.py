@@ -32,6 +32,12 @@ Worlds = Callable[[int], Ranks]
 ADAM = Optimizer(lr=1e-2, eps=1e-3, warmup_steps=5, weight_decay=0.1)
 TP2SP = Layout(tensor=2, sequence_parallel=True)
 TP2EP2 = Layout(tensor=2, expert=2, sequence_parallel=True)
+ETP2 = Layout(expert_tensor=2)
+CP2EP2 = Layout(context=2, expert=2)
+UNEVEN = Layout(pipeline=2, first_stage_layers=1)
+VPP2 = Layout(pipeline=2, virtual_pipeline=2)
+# eight parts of which the first and the last hold no layer
+DEEP = Layout(pipeline=4, virtual_pipeline=2, embedding_as_layer=True, loss_as_layer=True)
 
 
 def _weights(runner: ModelRunner) -> dict[str, Tensor]:
@@ -58,17 +64,34 @@ def _differing(path: Path, layout: Layout, ckpt: Path) -> list[str]:
 
 @pytest.mark.parametrize(
     "kind, world, layout",
-    [("dense", 2, TP2SP), ("tied", 2, Layout(pipeline=2)), ("moe", 2, TP2EP2)],
-    ids=["dense-tp2", "tied-pp2", "moe-tp2-ep2"],
+    [
+        ("dense", 2, TP2SP),
+        ("tied", 2, Layout(pipeline=2)),
+        ("moe", 2, TP2EP2),
+        ("moe", 2, ETP2),
+        ("tied", 2, UNEVEN),
+        ("dense", 2, VPP2),
+        ("moe", 2, CP2EP2),
+    ],
+    ids=[
+        "dense-tp2",
+        "tied-pp2",
+        "moe-tp2-ep2",
+        "moe-etp2",
+        "tied-uneven",
+        "dense-vpp2",
+        "moe-cp2-ep2",
+    ],
 )
 def test_weights_load_at_every_layout(
     ranks: Worlds, hf_models: dict[str, Path], tmp_path: Path, kind: str, world: int, layout: Layout
 ) -> None:
     ckpt = tmp_path / "ckpt"
     ranks(world).run(_save, hf_models[kind], layout, ckpt)
-    others = [(1, Layout()), (2, Layout()), (2, Layout(pipeline=2)), (2, TP2SP)]
+    others = [(1, Layout()), (2, Layout()), (2, Layout(pipeline=2)), (2, TP2SP), (2, UNEVEN)]
+    others.append((2, VPP2))
     if kind == "moe":
-        others.append((2, Layout(expert=2)))
+        others += [(2, Layout(expert=2)), (2, ETP2), (2, CP2EP2)]
     for size, other in others:
         found = ranks(size).run(_differing, hf_models[kind], other, ckpt)
         assert found == [[]] * size, other
@@ -113,15 +136,17 @@ CASES = {
     "dense": ("language", 2, TP2SP),
     "tied": ("language", 2, Layout(pipeline=2)),
     "moe": ("score", 2, TP2EP2),
+    "deep": ("language", 2, Layout(pipeline=2, virtual_pipeline=3)),
 }
 OTHERS = {
     "dense": [(1, Layout()), (2, Layout(pipeline=2)), (2, Layout()), (4, TP2SP)],
     "tied": [(1, Layout()), (2, TP2SP)],
-    "moe": [(1, Layout()), (2, Layout(expert=2)), (2, Layout(pipeline=2))],
+    "moe": [(1, Layout()), (2, Layout(expert=2)), (2, ETP2), (2, VPP2), (2, CP2EP2)],
+    "deep": [(1, Layout()), (2, UNEVEN), (4, DEEP), (2, Layout(context=2))],
 }
 
 
-@pytest.fixture(scope="module", params=["dense", "tied", "moe"])
+@pytest.fixture(scope="module", params=["dense", "tied", "moe", "deep"])
 def stopped(
     request: pytest.FixtureRequest,
     ranks: Worlds,
@@ -324,7 +349,8 @@ def _logits(ckpt: Path) -> Tensor:
     backend.seed(1, parallel)
     model = megatron_directory.load_model(ckpt, parallel, backend).eval()
     runner = ModelRunner(model, micro_batch_tokens=64, pad_id=0, optimizer=None)
-    [batch] = runner._micro_batches([checks.mixed_batch()[2]])
+    sequences = [checks.mixed_batch()[2]]
+    [batch] = runner._micro_batches(sequences, runner._plan(sequences))
     with torch.no_grad():
         return model(batch, output="logits")
 

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 from unittest import mock
 
 import pytest
 from torch import Tensor
 
-from model_providers import qwen3_vl
+from model_providers import context, cpu_layers, image_shares, qwen3_vl
+from model_providers.config import Qwen3VLConfig
 from model_providers.parallel import Layout
 from model_providers.qwen3_vl import Head
 from model_providers.weight_map import GatedUp, Split
@@ -32,6 +35,13 @@ PP4 = Layout(pipeline=4)
 EP2 = Layout(expert=2)
 TP2EP2 = Layout(tensor=2, expert=2, sequence_parallel=True)
 EP2PP2 = Layout(expert=2, pipeline=2)
+CP2 = Layout(context=2)
+CP2EP2 = Layout(context=2, expert=2)
+CP2TP2SP = Layout(context=2, tensor=2, sequence_parallel=True)
+ETP2 = Layout(expert_tensor=2)
+TP2ETP2 = Layout(tensor=2, expert_tensor=2, sequence_parallel=True)
+EP2ETP2 = Layout(expert=2, expert_tensor=2)
+TP2EP2ETP2 = Layout(tensor=2, expert=2, expert_tensor=2, sequence_parallel=True)
 
 DENSE = {
     "tp2": (2, TP2),
@@ -42,6 +52,12 @@ DENSE = {
     "tp2-pp2-sp": (4, TP2PP2SP),
     "tp2-sp-dp2": (4, TP2SP),
     "pp4": (4, PP4),
+    "cp2": (2, CP2),
+    "cp2-dp2": (4, CP2),
+    "cp4": (4, Layout(context=4)),
+    "cp2-pp2": (4, Layout(context=2, pipeline=2)),
+    "cp2-tp2": (4, Layout(context=2, tensor=2)),
+    "cp2-tp2-sp": (4, CP2TP2SP),
 }
 EXPERTS = {
     "ep2": (2, EP2),
@@ -53,6 +69,39 @@ EXPERTS = {
     "ep4": (4, Layout(expert=4)),
     "tp2-ep2-sp-dp2": (4, TP2EP2),
     "ep2-pp2": (4, EP2PP2),
+    "etp2": (2, ETP2),
+    "tp2-etp2-sp": (2, TP2ETP2),
+    "ep2-etp2": (4, EP2ETP2),
+    "tp2-ep2-etp2-sp": (4, TP2EP2ETP2),
+    "cp2": (2, CP2),
+    "cp2-ep2": (2, CP2EP2),
+    "cp2-ep2-dp2": (4, CP2EP2),
+    "cp2-ep4": (4, Layout(context=2, expert=4)),
+    "cp2-tp2-sp": (4, CP2TP2SP),
+    "cp2-tp2-ep2-sp": (4, Layout(context=2, tensor=2, expert=2, sequence_parallel=True)),
+    "cp2-pp2": (4, Layout(context=2, pipeline=2)),
+}
+COUNTED = {"embedding_as_layer": True, "loss_as_layer": True}
+# six layers and three deepstack features, which have to cross from stage to stage
+DEEP = {
+    "pp2-first1": (2, Layout(pipeline=2, first_stage_layers=1)),
+    "pp2-last1": (2, Layout(pipeline=2, first_stage_layers=5, last_stage_layers=1)),
+    "pp4-counted": (4, Layout(pipeline=4, **COUNTED)),
+    "pp2-first2-tp2-sp": (
+        4,
+        Layout(tensor=2, pipeline=2, first_stage_layers=2, sequence_parallel=True),
+    ),
+    "pp2-vpp3": (2, Layout(pipeline=2, virtual_pipeline=3)),
+    "pp2-vpp2-counted": (2, Layout(pipeline=2, virtual_pipeline=2, **COUNTED)),
+    "pp2-vpp2-first2": (2, Layout(pipeline=2, virtual_pipeline=2, first_stage_layers=2)),
+    "pp4-vpp2-counted": (4, Layout(pipeline=4, virtual_pipeline=2, **COUNTED)),
+    "pp2-vpp3-dp2": (4, Layout(pipeline=2, virtual_pipeline=3)),
+    "pp2-vpp3-tp2-sp": (
+        4,
+        Layout(tensor=2, pipeline=2, virtual_pipeline=3, sequence_parallel=True),
+    ),
+    "cp2-pp2-vpp3": (4, Layout(context=2, pipeline=2, virtual_pipeline=3)),
+    "ep2-pp2-vpp3": (4, Layout(expert=2, pipeline=2, virtual_pipeline=3)),
 }
 
 
@@ -104,6 +153,31 @@ def test_dense_layouts_equal_one_rank(
     _compare(found, one_rank(kind, "language", {}))
 
 
+@pytest.mark.parametrize("layout", [name for name in DEEP if "ep" not in name])
+def test_stages_of_any_size_equal_one_rank(
+    ranks: Worlds, hf_models: dict[str, Path], one_rank: OneRank, layout: str
+) -> None:
+    world, split = DEEP[layout]
+    # six micro-batches or more, text only among them
+    small = {"micro_batch_tokens": 24}
+    found = ranks(world).run(_gradients, hf_models["deep"], split, "language", small)
+    _compare(found, one_rank("deep", "language", {}))
+
+
+@pytest.mark.parametrize("layout", ["pp4-counted", "pp2-vpp3", "pp4-vpp2-counted", "ep2-pp2-vpp3"])
+def test_stages_of_experts_equal_one_rank(
+    ranks: Worlds, hf_models: dict[str, Path], one_rank: OneRank, layout: str
+) -> None:
+    world, split = DEEP[layout]
+    # the router's loss is not linear in a micro-batch, so one rank has to have the same ones
+    options = {"aux_loss_coef": 500.0, "micro_batch_tokens": 28}
+    wanted = one_rank("deep-moe", "score", options)
+    if split.data(world) > 1:
+        options, wanted = {"micro_batch_tokens": 24}, one_rank("deep-moe", "score", {})
+    found = ranks(world).run(_gradients, hf_models["deep-moe"], split, "score", options)
+    _compare(found, wanted)
+
+
 @pytest.mark.parametrize("layout", EXPERTS)
 def test_discriminator_layouts_equal_one_rank(
     ranks: Worlds, hf_models: dict[str, Path], one_rank: OneRank, layout: str
@@ -113,7 +187,7 @@ def test_discriminator_layouts_equal_one_rank(
     _compare(found, one_rank("moe", "score", {}))
 
 
-@pytest.mark.parametrize("layout", ["ep2", "tp2-sp", "dp2", "pp2", "tp2-ep2-sp"])
+@pytest.mark.parametrize("layout", ["ep2", "tp2-sp", "dp2", "pp2", "tp2-ep2-sp", "etp2", "tp2-etp2-sp", "cp2", "cp2-ep2", "cp2-tp2-sp"])
 def test_router_loss_does_not_depend_on_the_layout(
     ranks: Worlds, hf_models: dict[str, Path], one_rank: OneRank, layout: str
 ) -> None:
@@ -132,7 +206,7 @@ def test_router_loss_does_not_depend_on_the_layout(
     assert min(distance(without[name], wanted[2][name]) for name in routers) > 1e-2
 
 
-@pytest.mark.parametrize("layout", ["tp2-sp", "pp2", "dp2"])
+@pytest.mark.parametrize("layout", ["tp2-sp", "pp2", "dp2", "cp2"])
 def test_frozen_vision_leaves_the_other_gradients_alone(
     ranks: Worlds, hf_models: dict[str, Path], one_rank: OneRank, layout: str
 ) -> None:
@@ -175,6 +249,83 @@ def test_the_comparison_sees_features_that_are_only_sliced(
     assert loss == pytest.approx(wanted[0], rel=1e-5)
     name = "model.visual.deepstack_merger_list.1.linear_fc2.weight"
     assert distance(gradients[name], wanted[2][name]) > 1e-2
+
+
+def _with_the_other_backward(path: Path, name: str) -> Gradients:
+    """Gradients of a gather that are summed over the ranks where they should not be, or not summed
+    where they should."""
+    module = import_module(name)
+    gather = module.gather_from_sequence_parallel_region
+
+    def flipped(
+        values: Tensor, tensor_parallel_output_grad: bool = True, group: Any = None
+    ) -> Tensor:
+        return gather(
+            values, tensor_parallel_output_grad=not tensor_parallel_output_grad, group=group
+        )
+
+    with mock.patch.object(module, "gather_from_sequence_parallel_region", flipped):
+        return checks.gradients(path, CP2)
+
+
+@pytest.mark.parametrize(
+    "module, name",
+    [
+        (image_shares, "model.visual.deepstack_merger_list.1.linear_fc2.weight"),
+        (image_shares, "model.visual.pos_embed.weight"),
+        (context, "lm_head.weight"),
+        (cpu_layers, "model.language_model.layers.2.self_attn.v_proj.weight"),
+    ],
+    ids=["images", "positions", "head", "keys and values"],
+)
+def test_the_comparison_sees_a_gather_with_the_wrong_backward(
+    ranks: Worlds, hf_models: dict[str, Path], one_rank: OneRank, module: ModuleType, name: str
+) -> None:
+    wanted = one_rank("dense", "language", {})
+    loss, _, gradients = ranks(2).run(
+        _with_the_other_backward, hf_models["dense"], module.__name__
+    )[0]
+    assert loss == pytest.approx(wanted[0], rel=1e-5)
+    assert distance(gradients[name], wanted[2][name]) > 1e-2
+
+
+def _without_features_in_the_payload(path: Path) -> Gradients:
+    with mock.patch.object(Qwen3VLConfig, "deepstack_left", lambda self, layers: 0):
+        return checks.gradients(path, DEEP["pp2-vpp3"][1])
+
+
+def test_the_comparison_sees_features_that_stay_behind(
+    ranks: Worlds, hf_models: dict[str, Path], one_rank: OneRank
+) -> None:
+    loss = ranks(2).run(_without_features_in_the_payload, hf_models["deep"])[0][0]
+    assert abs(loss - one_rank("deep", "language", {})[0]) > 1e-2
+
+
+def _encoded(path: Path, layout: Layout) -> list[list[int]]:
+    """Patches of the images that this rank encodes in each micro-batch with images."""
+    runner = checks.make_runner(path, layout, micro_batch_tokens=33)
+    encode, encoded = runner.model.vision_model.forward, []
+
+    def count(pixels: Tensor, grids: Tensor) -> Tensor:
+        encoded.append(grids.prod(dim=1).tolist())
+        return encode(pixels, grids)
+
+    with mock.patch.object(runner.model.vision_model, "forward", count):
+        runner.train_step(checks.mixed_batch(), checks.weighted_loss(30))
+    return encoded
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_context_parallel_ranks_encode_each_image_once(
+    ranks: Worlds, hf_models: dict[str, Path], world: int
+) -> None:
+    [wanted] = ranks(1).run(_encoded, hf_models["dense"], Layout())
+    found = ranks(world).run(_encoded, hf_models["dense"], Layout(context=world))
+    together = [size for rank in found for batch in rank for size in batch]
+    assert sorted(together) == sorted(size for batch in wanted for size in batch)
+    # some rank has no image somewhere, and one has something to do
+    assert min(map(len, found)) < len(wanted)
+    assert max(map(len, found)) > 0
 
 
 def _with_gate_and_up_in_one_piece(path: Path) -> Gradients:

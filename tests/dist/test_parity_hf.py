@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from unittest import mock
@@ -15,6 +16,7 @@ from transformers import PreTrainedModel
 from transformers.models.qwen3_vl_moe.modeling_qwen3_vl_moe import load_balancing_loss_func
 
 from model_providers import vision
+from model_providers.packed import packed_seq_params
 from model_providers.parallel import Layout
 from model_providers.qwen3_vl import Qwen3VLModel, mrope_angles
 from prism_megatron.data.packing import pack
@@ -91,7 +93,7 @@ def _vision_features(path: Path) -> list[float]:
     grid = torch.tensor(GRIDS)
     pixels = torch.randn(int(grid.prod(1).sum()), checks.PATCH_DIM)
     with torch.no_grad():
-        found = model.vision_model(pixels, grid)
+        found = model.vision_model(pixels, GRIDS)
         wanted = reference.model.visual(pixels, grid_thw=grid)
     rows = [wanted.pooler_output, *wanted.deepstack_features]
     return [distance(own, row) for own, row in zip(found, rows, strict=True)]
@@ -109,9 +111,9 @@ def _frames_alone(path: Path) -> float:
     model = checks.make_runner(path, Layout()).model
     pixels = torch.randn(3 * 8, checks.PATCH_DIM)
     with torch.no_grad():
-        video = model.vision_model(pixels, torch.tensor([[3, 2, 4]]))
+        video = model.vision_model(pixels, [(3, 2, 4)])
         pixels[8:16] = 0
-        changed = model.vision_model(pixels, torch.tensor([[3, 2, 4]]))
+        changed = model.vision_model(pixels, [(3, 2, 4)])
     others = [0, 1, 4, 5]
     assert not torch.equal(video[:, 2:4], changed[:, 2:4])
     return float((video - changed)[:, others].abs().max())
@@ -125,9 +127,11 @@ def _vision_positions(path: Path) -> tuple[float, float]:
     model, reference = _models(path)
     tower, visual, grid = model.vision_model, reference.model.visual, torch.tensor(GRIDS)
     with torch.no_grad():
-        learned = distance(tower._positions(GRIDS), visual.fast_pos_embed_interpolate(grid))
+        corners, weights, coordinates = tower._patches(GRIDS)
+        wanted = visual.fast_pos_embed_interpolate(grid)
+        learned = distance(tower._positions(corners, weights), wanted)
         half = visual.rot_pos_emb(grid)
-        rotary = distance(tower._rotary(GRIDS).flatten(1), torch.cat([half, half], dim=-1))
+        rotary = distance(tower._rotary(coordinates).flatten(1), torch.cat([half, half], dim=-1))
     return learned, rotary
 
 
@@ -135,6 +139,23 @@ def test_vision_positions_equal_transformers(ranks: Worlds, hf_models: dict[str,
     [(learned, rotary)] = ranks(1).run(_vision_positions, hf_models["dense"])
     assert learned <= 1e-6
     assert rotary <= 1e-6
+
+
+def _on_a_device_that_can_not_be_read(path: Path) -> tuple[str, str, int]:
+    tower = checks.make_runner(path, Layout()).model.vision_model
+    tower.backend = replace(tower.backend, device=torch.device("meta"))
+    tower.pos_embed.to("meta")
+    corners, weights, coordinates = tower._patches(GRIDS)
+    learned, angles = tower._positions(corners, weights), tower._rotary(coordinates)
+    cu_seqlens = torch.tensor([0, 4, 9], dtype=torch.int32)
+    packed = packed_seq_params(cu_seqlens, angles, tower.backend)
+    return learned.device.type, packed.cu_seqlens_q.device.type, packed.max_seqlen_q
+
+
+def test_no_forward_waits_for_the_device(ranks: Worlds, hf_models: dict[str, Path]) -> None:
+    """On "meta" every read of a value fails."""
+    found = ranks(1).run(_on_a_device_that_can_not_be_read, hf_models["dense"])
+    assert found == [("meta", "meta", 5)]
 
 
 def _text_angles(path: Path) -> tuple[float, float]:

@@ -130,9 +130,24 @@ def logprobs(hf_models: dict[str, Path]) -> list[Tensor]:
         (2, Layout(), 24),
         (2, Layout(pipeline=2), 33),
         (4, Layout(pipeline=2), 24),
+        (2, Layout(pipeline=2, virtual_pipeline=2), 33),
         (4, Layout(tensor=2, sequence_parallel=True), 33),
+        (2, Layout(context=2), 24),
+        (4, Layout(context=2, tensor=2, sequence_parallel=True), 33),
+        (4, Layout(context=2, pipeline=2, virtual_pipeline=2), 24),
     ],
-    ids=["one", "one-small", "dp2", "pp2", "pp2-dp2", "tp2-dp2"],
+    ids=[
+        "one",
+        "one-small",
+        "dp2",
+        "pp2",
+        "pp2-dp2",
+        "pp2-vpp2",
+        "tp2-dp2",
+        "cp2",
+        "cp2-tp2",
+        "cp2-pp2-vpp2",
+    ],
 )
 def test_infer_gives_every_rank_all_results_in_order(
     ranks: Worlds,
@@ -149,15 +164,18 @@ def test_infer_gives_every_rank_all_results_in_order(
         )
 
 
-def _infer_fewer_than_ranks(path: Path) -> list[Tensor]:
-    runner = checks.make_runner(path, Layout())
+def _infer_fewer_than_ranks(path: Path, layout: Layout) -> list[Tensor]:
+    runner = checks.make_runner(path, layout)
     return runner.infer(checks.mixed_batch()[:1], _every_logprob)
 
 
+@pytest.mark.parametrize(
+    "layout", [Layout(), Layout(pipeline=2, virtual_pipeline=2)], ids=["dp2", "pp2-vpp2"]
+)
 def test_infer_works_with_fewer_sequences_than_ranks(
-    ranks: Worlds, hf_models: dict[str, Path], logprobs: list[Tensor]
+    ranks: Worlds, hf_models: dict[str, Path], logprobs: list[Tensor], layout: Layout
 ) -> None:
-    for found in ranks(2).run(_infer_fewer_than_ranks, hf_models["dense"]):
+    for found in ranks(2).run(_infer_fewer_than_ranks, hf_models["dense"], layout):
         assert len(found) == 1
         assert torch.allclose(found[0], logprobs[0], atol=1e-4, rtol=1e-4)
 
@@ -208,8 +226,15 @@ def _same(found: Outcome, wanted: Outcome) -> None:
 
 @pytest.mark.parametrize(
     "world, layout, tokens",
-    [(1, Layout(), 4096), (1, Layout(), 24), (2, Layout(expert=2), 24), (2, Layout(), 33)],
-    ids=["one-micro-batch", "many", "ep2", "dp2"],
+    [
+        (1, Layout(), 4096),
+        (1, Layout(), 24),
+        (2, Layout(expert=2), 24),
+        (2, Layout(), 33),
+        (2, Layout(context=2, expert=2), 33),
+        (2, Layout(pipeline=2, virtual_pipeline=2), 33),
+    ],
+    ids=["one-micro-batch", "many", "ep2", "dp2", "cp2-ep2", "pp2-vpp2"],
 )
 def test_discriminator_update_in_two_passes_is_exact(
     ranks: Worlds,
@@ -268,8 +293,13 @@ def _reinforce(path: Path) -> Outcome:
 
 @pytest.mark.parametrize(
     "world, layout",
-    [(1, Layout()), (2, Layout(tensor=2, sequence_parallel=True)), (2, Layout(pipeline=2))],
-    ids=["one", "tp2", "pp2"],
+    [
+        (1, Layout()),
+        (2, Layout(tensor=2, sequence_parallel=True)),
+        (2, Layout(pipeline=2)),
+        (2, Layout(context=2)),
+    ],
+    ids=["one", "tp2", "pp2", "cp2"],
 )
 def test_one_policy_update_is_reinforce(
     ranks: Worlds, hf_models: dict[str, Path], world: int, layout: Layout
@@ -365,7 +395,33 @@ def test_a_loss_that_is_not_finite_stops_the_step(
     ranks: Worlds, hf_models: dict[str, Path], factor: float
 ) -> None:
     [message] = ranks(1).run(_step_error, hf_models["dense"], checks.mixed_batch(), factor)
-    assert message.startswith("FloatingPointError: loss is ")
+    assert message.startswith("FloatingPointError: the loss is NaN or infinite in 2 of 2 micro-b")
+
+
+def _too_few_for_the_router(path: Path, layout: Layout) -> str:
+    runner = checks.make_runner(path, layout, "score", aux_loss_coef=0.1)
+    try:
+        runner.train_step(checks.mixed_batch()[:1], checks.final_score_loss)
+    except ValueError as error:
+        return str(error)
+    return "taken"
+
+
+@pytest.mark.parametrize(
+    "layout, words",
+    [
+        (Layout(), "1 sequences leave some of 1 micro-batches on 2 data-parallel ranks empty"),
+        (
+            Layout(pipeline=2, virtual_pipeline=2),
+            "1 sequences leave some of 2 micro-batches on 1 data-parallel ranks empty",
+        ),
+    ],
+)
+def test_a_router_loss_over_no_token_is_refused(
+    ranks: Worlds, hf_models: dict[str, Path], layout: Layout, words: str
+) -> None:
+    for message in ranks(2).run(_too_few_for_the_router, hf_models["moe"], layout):
+        assert words in message
 
 
 def test_an_image_placeholder_in_a_response_is_refused(

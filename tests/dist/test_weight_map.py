@@ -62,6 +62,18 @@ def _round_trip(path: Path, layout: Layout) -> list[str]:
         ("moe", 2, Layout(tensor=2, expert=2, sequence_parallel=True)),
         ("moe", 4, Layout(expert=2, pipeline=2)),
         ("moe", 4, Layout(expert=4)),
+        ("deep", 2, Layout(pipeline=2, virtual_pipeline=3)),
+        (
+            "deep",
+            4,
+            Layout(pipeline=4, virtual_pipeline=2, embedding_as_layer=True, loss_as_layer=True),
+        ),
+        ("deep", 4, Layout(tensor=2, pipeline=2, first_stage_layers=2)),
+        ("deep-moe", 4, Layout(expert=2, pipeline=2, virtual_pipeline=3)),
+        ("moe", 2, Layout(expert_tensor=2)),
+        ("moe", 4, Layout(context=2, expert=4)),
+        ("tied", 4, Layout(context=2, tensor=2, sequence_parallel=True)),
+        ("moe", 4, Layout(tensor=2, expert=2, expert_tensor=2, sequence_parallel=True)),
     ],
 )
 def test_round_trip_is_bit_equal_on_every_rank(

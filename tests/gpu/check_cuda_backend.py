@@ -1,7 +1,8 @@
-"""The CUDA backend against the CPU backend: the same weights and batch, loss and gradients.
+r"""The CUDA backend against the CPU backend: the same weights and batch, loss and gradients.
 
     python -m tests.gpu.check_cuda_backend reference DIR        # anywhere: model, loss, gradients
-    torchrun --nproc-per-node N -m tests.gpu.check_cuda_backend compare DIR --tensor T --expert E
+    torchrun --nproc-per-node N -m tests.gpu.check_cuda_backend compare DIR --tensor T --expert E \
+        --context C --pipeline P --virtual-pipeline V
 
 BF16 with Transformer Engine can't equal fp32 to the last bit: what is asked is that every gradient
 points where the fp32 one points (cosine above 0.98), as long as it (within 6 percent), and that ten
@@ -15,6 +16,7 @@ import importlib.metadata
 import json
 import os
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +34,7 @@ from prism_megatron.training.runner import ModelRunner
 from prism_megatron.types import ImageInputs, PackedBatch, Sequence
 
 IMAGE, VOCAB = 500, 512
+SIZES = ("tensor", "expert", "expert_tensor", "context", "pipeline", "virtual_pipeline")
 VISION = dict(
     depth=3,
     hidden_size=288,
@@ -131,17 +134,18 @@ def gradients(runner: ModelRunner, head: Head) -> tuple[float, dict[str, Tensor]
     runner.model.config.finalize_model_grads_func = lambda models, tokens, **kwargs: finalize(
         models, tokens, **(kwargs | {"force_all_reduce": True})
     )
-    assert runner.ddp is not None
     runner.model.train()
-    runner.ddp.zero_grad_buffer()
-    batches = runner._micro_batches(batch())
-    runner._set_router_loss_scale(batches)
-    sums = runner._forward_backward(batches, loss_of(head))
+    for chunk in runner.ddp:
+        chunk.force_all_reduce = True
+        chunk.zero_grad_buffer()
+    sums = runner.forward_backward(batch(), loss_of(head))
     grads = {
         name: tensor.float().cpu().clone()
         for name, tensor in iter_hf_weights(runner.model, read=lambda p: p.main_grad.to(p.dtype))
     }
     runner.model.config.finalize_model_grads_func = finalize
+    for chunk in runner.ddp:
+        chunk.force_all_reduce = False
     return sums["loss"], grads
 
 
@@ -156,16 +160,15 @@ def reference(directory: Path) -> None:
         print(head, "loss", loss, "gradients", len(grads))
 
 
-def compare(directory: Path, tensor: int, expert: int) -> dict[str, Any]:
+def compare(directory: Path, sizes: dict[str, int]) -> dict[str, Any]:
     backend = backends.create("cuda")
     backend.init_process_group()
-    result: dict[str, Any] = {"tensor": tensor, "expert": expert}
+    result: dict[str, Any] = dict(sizes)
     for head in ("language", "score"):
-        layout = Layout(
-            tensor=tensor,
-            expert=expert if head == "score" else 1,
-            sequence_parallel=tensor > 1,
-        )
+        layout = Layout(**sizes, sequence_parallel=sizes["tensor"] > 1)
+        if head == "language":
+            # the dense model has no experts
+            layout = replace(layout, expert=1, expert_tensor=1)
         runner = build(backend, layout, directory, head)
         loss, grads = gradients(runner, head)
         expected = load_file(directory / f"{head}_grads.safetensors")
@@ -206,14 +209,14 @@ def main() -> None:
     )
     parser.add_argument("what", choices=("reference", "compare"))
     parser.add_argument("directory", type=Path)
-    parser.add_argument("--tensor", type=int, default=1)
-    parser.add_argument("--expert", type=int, default=1)
+    for size in SIZES:
+        parser.add_argument(f"--{size.replace('_', '-')}", type=int, default=1)
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     if options.what == "reference":
         reference(options.directory)
         return
-    result = compare(options.directory, options.tensor, options.expert)
+    result = compare(options.directory, {size: getattr(options, size) for size in SIZES})
     names = ("torch", "megatron-core", "transformer-engine")
     result["versions"] = {name: importlib.metadata.version(name) for name in names}
     result["device"] = torch.cuda.get_device_name()

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from model_providers import backend as backends
-from model_providers.config import Qwen3VLConfig
+from model_providers.config import Qwen3VLConfig, stage_layers
 from model_providers.parallel import Layout
 from model_providers.qwen3_vl import padded_vocab_size
 from tests import tiny_models
@@ -80,10 +80,10 @@ def test_a_layout_that_fits_is_accepted(
     configs[kind].check_layout(layout)
 
 
-@pytest.mark.parametrize("dimension", ["context", "expert_tensor", "virtual_pipeline"])
-def test_the_cpu_backend_refuses_what_it_cannot_run(dimension: str) -> None:
-    with pytest.raises(ValueError, match=f"'cpu' runs {dimension} parallelism up to 1, .* for 2"):
-        backends.create("cpu").check(Layout(**{dimension: 2}))
+def test_a_backend_refuses_what_it_does_not_support() -> None:
+    backend = replace(backends.create("cpu"), supports={"context": 1})
+    with pytest.raises(ValueError, match="'cpu' runs context parallelism up to 1, .* for 2"):
+        backend.check(Layout(context=2))
 
 
 def test_an_unknown_backend_is_refused() -> None:
@@ -147,6 +147,111 @@ def test_configuration_is_read_from_the_file(
     assert not moe.tie_word_embeddings
     tied = Qwen3VLConfig.from_hf(tiny_models.save(tmp_path / "tied", "dense", tied=True))
     assert tied.tie_word_embeddings
+
+
+@pytest.mark.parametrize(
+    "layout, message",
+    [
+        (Layout(virtual_pipeline=2), "virtual_pipeline can't be set with a single pipeline stage"),
+        (Layout(loss_as_layer=True), "loss_as_layer can't be set with a single pipeline stage"),
+        (
+            Layout(pipeline=2, first_stage_layers=1, loss_as_layer=True),
+            "first_stage_layers and loss_as_layer can't be set together",
+        ),
+        (
+            Layout(pipeline=2, virtual_pipeline=2, last_stage_layers=1),
+            "last_stage_layers=1 decoder layers can't be split in 2 virtual stages",
+        ),
+        (
+            Layout(pipeline=2, first_stage_layers=2, last_stage_layers=1),
+            "4 decoder layers, 1 of them outside of first_stage_layers and last_stage_layers,",
+        ),
+        (
+            Layout(pipeline=3, first_stage_layers=1),
+            r"4 decoder layers, 3 of them .* can't be split in 2 \(2 pipeline stages with 1 ",
+        ),
+        (Layout(pipeline=2, first_stage_layers=4), "0 of them .* can't be split in 1"),
+        (Layout(pipeline=2, virtual_pipeline=4), "4 decoder layers can't be split in 8"),
+        (
+            Layout(pipeline=2, embedding_as_layer=True),
+            "4 decoder layers, with embedding_as_layer 5, can't be split in 2",
+        ),
+    ],
+)
+def test_layers_that_do_not_fill_the_stages_are_refused(
+    configs: dict[str, Qwen3VLConfig], layout: Layout, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        configs["dense"].check_layout(layout)
+    if layout.pipeline > 1:
+        # megatron.core refuses it as well
+        with pytest.raises((ValueError, AssertionError)):
+            _allocation(configs["dense"], layout)
+
+
+COUNTED = {"embedding_as_layer": True, "loss_as_layer": True}
+DEPTHS = [
+    *[(94, Layout(pipeline=8, virtual_pipeline=chunks, **COUNTED)) for chunks in (3, 4, 6, 12)],
+    (94, Layout(pipeline=16, **COUNTED)),
+    (94, Layout(pipeline=16, virtual_pipeline=3, **COUNTED)),
+    (94, Layout(pipeline=32, virtual_pipeline=3, **COUNTED)),
+    (94, Layout(pipeline=8, first_stage_layers=10)),
+    (94, Layout(pipeline=8, first_stage_layers=11, last_stage_layers=11)),
+    (94, Layout(pipeline=4, virtual_pipeline=2, first_stage_layers=22, last_stage_layers=24)),
+    (94, Layout(pipeline=8, virtual_pipeline=2, first_stage_layers=12, last_stage_layers=10)),
+    *[(48, Layout(pipeline=2, virtual_pipeline=chunks)) for chunks in (1, 2, 12, 24)],
+    *[(48, Layout(pipeline=pipeline)) for pipeline in (1, 4, 8, 16)],
+    (48, Layout(pipeline=4, virtual_pipeline=4)),
+    (46, Layout(pipeline=4, virtual_pipeline=6, **COUNTED)),
+    *[(28, Layout(pipeline=pipeline)) for pipeline in (1, 2, 4, 7)],
+    (28, Layout(pipeline=2, virtual_pipeline=7)),
+    *[(36, Layout(pipeline=pipeline)) for pipeline in (1, 2, 4)],
+    (36, Layout(pipeline=4, virtual_pipeline=3)),
+    *[(64, Layout(pipeline=pipeline)) for pipeline in (1, 2, 4, 8)],
+    (64, Layout(pipeline=4, virtual_pipeline=4)),
+    (64, Layout(pipeline=8, virtual_pipeline=8)),
+]
+
+
+def _allocation(config: Qwen3VLConfig, layout: Layout) -> list[range]:
+    """Layers of each (virtual) stage in the order that a token passes them."""
+    return [
+        stage_layers(config, layout, stage, chunk)
+        for chunk in range(layout.virtual_pipeline)
+        for stage in range(layout.pipeline)
+    ]
+
+
+@pytest.mark.parametrize("depth, layout", DEPTHS)
+def test_every_layer_of_real_depths_is_somewhere_once_and_in_order(
+    configs: dict[str, Qwen3VLConfig], depth: int, layout: Layout
+) -> None:
+    config = replace(configs["moe"], num_layers=depth)
+    config.check_layout(layout)
+    hops = _allocation(config, layout)
+    assert [layer for layers in hops for layer in layers] == list(range(depth))
+    if layout.first_stage_layers:
+        held = sum(len(hops[i]) for i in range(0, len(hops), layout.pipeline))
+        assert held == layout.first_stage_layers
+
+
+@pytest.mark.parametrize("depth, layout", DEPTHS)
+def test_deepstack_features_leave_a_stage_until_they_are_added(
+    configs: dict[str, Qwen3VLConfig], depth: int, layout: Layout
+) -> None:
+    config = replace(configs["moe"], num_layers=depth)
+    travelling = config.num_deepstack
+    for layers in _allocation(config, layout):
+        assert config.deepstack_left(layers.start) == travelling
+        travelling -= sum(layer < config.num_deepstack for layer in layers)
+        assert config.deepstack_left(layers.stop) == travelling
+    assert travelling == 0
+
+
+def test_a_stage_may_hold_the_embedding_alone(configs: dict[str, Qwen3VLConfig]) -> None:
+    config = replace(configs["moe"], num_layers=94)
+    layout = Layout(pipeline=8, virtual_pipeline=12, **COUNTED)
+    assert [len(layers) for layers in _allocation(config, layout)] == [0, *[1] * 94, 0]
 
 
 @pytest.mark.parametrize(

@@ -42,7 +42,7 @@ def test_documented_example() -> None:
     assert batch.cu_seqlens.tolist() == [0, 4, 6]
     assert batch.cu_seqlens.dtype == torch.int32
     assert batch.num_sequences == 2
-    assert batch.pixel_values is None and batch.image_grid_thw is None
+    assert batch.pixel_values is None and batch.grids == ()
     assert batch.visual_index.numel() == batch.feature_index.numel() == 0
 
 
@@ -51,6 +51,29 @@ def test_values_follow_the_predicted_token() -> None:
         [sequence([1, 2, 3], 2), sequence([4, 5], 1)], per_token=("advantages",), **SETTINGS
     )
     assert batch.per_token["advantages"].tolist() == [1.5, 2.5, 0, 1.5, 0]
+
+
+def test_context_parallel_ranks_pad_every_sequence_and_the_row_makes_up_for_it() -> None:
+    """Rows that are laid out equally long hold different numbers of tokens."""
+    long, short = sequence([1, 2, 3, 4, 5], 2), sequence([6], 1)
+    assert packed_length([long, short], 8, 4) == 16
+    one, other = (
+        pack(parts, pad_to=16, sequence_multiple=4, **SETTINGS) for parts in ([long, short], [long])
+    )
+    assert one.cu_seqlens.tolist() == [0, 5, 6, 10]
+    assert other.cu_seqlens.tolist() == [0, 5, 13]
+    with pytest.raises(ValueError, match="2 sequences have 12 tokens, more than pad_to=8"):
+        pack([long, short], pad_to=8, sequence_multiple=4, **SETTINGS)
+
+
+@pytest.mark.parametrize("multiple", [1, 2, 4])
+def test_micro_batches_come_in_multiples(multiple: int) -> None:
+    lengths = [9, 4, 7, 2, 8, 3, 9]
+    plan = plan_micro_batches(lengths, dp_size=2, max_tokens=9, multiple=multiple)
+    count = {1: 3, 2: 4, 4: 4}[multiple]
+    assert [len(batches) for batches in plan] == [count, count]
+    members = sorted(i for batches in plan for batch in batches for i in batch)
+    assert members == list(range(7))
 
 
 def test_padding_is_the_last_sequence_and_trains_nothing() -> None:
@@ -105,8 +128,7 @@ def test_shared_image_is_packed_once_and_every_token_finds_its_feature() -> None
         sequence([1, A, 2], 1),
     ]
     batch = pack(sequences, pad_multiple=8, **SETTINGS)
-    assert batch.image_grid_thw is not None
-    assert batch.image_grid_thw.tolist() == [[1, 2, 6], [1, 4, 4]]
+    assert batch.grids == ((1, 2, 6), (1, 4, 4))
     assert batch.feature_index.tolist() == [0, 1, 2, 3, 4, 5, 6, 0, 1, 2, 0, 1, 2]
     assert torch.equal(batch.visual_index, (batch.input_ids == IMAGE).nonzero()[:, 0])
     shown = [A, B, A, A]

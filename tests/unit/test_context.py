@@ -1,0 +1,63 @@
+"""Which tokens a context-parallel rank holds."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from model_providers.context import ContextShare
+
+LENGTHS = [7, 1, 12, 3, 16]
+
+
+def _share(lengths: list[int], ranks: int, rank: int) -> ContextShare:
+    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).int()
+    group: Any = SimpleNamespace(size=lambda: ranks, rank=lambda: rank)
+    return ContextShare.of(cu_seqlens, group)
+
+
+def test_documented_example() -> None:
+    row = torch.tensor([ord(c) for c in "abcdefg"])
+    shares = [_share([7], 2, rank).take(row, ord(".")).tolist() for rank in range(2)]
+    assert ["".join(map(chr, share)) for share in shares] == ["abg.", "cdef"]
+
+
+def test_a_lone_rank_has_the_row_as_it_is() -> None:
+    share = _share(LENGTHS, 1, 0)
+    row = torch.arange(sum(LENGTHS))
+    assert torch.equal(share.tokens, row)
+    assert torch.equal(share.padded, row) and torch.equal(share.place, row)
+    assert share.cu_seqlens.tolist() == [0, 7, 8, 20, 23, 39]
+    assert share.cu_seqlens.dtype == torch.int32
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 4])
+def test_every_token_is_on_one_rank_and_found_there(ranks: int) -> None:
+    total = sum(LENGTHS)
+    shares = [_share(LENGTHS, ranks, rank) for rank in range(ranks)]
+    held = torch.cat([share.tokens for share in shares])
+    assert held[held < total].sort().values.tolist() == list(range(total))
+    assert len({share.tokens.numel() for share in shares}) == 1
+    assert torch.equal(held[shares[0].place], torch.arange(total))
+    holders, places = shares[0].find(torch.arange(total))
+    for token, (holder, place) in enumerate(zip(holders.tolist(), places.tolist(), strict=True)):
+        assert shares[holder].tokens[place] == token
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 4])
+def test_ranks_have_an_equal_part_of_every_sequence(ranks: int) -> None:
+    """Equal work for causal attention: chunks from both ends."""
+    share = _share(LENGTHS, ranks, ranks - 1)
+    padded = share.cu_seqlens.diff()
+    assert not (padded % (2 * ranks)).any()
+    assert ((padded - torch.tensor(LENGTHS)) < 2 * ranks).all()
+    # the last rank's two chunks are the middle of each sequence
+    rows = share.pad(torch.arange(1, sum(LENGTHS) + 1))
+    middle = []
+    for start, length in zip(share.cu_seqlens.tolist(), padded.tolist(), strict=False):
+        chunk = length // (2 * ranks)
+        middle.append(rows[start + length // 2 - chunk : start + length // 2 + chunk])
+    assert torch.equal(share.take(torch.arange(1, sum(LENGTHS) + 1), 0), torch.cat(middle))

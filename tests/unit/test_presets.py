@@ -1,0 +1,74 @@
+"""The released architectures: both dialects of config.json, and transformers' parameter counts."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForImageTextToText,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+
+from model_providers.config import Qwen3VLConfig
+from model_providers.presets import PRESETS, Dialect, hf_config
+
+BILLIONS = {
+    "qwen3-vl-2b": 2.13,
+    "qwen3-vl-4b": 4.44,
+    "qwen3-vl-8b": 8.77,
+    "qwen3-vl-32b": 33.4,
+    "qwen3-vl-30b-a3b": 31.1,
+    "qwen3-vl-235b-a22b": 236,
+}
+"""Sizes of the releases."""
+
+
+def read_by_transformers(directory: Path, raw: dict[str, Any]) -> PreTrainedConfig:
+    (directory / "config.json").write_text(json.dumps(raw))
+    return AutoConfig.from_pretrained(directory)
+
+
+@pytest.mark.parametrize("dialect", ["4.57", "5"])
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_preset_survives_its_file(name: str, dialect: Dialect) -> None:
+    assert Qwen3VLConfig.from_dict(hf_config(name, dialect), name) == PRESETS[name]
+
+
+@pytest.mark.parametrize("dialect", ["4.57", "5"])
+@pytest.mark.parametrize("name", PRESETS)
+def test_transformers_reads_the_file_and_writes_the_same_model(
+    name: str, dialect: Dialect, tmp_path: Path
+) -> None:
+    read_by_transformers(tmp_path, hf_config(name, dialect)).save_pretrained(tmp_path)
+    assert Qwen3VLConfig.from_hf(tmp_path) == PRESETS[name]
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_the_file_holds_what_transformers_writes(name: str, tmp_path: Path) -> None:
+    own = hf_config(name, "5")
+    read_by_transformers(tmp_path, own).save_pretrained(tmp_path)
+    written = json.loads((tmp_path / "config.json").read_text())
+    for section in ("text_config", "vision_config"):
+        assert written[section] == written[section] | own.pop(section)
+    assert written == written | own
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_transformers_model_of_the_file_has_the_released_size(name: str, tmp_path: Path) -> None:
+    config = read_by_transformers(tmp_path, hf_config(name, "4.57"))
+    with torch.device("meta"):
+        model = AutoModelForImageTextToText.from_config(config)
+    assert isinstance(model, PreTrainedModel)
+    count = sum(parameter.numel() for parameter in model.parameters())
+    assert count / 1e9 == pytest.approx(BILLIONS[name], rel=5e-3)
+
+
+def test_an_unknown_preset_is_named() -> None:
+    with pytest.raises(ValueError, match=r"'qwen3-vl-9b' is no preset; there are qwen3-vl-2b, "):
+        hf_config("qwen3-vl-9b")
