@@ -204,13 +204,6 @@ class ModelRunner:
     def forward_backward(self, sequences: list[Sequence], loss_fn: LossFn) -> dict[str, float]:
         """Add the step's gradients to the buffers, reduced over the ranks; metric sums."""
         plan = self._plan(sequences)
-        if self.model.config.moe_aux_loss_coeff and not all(m for rank in plan for m in rank):
-            # the mean over no token
-            raise ValueError(
-                f"{len(sequences)} sequences leave some of {len(plan[0])} micro-batches on "
-                f"{len(plan)} data-parallel ranks empty, where the router's load-balancing loss is "
-                "not defined; raise the batch size or set aux_loss_coef=0"
-            )
         get_moe_metrics_tracker().clear()
         self._set_router_loss_scale(sum(map(len, sequences)))
         collected = self._run(sequences, plan, loss_fn, forward_only=False)

@@ -218,17 +218,17 @@ def test_router_loss_is_least_when_each_section_spreads_over_its_experts(
     assert slope > 1e-5
 
 
-def _with_an_idle_rank(path: Path) -> tuple[float, float]:
-    runner = checks.make_runner(path, Layout(), "score", aux_loss_coef=AUX)
+def _one_sequence(path: Path, layout: Layout) -> tuple[float, float]:
+    runner = checks.make_runner(path, layout, "score", aux_loss_coef=AUX)
     result = runner.train_step(checks.mixed_batch()[:1], checks.final_score_loss)
     return result.sums["loss"], result.grad_norm
 
 
 @pytest.mark.parametrize("kind", ["moe", "dedicated"])
-def test_a_rank_without_sequences_has_no_router_loss(
+def test_a_micro_batch_without_sequences_has_no_router_loss(
     ranks: Worlds, hf_models: dict[str, Path], kind: str
 ) -> None:
-    [alone] = ranks(1).run(_with_an_idle_rank, hf_models[kind])
-    for found in ranks(2).run(_with_an_idle_rank, hf_models[kind]):
-        assert found == pytest.approx(alone, rel=1e-4)
-
+    [alone] = ranks(1).run(_one_sequence, hf_models[kind], Layout())
+    for layout in (Layout(), Layout(pipeline=2, virtual_pipeline=2)):
+        for found in ranks(2).run(_one_sequence, hf_models[kind], layout):
+            assert found == pytest.approx(alone, rel=1e-4), layout

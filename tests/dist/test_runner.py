@@ -398,32 +398,6 @@ def test_a_loss_that_is_not_finite_stops_the_step(
     assert message.startswith("FloatingPointError: the loss is NaN or infinite in 2 of 2 micro-b")
 
 
-def _too_few_for_the_router(path: Path, layout: Layout) -> str:
-    runner = checks.make_runner(path, layout, "score", aux_loss_coef=0.1)
-    try:
-        runner.train_step(checks.mixed_batch()[:1], checks.final_score_loss)
-    except ValueError as error:
-        return str(error)
-    return "taken"
-
-
-@pytest.mark.parametrize(
-    "layout, words",
-    [
-        (Layout(), "1 sequences leave some of 1 micro-batches on 2 data-parallel ranks empty"),
-        (
-            Layout(pipeline=2, virtual_pipeline=2),
-            "1 sequences leave some of 2 micro-batches on 1 data-parallel ranks empty",
-        ),
-    ],
-)
-def test_a_router_loss_over_no_token_is_refused(
-    ranks: Worlds, hf_models: dict[str, Path], layout: Layout, words: str
-) -> None:
-    for message in ranks(2).run(_too_few_for_the_router, hf_models["moe"], layout):
-        assert words in message
-
-
 def test_an_image_placeholder_in_a_response_is_refused(
     ranks: Worlds, hf_models: dict[str, Path]
 ) -> None:
