@@ -97,6 +97,9 @@ class Optimizer(Section):
     """Steps of linear learning-rate warm-up."""
     schedule: Literal["constant", "cosine"] = "constant"
     """What follows the warm-up; cosine falls to almost zero at the last step."""
+    moments: Literal["fp32", "bf16"] = "fp32"
+    """Precision of Adam's moments; bf16 needs backend=cuda and saves 6 bytes a parameter, with the
+    main weights kept as BF16 weight and 16-bit remainder."""
 
 
 class Train(Section):
