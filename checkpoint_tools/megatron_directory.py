@@ -151,7 +151,8 @@ def _load_optimizer(optimizer: Any, saved: dict[str, Any]) -> None:
         state = part.state_dict()
         for group in state["optimizer"]["param_groups"]:
             group["step"] = saved["step"]
-        state["param_state"] = saved["parts"][i]
+        # dist_checkpointing drops the empty state of a stage that has nothing to train
+        state["param_state"] = saved.get("parts", {}).get(i, {})
         state["param_state_sharding_type"] = SHARDING
         part.load_state_dict(state)
     _separate_steps(optimizer)

@@ -201,10 +201,14 @@ class Qwen3VLModel(MegatronModule):
         """Called by the schedule with the previous stage's payload."""
         self._payload = input_tensor[0] if isinstance(input_tensor, list) else input_tensor
 
-    def freeze_vision(self) -> None:
-        """Stop gradients of tower and mergers."""
+    def freeze(self, language: bool, vision: bool, mergers: bool) -> None:
+        """Stop gradients of the decoder with embeddings and head, of the tower, of its mergers."""
+        if language:
+            self.language_model.requires_grad_(False)
         if self.pre_process:
-            self.vision_model.requires_grad_(False)
+            for name, part in self.vision_model.named_children():
+                if mergers if "merger" in name else vision:
+                    part.requires_grad_(False)
 
     def forward(self, batch: Batch, output: Literal["head", "logits"] = "head") -> Tensor:
         """The next stage's payload or, on the last stage, log p(labels) or scores, [T] fp32.

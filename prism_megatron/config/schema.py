@@ -41,6 +41,26 @@ class Parallel(Section):
         return self.sequence and self.tensor > 1
 
 
+class Freeze(Section):
+    """Parts of a model that stay as they are: no gradient, no optimizer state."""
+
+    language: bool = False
+    """Embeddings, decoder and head."""
+    vision: bool = False
+    """The vision tower without its mergers."""
+    mergers: bool = False
+    """The mergers from patches to the decoder's tokens, those of deepstack included."""
+
+    @model_validator(mode="after")
+    def _something_is_left(self) -> Self:
+        if self.language and self.vision and self.mergers:
+            raise ValueError(
+                "language, vision and mergers are all frozen, so nothing is trained; set one of "
+                "them to false"
+            )
+        return self
+
+
 class Model(Section):
     """Which model, and how it is laid out."""
 
@@ -48,8 +68,8 @@ class Model(Section):
     """Hugging Face directory or Megatron checkpoint; either holds config, processor and weights."""
     parallel: Parallel = Parallel()
     """Parallel layout of this model alone."""
-    freeze_vision: bool = False
-    """Keep the vision tower and its mergers as they are."""
+    freeze: Freeze = Freeze()
+    """Parts that are not trained."""
 
 
 class Optimizer(Section):

@@ -291,7 +291,10 @@ def _optimizer(section: Optimizer, ddp: DistributedDataParallel, model: Qwen3VLM
 
 def _allocate_moments(optimizer: torch.optim.Optimizer) -> None:
     """torch's Adam allocates its state at the first step, but megatron.core wants to find it when a
-    checkpoint is loaded before that (DistributedOptimizer.state_dict)."""
+    checkpoint is loaded before that (DistributedOptimizer.state_dict), and a step count even on a
+    rank that has nothing to train."""
+    if not any(group["params"] for group in optimizer.param_groups):
+        optimizer.state["nothing"] = {"step": torch.zeros(())}
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             optimizer.state[parameter] = {

@@ -66,8 +66,7 @@ def build_runner(
     parallel = ParallelState.create(layout_of(section.parallel))
     backend.seed(run.seed, parallel)
     model = load_model(section.path, parallel, backend, head, aux_loss_coef)
-    if section.freeze_vision:
-        model.freeze_vision()
+    model.freeze(**section.freeze.model_dump())
     return ModelRunner(
         model,
         micro_batch_tokens=train.micro_batch_tokens,

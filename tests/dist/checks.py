@@ -21,6 +21,18 @@ from prism_megatron.types import ImageInputs, PackedBatch, Sequence
 from tests.tiny_models import IMAGE, VISION_END, VISION_START
 
 PATCH_DIM = 3 * 2 * 8 * 8
+PARTS = ("language", "vision", "mergers")
+
+FREEZES = [("language",), ("vision",), ("mergers",)] + [
+    tuple(part for part in PARTS if part != trained) for trained in PARTS
+]
+
+
+def part_of(name: str) -> str:
+    """Which of PARTS a Hugging Face weight belongs to."""
+    if not name.startswith("model.visual."):
+        return "language"
+    return "mergers" if "merger" in name else "vision"
 
 
 def image(key: str, height: int, width: int) -> ImageInputs:
@@ -86,7 +98,7 @@ def make_runner(
     head: Head = "language",
     micro_batch_tokens: int = 64,
     aux_loss_coef: float = 0.0,
-    freeze_vision: bool = False,
+    freeze: tuple[str, ...] = (),
     optimizer: Optimizer | None = None,
 ) -> ModelRunner:
     backend = backends.create("cpu")
@@ -99,8 +111,7 @@ def make_runner(
         generator = torch.Generator().manual_seed(11)
         weights["v_head.1.weight"] = torch.randn(1, config.hidden_size, generator=generator)
     load_hf_weights(model, weights, str(path))
-    if freeze_vision:
-        model.freeze_vision()
+    model.freeze(**{part: part in freeze for part in PARTS})
     return ModelRunner(
         model,
         micro_batch_tokens=micro_batch_tokens,

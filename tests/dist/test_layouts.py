@@ -132,19 +132,23 @@ def test_router_loss_does_not_depend_on_the_layout(
     assert min(distance(without[name], wanted[2][name]) for name in routers) > 1e-2
 
 
+@pytest.mark.parametrize("frozen", checks.FREEZES, ids="+".join)
 @pytest.mark.parametrize("layout", ["tp2-sp", "pp2", "dp2"])
-def test_frozen_vision_leaves_the_other_gradients_alone(
-    ranks: Worlds, hf_models: dict[str, Path], one_rank: OneRank, layout: str
+def test_frozen_parts_leave_the_other_gradients_alone(
+    ranks: Worlds,
+    hf_models: dict[str, Path],
+    one_rank: OneRank,
+    layout: str,
+    frozen: tuple[str, ...],
 ) -> None:
+    """Tied embeddings, so that at two stages the last one's copy is frozen with the first's."""
     world, split = DENSE[layout]
-    loss, aux, full = one_rank("dense", "language", {})
-    found = ranks(world).run(
-        _gradients, hf_models["dense"], split, "language", {"freeze_vision": True}
-    )
-    text = {name: g for name, g in full.items() if not name.startswith("model.visual.")}
-    tower = {name: found[0][2].pop(name) for name in set(full) - set(text)}
-    assert all(float(g.abs().max()) == 0 for g in tower.values())
-    _compare(found, (loss, aux, text))
+    loss, aux, full = one_rank("tied", "language", {})
+    found = ranks(world).run(_gradients, hf_models["tied"], split, "language", {"freeze": frozen})
+    kept = {name: found[0][2].pop(name) for name in full if checks.part_of(name) in frozen}
+    assert all(float(gradient.abs().max()) == 0 for gradient in kept.values())
+    trained = {name: gradient for name, gradient in full.items() if name not in kept}
+    _compare(found, (loss, aux, trained))
 
 
 @pytest.mark.parametrize("tokens", [24, 33, 4096])

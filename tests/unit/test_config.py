@@ -136,7 +136,7 @@ def test_an_unknown_key_names_the_nearest_known_one(
         ("optimizer.lr=0", "optimizer.lr: 0 given, greater than 0 wanted"),
         ("optimizer.lr='\"1e-3\"'", "optimizer.lr: '\"1e-3\"' given, a valid number wanted"),
         ("backend=gpu", "backend: 'gpu' given, 'cpu' or 'cuda' wanted"),
-        ("model.freeze_vision=1", "model.freeze_vision: 1 given, a valid boolean wanted"),
+        ("model.freeze.vision=1", "model.freeze.vision: 1 given, a valid boolean wanted"),
         ("data.max_bad_share=1.5", "data.max_bad_share: 1.5 given, less than or equal to 1 wanted"),
         ("optimizer.schedule=linear", "'linear' given, 'constant' or 'cosine' wanted"),
     ],
@@ -145,6 +145,12 @@ def test_a_wrong_value_says_what_was_given_and_what_is_wanted(
     write: Write, override: str, wanted: str
 ) -> None:
     assert f"{wanted} (in the command line)" in message(write("sft.yaml", SFT), override)
+
+
+def test_a_model_of_which_everything_is_frozen_is_refused(write: Write) -> None:
+    freeze = [f"model.freeze.{part}=true" for part in ("language", "vision", "mergers")]
+    assert "are all frozen, so nothing is trained" in message(write("sft.yaml", SFT), *freeze)
+    assert load_sft(write("sft.yaml", SFT), *freeze[:2]).model.freeze.vision
 
 
 def test_every_problem_is_listed_with_the_file_it_is_in(write: Write) -> None:
