@@ -7,6 +7,7 @@ configuration before a model is built.
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -16,6 +17,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.models.backends import BackendSpecProvider
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+from torch import Tensor
 
 from model_providers.parallel import Layout, ParallelState
 
@@ -29,8 +31,13 @@ class Backend:
     dtype: torch.dtype
     process_group_backend: str
     layers: BackendSpecProvider
+    cross_entropy: Callable[[Tensor, Tensor, dist.ProcessGroup], Tensor]
+    """(logits [T, vocab / tensor], labels [T], tensor group) -> -log p(labels) [T] in fp32; may
+    overwrite the logits."""
     moe_dispatcher: str
     grouped_gemm: bool
+    fused_kernels: bool
+    """Whether gated activations and weight-gradient accumulation have kernels of their own."""
     supports: dict[str, int]
     """Largest size of each parallel dimension that this backend can run; absent means any."""
 
@@ -86,7 +93,7 @@ def create(name: str) -> Backend:
 
 def _cpu() -> Backend:
     from model_providers import megatron_cpu
-    from model_providers.cpu_layers import TorchSpecProvider
+    from model_providers.cpu_layers import TorchSpecProvider, cross_entropy
 
     megatron_cpu.apply()
     return Backend(
@@ -95,9 +102,11 @@ def _cpu() -> Backend:
         dtype=torch.float32,
         process_group_backend="gloo",
         layers=TorchSpecProvider(),
+        cross_entropy=cross_entropy,
         # alltoall wants CUDA streams, and gloo has no uneven all-to-all
         moe_dispatcher="allgather",
         grouped_gemm=False,
+        fused_kernels=False,
         supports={"context": 1, "expert_tensor": 1, "virtual_pipeline": 1},
     )
 
@@ -112,15 +121,17 @@ def _cuda() -> Backend:
             f"backend 'cuda' needs a Transformer Engine that loads: {error}. Install the pinned "
             "version (constraints-gpu.txt) and see `prism-megatron doctor`."
         ) from error
-    from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider
+    from model_providers.te_layers import TransformerEngineSpecProvider, cross_entropy
 
     return Backend(
         name="cuda",
         device=torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))),
         dtype=torch.bfloat16,
         process_group_backend="nccl",
-        layers=TESpecProvider(),
+        layers=TransformerEngineSpecProvider(),
+        cross_entropy=cross_entropy,
         moe_dispatcher="alltoall",
         grouped_gemm=True,
+        fused_kernels=True,
         supports={"context": 1, "virtual_pipeline": 1},
     )

@@ -215,6 +215,8 @@ def text_transformer_config(
             moe_router_dtype="fp32",
             moe_token_dispatcher_type=backend.moe_dispatcher,
             moe_grouped_gemm=backend.grouped_gemm,
+            moe_permute_fusion=backend.fused_kernels,
+            moe_router_fusion=backend.fused_kernels,
         )
     transformer = TextTransformerConfig(
         num_layers=config.num_layers,
@@ -228,6 +230,7 @@ def text_transformer_config(
         qk_layernorm=True,
         gated_linear_unit=True,
         activation_func=F.silu,
+        bias_activation_fusion=backend.fused_kernels,
         add_bias_linear=False,
         num_deepstack=config.num_deepstack,
         sequence_parallel=layout.sequence_parallel,
@@ -258,6 +261,8 @@ def vision_transformer_config(
         normalization="LayerNorm",
         layernorm_epsilon=1e-6,
         activation_func=partial(F.gelu, approximate="tanh"),
+        # megatron.core has fused kernels for the functions that it knows by name only
+        bias_activation_fusion=False,
         add_bias_linear=True,
         # images are short and their number per micro-batch varies: the tower is split over tensor
         # ranks by heads and features only
@@ -285,11 +290,9 @@ def _common(layout: Layout, backend: Backend) -> dict[str, Any]:
         # weights always come from a checkpoint, and coverage is checked
         perform_initialization=False,
         use_cpu_initialization=backend.device.type == "cpu",
-        gradient_accumulation_fusion=False,
-        bias_activation_fusion=False,
-        bias_dropout_fusion=False,
+        gradient_accumulation_fusion=backend.fused_kernels,
+        bias_dropout_fusion=backend.fused_kernels,
         masked_softmax_fusion=False,
         persist_layer_norm=False,
-        apply_rope_fusion=False,
         batch_p2p_comm=False,
     )

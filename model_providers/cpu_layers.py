@@ -12,9 +12,11 @@ import torch
 import torch.nn.functional as F
 from megatron.core.models.backends import LocalSpecProvider
 from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 
 
 class TorchNorm(nn.Module):
@@ -75,6 +77,8 @@ class PackedAttention(nn.Module):
         """query [T, heads, d], key and value [T, kv_heads, d] -> [T, heads * d]."""
         assert packed_seq_params is not None, "sequences come packed"
         plan = packed_seq_params.groups  # type: ignore[attr-defined]
+        angles = packed_seq_params.angles.squeeze(1)  # type: ignore[attr-defined]
+        query, key = rotate(query, angles), rotate(key, angles)
         out = query.new_empty(query.shape)
         for index, lengths in plan:
             out = out.index_put((index[lengths],), self._group(query, key, value, index, lengths))
@@ -91,6 +95,12 @@ class PackedAttention(nn.Module):
             q, k, v, attn_mask=mask, is_causal=self.causal, enable_gqa=q.shape[1] != k.shape[1]
         )
         return attended.transpose(1, 2)[valid]
+
+
+def rotate(states: Tensor, angles: Tensor) -> Tensor:
+    """Rotary embedding: [T, heads, d] by [T, 1, d], pairing value i with value i + d / 2."""
+    first, second = states.chunk(2, dim=-1)
+    return states * angles.cos() + torch.cat([-second, first], dim=-1) * angles.sin()
 
 
 def attention_groups(cu_seqlens: Tensor) -> list[tuple[Tensor, Tensor]]:
@@ -110,6 +120,14 @@ def attention_groups(cu_seqlens: Tensor) -> list[tuple[Tensor, Tensor]]:
         valid = offsets[None] < length[:, None]
         groups.append((torch.where(valid, start[:, None] + offsets, start[:, None]), valid))
     return groups
+
+
+def cross_entropy(logits: Tensor, labels: Tensor, group: ProcessGroup) -> Tensor:
+    """-log p(labels) [T] in fp32 of logits [T, vocab / tensor]."""
+    loss: Tensor = vocab_parallel_cross_entropy(
+        logits.unsqueeze(1).float(), labels.unsqueeze(1), tp_group=group
+    )
+    return loss.squeeze(1)
 
 
 class TorchSpecProvider(LocalSpecProvider):

@@ -8,11 +8,14 @@ from torch import Tensor
 from model_providers.backend import Backend
 
 
-def packed_seq_params(cu_seqlens: Tensor, max_seqlen: int, backend: Backend) -> PackedSeqParams:
-    """What attention and rotary embedding need to know of a row of S packed sequences.
+def packed_seq_params(
+    cu_seqlens: Tensor, max_seqlen: int, angles: Tensor, backend: Backend
+) -> PackedSeqParams:
+    """What attention needs to know of a row of S packed sequences.
 
     cu_seqlens [S+1] int32 on the device; max_seqlen, the longest, is host data, so that no
-    forward waits for the device.
+    forward waits for the device. The backend's attention rotates queries and keys itself, each
+    token by its own angles [T, 1, 1, head_dim].
     """
     params = PackedSeqParams(
         qkv_format="thd",
@@ -21,12 +24,9 @@ def packed_seq_params(cu_seqlens: Tensor, max_seqlen: int, backend: Backend) -> 
         max_seqlen_q=max_seqlen,
         max_seqlen_kv=max_seqlen,
     )
+    params.angles = angles  # type: ignore[attr-defined]
     if backend.device.type == "cpu":
         from model_providers.cpu_layers import attention_groups
 
         params.groups = attention_groups(cu_seqlens)  # type: ignore[attr-defined]
-        # angles come one a token, so the rotary embedding may take the row as one sequence
-        # instead of slicing it per sequence in Python
-        whole = cu_seqlens[[0, -1]]
-        params.cu_seqlens_q_padded = params.cu_seqlens_kv_padded = whole
     return params

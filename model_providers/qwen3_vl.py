@@ -17,6 +17,7 @@ sums over the ranks; a plain slice would lose the other ranks' share of the towe
 
 from __future__ import annotations
 
+from copy import copy
 from typing import Any, Literal, Protocol
 
 import torch
@@ -123,13 +124,16 @@ class LanguageModel(MegatronModule):
             pg_collection=parallel.groups,
         )
         if self.post_process and head == "language":
+            # megatron.core's own linear layer adds to the gradient in place only with Apex
+            plain = copy(transformer)
+            plain.gradient_accumulation_fusion = False
             self.output_layer = ColumnParallelLinear(
                 config.hidden_size,
                 vocab,
                 bias=False,
                 gather_output=False,
                 skip_weight_param_allocation=self.tied,
-                config=transformer,
+                config=plain,
                 init_method=transformer.init_method,
                 tp_group=parallel.groups.tp,
             )
@@ -226,8 +230,12 @@ class Qwen3VLModel(MegatronModule):
             attention_mask=None,
             context=features,
             context_mask=rows.local,
-            rotary_pos_emb=mrope_angles(self.architecture, batch.position_ids),
-            packed_seq_params=packed_seq_params(batch.cu_seqlens, batch.max_seqlen, self.backend),
+            packed_seq_params=packed_seq_params(
+                batch.cu_seqlens,
+                batch.max_seqlen,
+                mrope_angles(self.architecture, batch.position_ids),
+                self.backend,
+            ),
             padding_mask=self._local_padding(batch) if self.architecture.num_experts else None,
         )
         if not self.post_process:
@@ -242,10 +250,7 @@ class Qwen3VLModel(MegatronModule):
         logits = self._logits(hidden)
         if output == "logits":
             return logits
-        labels = batch.labels.unsqueeze(1)
-        return -tensor_parallel.vocab_parallel_cross_entropy(
-            logits.unsqueeze(1).float(), labels, tp_group=self.parallel.groups.tp
-        ).squeeze(1)
+        return -self.backend.cross_entropy(logits, batch.labels, self.parallel.groups.tp)
 
     def _logits(self, hidden: Tensor) -> Tensor:
         weight = self.shared_embedding_or_output_weight() if self.language_model.tied else None

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import accumulate
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.models.backends import BackendSpecProvider
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_block import TransformerBlock
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -44,6 +44,7 @@ class PatchMerger(MegatronModule):
         config: TransformerConfig,
         vision: VisionConfig,
         parallel: ParallelState,
+        layers: BackendSpecProvider,
         norm_after_join: bool,
     ) -> None:
         super().__init__(config)
@@ -55,17 +56,19 @@ class PatchMerger(MegatronModule):
             eps=1e-6,
             dtype=config.params_dtype,
         )
-        shared = dict(config=config, init_method=config.init_method, tp_group=parallel.groups.tp)
-        self.linear_fc1 = ColumnParallelLinear(
-            self.joined, self.joined, bias=True, gather_output=False, **shared
-        )
-        self.linear_fc2 = RowParallelLinear(
-            self.joined,
-            vision.out_hidden_size,
+        shared = dict(
+            config=config,
+            init_method=config.init_method,
             bias=True,
-            input_is_parallel=True,
             skip_bias_add=False,
-            **shared,
+            is_expert=False,
+            tp_group=parallel.groups.tp,
+        )
+        self.linear_fc1 = layers.column_parallel_linear()(
+            self.joined, self.joined, gather_output=False, **shared
+        )
+        self.linear_fc2 = layers.row_parallel_linear()(
+            self.joined, vision.out_hidden_size, input_is_parallel=True, **shared
         )
 
     def forward(self, hidden: Tensor) -> Tensor:
@@ -114,10 +117,10 @@ class VisionModel(MegatronModule):
             post_layer_norm=False,
             pg_collection=parallel.groups_of_one_stage,
         )
-        self.merger = PatchMerger(config, vision, parallel, norm_after_join=False)
+        build = partial(PatchMerger, config, vision, parallel, backend.layers)
+        self.merger = build(norm_after_join=False)
         self.deepstack_merger_list = ShardedModuleList(
-            PatchMerger(config, vision, parallel, norm_after_join=True)
-            for _ in vision.deepstack_visual_indexes
+            build(norm_after_join=True) for _ in vision.deepstack_visual_indexes
         )
 
     def forward(self, pixel_values: Tensor, grids: Sequence[Grid]) -> Tensor:
@@ -133,8 +136,9 @@ class VisionModel(MegatronModule):
         hidden, taps = self.decoder(
             hidden.unsqueeze(1),
             attention_mask=None,
-            rotary_pos_emb=self._rotary(coordinates),
-            packed_seq_params=packed_seq_params(cu_seqlens, max(frames), self.backend),
+            packed_seq_params=packed_seq_params(
+                cu_seqlens, max(frames), self._rotary(coordinates), self.backend
+            ),
             extract_layer_indices=set(self.vision.deepstack_visual_indexes),
         )
         mergers = zip(self.deepstack_merger_list, taps, strict=True)

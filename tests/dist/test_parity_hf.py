@@ -148,7 +148,7 @@ def _on_a_device_that_can_not_be_read(path: Path) -> tuple[str, str, int]:
     corners, weights, coordinates = tower._patches(GRIDS)
     learned, angles = tower._positions(corners, weights), tower._rotary(coordinates)
     cu_seqlens = torch.tensor([0, 4, 9], dtype=torch.int32, device="meta")
-    packed = packed_seq_params(cu_seqlens, 5, tower.backend)
+    packed = packed_seq_params(cu_seqlens, 5, angles, tower.backend)
     return learned.device.type, angles.device.type, packed.max_seqlen_q
 
 
