@@ -38,6 +38,8 @@ class Backend:
     grouped_gemm: bool
     fused_kernels: bool
     """Whether gated activations and weight-gradient accumulation have kernels of their own."""
+    recompute_modules: frozenset[str]
+    """Modules of a decoder layer whose activations it can recompute one by one."""
     supports: dict[str, int]
     """Largest size of each parallel dimension that this backend can run; absent means any."""
 
@@ -107,6 +109,8 @@ def _cpu() -> Backend:
         moe_dispatcher="allgather",
         grouped_gemm=False,
         fused_kernels=False,
+        # megatron.core's recomputation of norms and activations wants Transformer Engine
+        recompute_modules=frozenset({"core_attn", "mlp", "moe"}),
         supports={"context": 1, "expert_tensor": 1, "virtual_pipeline": 1},
     )
 
@@ -133,5 +137,6 @@ def _cuda() -> Backend:
         moe_dispatcher="alltoall",
         grouped_gemm=True,
         fused_kernels=True,
+        recompute_modules=frozenset({"core_attn", "mlp", "moe", "layernorm", "moe_act"}),
         supports={"context": 1, "virtual_pipeline": 1},
     )

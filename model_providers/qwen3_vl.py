@@ -32,7 +32,9 @@ from torch.distributed import ProcessGroup
 
 from model_providers.backend import Backend
 from model_providers.config import (
+    DEFAULT_OPTIONS,
     Qwen3VLConfig,
+    TrainingOptions,
     text_transformer_config,
     vision_transformer_config,
 )
@@ -102,9 +104,9 @@ class LanguageModel(MegatronModule):
         parallel: ParallelState,
         backend: Backend,
         head: Head,
-        aux_loss_coef: float,
+        options: TrainingOptions,
     ) -> None:
-        transformer = text_transformer_config(config, parallel.layout, backend, aux_loss_coef)
+        transformer = text_transformer_config(config, parallel.layout, backend, options)
         super().__init__(transformer)
         self.pre_process, self.post_process = parallel.is_first_stage, parallel.is_last_stage
         self.tied = config.tie_word_embeddings and head == "language"
@@ -173,12 +175,13 @@ class Qwen3VLModel(MegatronModule):
         parallel: ParallelState,
         backend: Backend,
         head: Head = "language",
-        aux_loss_coef: float = 0.0,
+        options: TrainingOptions = DEFAULT_OPTIONS,
     ) -> None:
-        """Raises ValueError if the layout does not fit the model or the backend."""
+        """Raises ValueError if layout or options do not fit the model or the backend."""
         backend.check(parallel.layout)
         config.check_layout(parallel.layout)
-        language_model = LanguageModel(config, parallel, backend, head, aux_loss_coef)
+        config.check_recompute(options.recompute, backend)
+        language_model = LanguageModel(config, parallel, backend, head, options)
         super().__init__(language_model.config)
         self.tp_group = parallel.groups.tp
         self.architecture, self.parallel, self.backend, self.head = config, parallel, backend, head
@@ -186,7 +189,7 @@ class Qwen3VLModel(MegatronModule):
         self.language_model = language_model
         if self.pre_process:
             self.vision_model = VisionModel(
-                vision_transformer_config(config, parallel.layout, backend),
+                vision_transformer_config(config, parallel.layout, backend, options.recompute),
                 config.vision,
                 parallel,
                 backend,

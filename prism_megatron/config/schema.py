@@ -61,6 +61,34 @@ class Freeze(Section):
         return self
 
 
+class Recompute(Section):
+    """Activations that the backward pass computes again instead of keeping them."""
+
+    granularity: Literal["none", "selective", "full"] = "none"
+    """Of the decoder: nothing, the named modules of each layer, or whole layers."""
+    modules: tuple[Literal["core_attn", "mlp", "moe", "layernorm", "moe_act"], ...] = ()
+    """What selective computes again: attention without its projections, the dense or the expert
+    layer, the norms, the experts' activation. The CPU backend has only the first three."""
+    layers: int | None = Field(None, ge=1)
+    """How many decoder layers of each pipeline stage full computes again, the first ones; all if
+    not set."""
+    vision: bool = False
+    """Compute every layer of the vision tower again."""
+
+    @model_validator(mode="after")
+    def _settings_belong_to_the_granularity(self) -> Self:
+        if (self.granularity == "selective") != bool(self.modules):
+            raise ValueError(
+                f"granularity is {self.granularity!r} with {len(self.modules)} modules; selective "
+                "needs some, the others none"
+            )
+        if self.layers is not None and self.granularity != "full":
+            raise ValueError(
+                f"layers={self.layers} belongs to granularity 'full', not {self.granularity!r}"
+            )
+        return self
+
+
 class Model(Section):
     """Which model, and how it is laid out."""
 
@@ -70,6 +98,8 @@ class Model(Section):
     """Parallel layout of this model alone."""
     freeze: Freeze = Freeze()
     """Parts that are not trained."""
+    recompute: Recompute = Recompute()
+    """Trade of computation for memory."""
 
 
 class Optimizer(Section):
@@ -179,6 +209,8 @@ class Warmup(Stage):
     """Pairs an optimizer step, over all ranks."""
     aux_loss_coef: float = Field(0.01, ge=0)
     """Weight of the router's load-balancing loss."""
+    z_loss_coef: float = Field(0.0, ge=0)
+    """Weight of the router's z-loss, which keeps its logits small."""
 
 
 class Align(Stage):
@@ -201,6 +233,8 @@ class Align(Stage):
     """Weight of the squared-score regulariser that keeps scores near zero."""
     aux_loss_coef: float = Field(0.01, ge=0)
     """Weight of the router's load-balancing loss."""
+    z_loss_coef: float = Field(0.0, ge=0)
+    """Weight of the router's z-loss, which keeps its logits small."""
 
 
 class RLVR(Stage):

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from model_providers import backend as backends
-from model_providers.config import Qwen3VLConfig
+from model_providers.config import DEFAULT_OPTIONS, Qwen3VLConfig, TrainingOptions
 from model_providers.parallel import Layout, ParallelState
 from model_providers.qwen3_vl import Head, Qwen3VLModel
 from model_providers.weight_map import iter_hf_weights, load_hf_weights
@@ -97,7 +97,7 @@ def make_runner(
     layout: Layout,
     head: Head = "language",
     micro_batch_tokens: int = 64,
-    aux_loss_coef: float = 0.0,
+    training: TrainingOptions = DEFAULT_OPTIONS,
     freeze: tuple[str, ...] = (),
     optimizer: Optimizer | None = None,
 ) -> ModelRunner:
@@ -105,7 +105,7 @@ def make_runner(
     parallel = parallel_state(layout)
     backend.seed(7, parallel)
     config = Qwen3VLConfig.from_hf(path)
-    model = Qwen3VLModel(config, parallel, backend, head, aux_loss_coef)
+    model = Qwen3VLModel(config, parallel, backend, head, training)
     weights = load_file(path / "model.safetensors")
     if head == "score":
         generator = torch.Generator().manual_seed(11)

@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import pytest
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook
 
 from model_providers import qwen3_vl
+from model_providers.config import Recompute, TrainingOptions
+from model_providers.config import TextTransformerConfig as TextConfig
 from model_providers.parallel import Layout
 from model_providers.qwen3_vl import Head
 from model_providers.weight_map import GatedUp, Split
+from prism_megatron.data.packing import pack
+from prism_megatron.training import runner
+from prism_megatron.types import PackedBatch
 from tests.dist import checks
 from tests.dist.hf_reference import distance
 from tests.dist.ranks import Ranks
@@ -121,7 +129,7 @@ def test_router_loss_does_not_depend_on_the_layout(
     # the router's loss is not linear in a micro-batch, so one rank gets the same ones: three with
     # padding against one rank, two without any against two data-parallel ranks with one each
     on_one, on_all = (33, 33) if split.data(world) == 1 else (64, 4096)
-    aux = {"aux_loss_coef": 500.0}
+    aux = {"training": TrainingOptions(aux_loss_coef=500.0)}
     wanted = one_rank("moe", "score", aux | {"micro_batch_tokens": on_one})
     found = ranks(world).run(
         _gradients, hf_models["moe"], split, "score", aux | {"micro_batch_tokens": on_all}
@@ -130,6 +138,118 @@ def test_router_loss_does_not_depend_on_the_layout(
     without = one_rank("moe", "score", {})[2]
     routers = [name for name in without if name.endswith("mlp.gate.weight")]
     assert min(distance(without[name], wanted[2][name]) for name in routers) > 1e-2
+
+
+ROUTER = TrainingOptions(aux_loss_coef=500.0, z_loss_coef=50.0)
+
+
+def _padded(path: Path, layout: Layout) -> Gradients:
+    """Rows filled up to 240 tokens, of which 90 are real."""
+
+    def padded(*args: Any, **options: Any) -> PackedBatch:
+        return pack(*args, **(options | {"pad_to": 240}))
+
+    with mock.patch.object(runner, "pack", padded):
+        return checks.gradients(path, layout, "score", training=ROUTER, micro_batch_tokens=4096)
+
+
+@pytest.mark.parametrize("world, layout", [(1, DP), (2, DP), (2, TP2SP)], ids=["1", "dp2", "tp2"])
+def test_padding_does_not_change_the_routers_losses(
+    ranks: Worlds, hf_models: dict[str, Path], world: int, layout: Layout
+) -> None:
+    """Of two sequence-parallel ranks the second one has nothing but padding."""
+    options = {"training": ROUTER, "micro_batch_tokens": 4096}
+    wanted = ranks(world).run(_gradients, hf_models["moe"], layout, "score", options)[0]
+    _compare(ranks(world).run(_padded, hf_models["moe"], layout), wanted)
+
+
+@pytest.mark.parametrize("layout", ["ep2", "tp2-sp", "dp2", "pp2", "tp2-ep2-sp"])
+def test_z_loss_does_not_depend_on_layout_or_micro_batches(
+    ranks: Worlds, hf_models: dict[str, Path], one_rank: OneRank, layout: str
+) -> None:
+    world, split = EXPERTS[layout]
+    option = {"training": TrainingOptions(z_loss_coef=50.0)}
+    wanted = one_rank("moe", "score", option | {"micro_batch_tokens": 4096})
+    found = ranks(world).run(_gradients, hf_models["moe"], split, "score", option)
+    _compare(found, wanted)
+    without = one_rank("moe", "score", {})[2]
+    routers = [name for name in without if name.endswith("mlp.gate.weight")]
+    assert min(distance(without[name], wanted[2][name]) for name in routers) > 1e-2
+
+
+FULL = Recompute("full", vision=True)
+SOME_LAYERS = Recompute("full", layers=1)
+MODULES = {
+    "dense": Recompute("selective", ("core_attn", "mlp")),
+    "moe": Recompute("selective", ("core_attn", "moe")),
+}
+
+
+def _forwards(path: Path, head: Head, recompute: Recompute) -> tuple[Gradients, dict[str, int]]:
+    """Gradients, and how often each kind of module ran."""
+    counts: Counter[str] = Counter()
+
+    def count(module: nn.Module, inputs: object, output: object) -> None:
+        text = getattr(module, "causal", isinstance(getattr(module, "config", 0), TextConfig))
+        counts[f"{'text' if text else 'vision'} {type(module).__name__}"] += 1
+
+    handle = register_module_forward_hook(count)
+    try:
+        training = replace(ROUTER, recompute=recompute)
+        found = checks.gradients(path, DP, head, training=training)
+    finally:
+        handle.remove()
+    return found, counts
+
+
+@pytest.mark.parametrize("kind", ["dense", "moe"])
+def test_recompute_runs_what_it_says_again_and_changes_nothing(
+    ranks: Worlds, hf_models: dict[str, Path], kind: str
+) -> None:
+    head: Head = "score" if kind == "moe" else "language"
+    wanted, once = ranks(1).run(_forwards, hf_models[kind], head, Recompute())[0]
+    layer = "text TopKRouter" if kind == "moe" else "text MLP"
+    shown = ["text DeepstackLayer", "text PackedAttention", layer, "vision TransformerLayer"]
+    for recompute, factors in (
+        (FULL, [2, 2, 2, 2]),
+        (SOME_LAYERS, [1.25, 1.25, 1.25, 1]),
+        (MODULES[kind], [1, 2, 2, 1]),
+    ):
+        found, counts = ranks(1).run(_forwards, hf_models[kind], head, recompute)[0]
+        _compare([found], wanted)
+        assert [counts[name] / once[name] for name in shown] == factors, recompute
+
+
+@pytest.mark.parametrize(
+    "kind, layout",
+    [
+        ("dense", "tp2-sp"),
+        ("dense", "pp2"),
+        ("moe", "tp2-sp"),
+        ("moe", "pp2"),
+        ("moe", "tp2-ep2-sp"),
+    ],
+)
+def test_recompute_changes_nothing_at_other_layouts(
+    ranks: Worlds, hf_models: dict[str, Path], one_rank: OneRank, kind: str, layout: str
+) -> None:
+    head: Head = "score" if kind == "moe" else "language"
+    world, split = EXPERTS[layout]
+    for recompute in (FULL, MODULES[kind]):
+        options = {"training": TrainingOptions(recompute=recompute)}
+        found = ranks(world).run(_gradients, hf_models[kind], split, head, options)
+        _compare(found, one_rank(kind, head, {}))
+
+
+@pytest.mark.parametrize("layout", ["tp2-sp", "pp2"])
+def test_recompute_with_a_frozen_decoder_still_trains_the_tower(
+    ranks: Worlds, hf_models: dict[str, Path], one_rank: OneRank, layout: str
+) -> None:
+    """Its gradients come through recomputed layers that have nothing to train themselves."""
+    world, split = DENSE[layout]
+    options = {"freeze": ("language",), "training": TrainingOptions(recompute=FULL)}
+    found = ranks(world).run(_gradients, hf_models["dense"], split, "language", options)
+    _compare(found, one_rank("dense", "language", {"freeze": ("language",)}))
 
 
 @pytest.mark.parametrize("frozen", checks.FREEZES, ids="+".join)

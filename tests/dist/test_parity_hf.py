@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from transformers.models.qwen3_vl_moe.modeling_qwen3_vl_moe import load_balancing_loss_func
 
 from model_providers import vision
+from model_providers.config import TrainingOptions
 from model_providers.packed import packed_seq_params
 from model_providers.parallel import Layout
 from model_providers.qwen3_vl import Qwen3VLModel, mrope_angles
@@ -191,13 +192,12 @@ def test_patch_mergers_use_the_exact_gelu(ranks: Worlds, hf_models: dict[str, Pa
     assert min(rough) >= 5e-5, rough
 
 
-def _router_loss(path: Path) -> tuple[float, float, tuple[str, float]]:
-    """Gradient of the balancing loss alone: with it minus without it."""
+def _router_loss(path: Path, z_loss: bool) -> tuple[float, float, tuple[str, float]]:
+    """One of the router's losses and the gradient of it alone: with it minus without it."""
     coefficient = 10.0
+    training = TrainingOptions(**{"z_loss_coef" if z_loss else "aux_loss_coef": coefficient})
     plain = checks.gradients(path, Layout(), micro_batch_tokens=4096)[2]
-    _, found, total = checks.gradients(
-        path, Layout(), micro_batch_tokens=4096, aux_loss_coef=coefficient
-    )
+    _, found, total = checks.gradients(path, Layout(), micro_batch_tokens=4096, training=training)
     reference = hf_reference.load(path)
     layers: dict[int, list[Tensor]] = {}
     for i, layer in enumerate(reference.model.language_model.layers):
@@ -206,13 +206,8 @@ def _router_loss(path: Path) -> tuple[float, float, tuple[str, float]]:
         )
     for sequence in checks.mixed_batch():
         hf_reference.logits(reference, sequence)
-    per_layer = [
-        load_balancing_loss_func(
-            (torch.cat(logits),), EXPERTS["num_experts"], EXPERTS["num_experts_per_tok"]
-        )
-        for logits in layers.values()
-    ]
-    wanted = torch.stack(per_layer).mean()
+    loss = _squared_logsumexp if z_loss else _load_balancing
+    wanted = torch.stack([loss(torch.cat(logits)) for logits in layers.values()]).mean()
     (coefficient * wanted).backward()
     gates = {
         name: p.grad for name, p in reference.named_parameters() if name.endswith("mlp.gate.weight")
@@ -221,9 +216,25 @@ def _router_loss(path: Path) -> tuple[float, float, tuple[str, float]]:
     return found, float(wanted), _worst(own, gates)
 
 
+def _load_balancing(logits: Tensor) -> Tensor:
+    experts, top_k = EXPERTS["num_experts"], EXPERTS["num_experts_per_tok"]
+    return load_balancing_loss_func((logits,), experts, top_k)
+
+
+def _squared_logsumexp(logits: Tensor) -> Tensor:
+    return logits.logsumexp(-1).square().mean()
+
+
 def test_router_loss_is_transformers_mean_over_layers(
     ranks: Worlds, hf_models: dict[str, Path]
 ) -> None:
-    [(found, wanted, (name, worst))] = ranks(1).run(_router_loss, hf_models["moe"])
+    [(found, wanted, (name, worst))] = ranks(1).run(_router_loss, hf_models["moe"], False)
     assert found == pytest.approx(wanted, rel=1e-5)
+    assert worst <= 1e-3, name
+
+
+def test_z_loss_is_the_mean_square_of_the_routers_logsumexp(
+    ranks: Worlds, hf_models: dict[str, Path]
+) -> None:
+    [(_, _, (name, worst))] = ranks(1).run(_router_loss, hf_models["moe"], True)
     assert worst <= 1e-3, name

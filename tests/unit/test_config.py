@@ -153,6 +153,21 @@ def test_a_model_of_which_everything_is_frozen_is_refused(write: Write) -> None:
     assert load_sft(write("sft.yaml", SFT), *freeze[:2]).model.freeze.vision
 
 
+@pytest.mark.parametrize(
+    ("overrides", "wanted"),
+    [
+        (["granularity=selective"], "granularity is 'selective' with 0 modules"),
+        (["granularity=full", "modules=[mlp]"], "granularity is 'full' with 1 modules"),
+        (["layers=2"], "layers=2 belongs to granularity 'full', not 'none'"),
+    ],
+)
+def test_recompute_settings_that_would_do_nothing_are_refused(
+    write: Write, overrides: list[str], wanted: str
+) -> None:
+    keys = [f"model.recompute.{override}" for override in overrides]
+    assert wanted in message(write("sft.yaml", SFT), *keys)
+
+
 def test_every_problem_is_listed_with_the_file_it_is_in(write: Write) -> None:
     base = write("base.yaml", "train: {save_every: -1}\n")
     own = write("sft.yaml", "base: base.yaml\nmodle: {path: x}\n" + SFT.replace("lr: 1e-3", ""))

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from model_providers import backend as backends
-from model_providers.config import Qwen3VLConfig
+from model_providers.config import Qwen3VLConfig, Recompute
 from model_providers.parallel import Layout
 from model_providers.qwen3_vl import padded_vocab_size
 from tests import tiny_models
@@ -146,3 +146,18 @@ def test_configuration_is_read_from_the_file(
     assert not moe.tie_word_embeddings
     tied = Qwen3VLConfig.from_hf(tiny_models.save(tmp_path / "tied", "dense", tied=True))
     assert tied.tie_word_embeddings
+
+
+@pytest.mark.parametrize(
+    "kind, modules, message",
+    [
+        ("dense", ("moe",), "recompute.modules has moe, which a dense model does not have"),
+        ("moe", ("core_attn", "mlp"), "has mlp, which a Mixture-of-Experts model does not"),
+        ("dense", ("layernorm", "mlp"), "'cpu' can't recompute layernorm; choose from core_attn"),
+    ],
+)
+def test_modules_that_can_not_be_recomputed_are_refused(
+    configs: dict[str, Qwen3VLConfig], kind: str, modules: tuple[str, ...], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        configs[kind].check_recompute(Recompute("selective", modules), backends.create("cpu"))
