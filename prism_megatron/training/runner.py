@@ -153,6 +153,7 @@ class ModelRunner:
             batch = pack(
                 [sequences[j] for j in members],
                 image_token_id=architecture.image_token_id,
+                video_token_id=architecture.video_token_id,
                 merge_size=architecture.vision.spatial_merge_size,
                 pad_id=self.pad_id,
                 pad_multiple=multiple,

@@ -17,8 +17,8 @@ from model_providers.qwen3_vl import Head, Qwen3VLModel
 from model_providers.weight_map import iter_hf_weights, load_hf_weights
 from prism_megatron.config.schema import Optimizer
 from prism_megatron.training.runner import ModelRunner
-from prism_megatron.types import ImageInputs, PackedBatch, Sequence
-from tests.tiny_models import IMAGE, VISION_END, VISION_START
+from prism_megatron.types import VisualInputs, PackedBatch, Sequence
+from tests.tiny_models import IMAGE, VIDEO, VISION_END, VISION_START
 
 PATCH_DIM = 3 * 2 * 8 * 8
 PARTS = ("language", "vision", "mergers")
@@ -35,25 +35,38 @@ def part_of(name: str) -> str:
     return "mergers" if "merger" in name else "vision"
 
 
-def image(key: str, height: int, width: int) -> ImageInputs:
+def image(key: str, height: int, width: int) -> VisualInputs:
     """A random image of height x width patches, the same for the same key."""
+    return video(key, 1, height, width)
+
+
+def video(key: str, frames: int, height: int, width: int) -> VisualInputs:
+    """The same of several frames."""
     generator = torch.Generator().manual_seed(sum(map(ord, key)))
-    pixels = torch.randn(height * width, PATCH_DIM, generator=generator)
-    return ImageInputs(key, pixels, (1, height, width))
+    pixels = torch.randn(frames * height * width, PATCH_DIM, generator=generator)
+    return VisualInputs(key, pixels, (frames, height, width))
 
 
-def sequence(seed: int, length: int, *images: ImageInputs) -> Sequence:
-    """Images first, then random text; the last half of the text is the response."""
+def sequence(seed: int, length: int, *visuals: VisualInputs) -> Sequence:
+    """Images and videos first, then random text; the last half of the text is the response.
+
+    Each frame of a video has its timestamp, two tokens, before it.
+    """
     generator = torch.Generator().manual_seed(seed)
     ids: list[int] = [5]
-    for each in images:
-        _, height, width = each.grid_thw
-        ids += [VISION_START] + [IMAGE] * (height * width // 4) + [VISION_END]
+    for each in visuals:
+        frames, height, width = each.grid_thw
+        token = IMAGE if frames == 1 else VIDEO
+        for second in range(frames):
+            ids += [7, second + 10] if token == VIDEO else []
+            ids += [VISION_START] + [token] * (height * width // 4) + [VISION_END]
     start = len(ids) + length // 2
     ids += torch.randint(0, VISION_START, (length,), generator=generator).tolist()
     mask = torch.arange(len(ids)) >= start
     weight = torch.rand(len(ids), generator=generator) + 0.5
-    return Sequence(torch.tensor(ids), images, mask, {"weight": weight})
+    images = tuple(each for each in visuals if each.grid_thw[0] == 1)
+    videos = tuple(each for each in visuals if each.grid_thw[0] > 1)
+    return Sequence(torch.tensor(ids), images, mask, {"weight": weight}, videos)
 
 
 def mixed_batch() -> list[Sequence]:
@@ -67,6 +80,21 @@ def mixed_batch() -> list[Sequence]:
         sequence(5, 6),
         sequence(6, 10, square),
     ]
+
+
+def video_batch() -> list[Sequence]:
+    """A video before an image and after one, shared videos and images, text only in between."""
+    wide, square = image("wide", 4, 6), image("square", 2, 2)
+    clip, film = video("clip", 3, 4, 2), video("film", 2, 2, 6)
+    return [
+        sequence(1, 9, clip, wide),
+        sequence(2, 5),
+        sequence(3, 7, square, film, clip, wide),
+        sequence(4, 8, film),
+    ]
+
+
+BATCHES = {"images": mixed_batch, "videos": video_batch}
 
 
 def weighted_loss(tokens: float) -> Any:
@@ -122,14 +150,18 @@ def make_runner(
 
 
 def gradients(
-    path: Path, layout: Layout, head: Head = "language", **options: Any
+    path: Path,
+    layout: Layout,
+    head: Head = "language",
+    shown: str = "images",
+    **options: Any,
 ) -> tuple[float, float, dict[str, Tensor]]:
     """Loss, router loss and the gradient of every parameter under its Hugging Face name.
 
     Only rank 0 returns the gradients.
     """
     runner = make_runner(path, layout, head, **options)
-    batch = mixed_batch()
+    batch = BATCHES[shown]()
     finalize = runner.model.config.finalize_model_grads_func
     runner.model.config.finalize_model_grads_func = lambda models, tokens, **kwargs: finalize(
         # every rank keeps the whole gradient instead of its optimizer shard

@@ -112,6 +112,16 @@ def test_dense_layouts_equal_one_rank(
     _compare(found, one_rank(kind, "language", {}))
 
 
+@pytest.mark.parametrize("layout", ["tp2-sp", "pp2", "dp2"])
+def test_videos_equal_one_rank(
+    ranks: Worlds, hf_models: dict[str, Path], one_rank: OneRank, layout: str
+) -> None:
+    world, split = DENSE[layout]
+    options = {"shown": "videos"}
+    found = ranks(world).run(_gradients, hf_models["dense"], split, "language", options)
+    _compare(found, one_rank("dense", "language", options))
+
+
 @pytest.mark.parametrize("layout", EXPERTS)
 def test_discriminator_layouts_equal_one_rank(
     ranks: Worlds, hf_models: dict[str, Path], one_rank: OneRank, layout: str

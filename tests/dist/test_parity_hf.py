@@ -24,7 +24,7 @@ from prism_megatron.data.packing import pack
 from tests.dist import checks, hf_reference
 from tests.dist.hf_reference import distance
 from tests.dist.ranks import Ranks
-from tests.tiny_models import EXPERTS, IMAGE
+from tests.tiny_models import EXPERTS, IMAGE, VIDEO
 
 TOLERANCE = 1e-4
 Worlds = Callable[[int], Ranks]
@@ -42,10 +42,17 @@ def _models(path: Path) -> tuple[Qwen3VLModel, PreTrainedModel]:
     return checks.make_runner(path, Layout()).model, hf_reference.load(path)
 
 
-def _logits(path: Path) -> list[float]:
+def _logits(path: Path, shown: str) -> list[float]:
     model, reference = _models(path)
-    sequences = checks.mixed_batch()
-    batch = pack(sequences, image_token_id=IMAGE, merge_size=2, pad_id=0, pad_multiple=8)
+    sequences = checks.BATCHES[shown]()
+    batch = pack(
+        sequences,
+        image_token_id=IMAGE,
+        video_token_id=VIDEO,
+        merge_size=2,
+        pad_id=0,
+        pad_multiple=8,
+    )
     model.eval()
     with torch.no_grad():
         packed = model(batch, output="logits")
@@ -57,18 +64,25 @@ def _logits(path: Path) -> list[float]:
         ]
 
 
-@pytest.mark.parametrize("kind", ["dense", "tied", "moe"])
+KINDS = pytest.mark.parametrize(
+    "kind, shown",
+    [("dense", "images"), ("tied", "images"), ("moe", "images"), ("dense", "videos")],
+)
+
+
+@KINDS
 def test_logits_of_a_packed_row_equal_transformers_one_by_one(
-    ranks: Worlds, hf_models: dict[str, Path], kind: str
+    ranks: Worlds, hf_models: dict[str, Path], kind: str, shown: str
 ) -> None:
-    [distances] = ranks(1).run(_logits, hf_models[kind])
-    assert len(distances) == len(checks.mixed_batch())
+    [distances] = ranks(1).run(_logits, hf_models[kind], shown)
+    assert len(distances) == len(checks.BATCHES[shown]())
     assert max(distances) <= TOLERANCE, distances
 
 
-def _loss_and_gradients(path: Path) -> tuple[float, float, tuple[str, float]]:
-    loss, _, found = checks.gradients(path, Layout())
-    reference, sequences = hf_reference.load(path), checks.mixed_batch()
+def _loss_and_gradients(path: Path, shown: str) -> tuple[float, float, tuple[str, float]]:
+    # a row holds all of them, so that images and videos meet in one
+    loss, _, found = checks.gradients(path, Layout(), shown=shown, micro_batch_tokens=4096)
+    reference, sequences = hf_reference.load(path), checks.BATCHES[shown]()
     tokens = float(sum(s.response_mask.sum() for s in sequences))
     wanted_loss = 0.0
     for sequence in sequences:
@@ -80,11 +94,11 @@ def _loss_and_gradients(path: Path) -> tuple[float, float, tuple[str, float]]:
     return loss, wanted_loss, _worst(found, wanted)
 
 
-@pytest.mark.parametrize("kind", ["dense", "tied", "moe"])
+@KINDS
 def test_loss_and_every_gradient_equal_transformers(
-    ranks: Worlds, hf_models: dict[str, Path], kind: str
+    ranks: Worlds, hf_models: dict[str, Path], kind: str, shown: str
 ) -> None:
-    [(loss, wanted_loss, (name, worst))] = ranks(1).run(_loss_and_gradients, hf_models[kind])
+    [(loss, wanted_loss, (name, worst))] = ranks(1).run(_loss_and_gradients, hf_models[kind], shown)
     assert loss == pytest.approx(wanted_loss, rel=1e-5)
     assert worst <= TOLERANCE, name
 
