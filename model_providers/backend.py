@@ -36,10 +36,14 @@ class Backend:
     overwrite the logits."""
     moe_dispatcher: str
     grouped_gemm: bool
+    fp8: bool
+    """Whether its linear layers can compute in FP8."""
     fused_kernels: bool
     """Whether gated activations and weight-gradient accumulation have kernels of their own."""
     recompute_modules: frozenset[str]
     """Modules of a decoder layer whose activations it can recompute one by one."""
+    async_collectives: bool
+    """Whether a collective can run beside the computation."""
     supports: dict[str, int]
     """Largest size of each parallel dimension that this backend can run; absent means any."""
 
@@ -108,9 +112,11 @@ def _cpu() -> Backend:
         # alltoall wants CUDA streams, and gloo has no uneven all-to-all
         moe_dispatcher="allgather",
         grouped_gemm=False,
+        fp8=False,
         fused_kernels=False,
         # megatron.core's recomputation of norms and activations wants Transformer Engine
         recompute_modules=frozenset({"core_attn", "mlp", "moe"}),
+        async_collectives=False,
         supports={"context": 1, "expert_tensor": 1, "virtual_pipeline": 1},
     )
 
@@ -136,7 +142,9 @@ def _cuda() -> Backend:
         cross_entropy=cross_entropy,
         moe_dispatcher="alltoall",
         grouped_gemm=True,
+        fp8=True,
         fused_kernels=True,
         recompute_modules=frozenset({"core_attn", "mlp", "moe", "layernorm", "moe_act"}),
+        async_collectives=True,
         supports={"context": 1, "virtual_pipeline": 1},
     )

@@ -35,23 +35,6 @@ class Recompute:
 
 
 @dataclass(frozen=True)
-class TrainingOptions:
-    """What the modules themselves must know of how they are trained.
-
-    aux_loss_coef weighs the experts' load-balancing loss, averaged over layers, whose balanced
-    value is top_k as in transformers' load_balancing_loss_func; z_loss_coef the squared logsumexp
-    of the router's logits (ST-MoE, arXiv:2202.08906), averaged over tokens and layers.
-    """
-
-    aux_loss_coef: float = 0.0
-    z_loss_coef: float = 0.0
-    recompute: Recompute = Recompute()
-
-
-DEFAULT_OPTIONS = TrainingOptions()
-
-
-@dataclass(frozen=True)
 class VisionConfig:
     """The vision tower (transformers Qwen3VLVisionConfig)."""
 
@@ -234,6 +217,89 @@ class _Fields:
             raise ValueError(f"{self.where}.{key} is {self.values.get(key)!r}, wanted {value!r}")
 
 
+FP8Recipe = Literal["delayed", "tensorwise", "blockwise"]
+"""Transformer Engine's scaling: by a history of maxima, by the tensor's own maximum, or by the
+maxima of 1 x 128 (activations) and 128 x 128 (weights) blocks."""
+
+
+@dataclass(frozen=True)
+class Precision:
+    """What the decoder's matrix products compute in; vision tower, router and heads stay in the
+    backend's dtype."""
+
+    fp8: FP8Recipe | None = None
+    """E4M3 forward, E5M2 gradients; None computes in the backend's dtype."""
+    bf16_first_layers: int = 0
+    """Decoder layers at the start that are left out of FP8."""
+    bf16_last_layers: int = 0
+    """Decoder layers at the end that are left out of FP8."""
+
+    @property
+    def row_multiple(self) -> int:
+        """What the tokens of a rank's row must be a multiple of: FP8 products need 16, blockwise
+        scaling whole blocks."""
+        return {None: 1, "blockwise": 128}.get(self.fp8, 16)
+
+    def check(self, backend: Backend, layout: Layout) -> None:
+        """ValueError if backend or layout can't compute so."""
+        if self.fp8 is None:
+            if self.bf16_first_layers or self.bf16_last_layers:
+                raise ValueError(
+                    "bf16_first_layers and bf16_last_layers mean something with fp8 only"
+                )
+            return
+        if not backend.fp8:
+            raise ValueError(
+                f"fp8={self.fp8!r} needs Transformer Engine on a GPU; backend {backend.name!r} has "
+                "none, so leave fp8 out or choose backend=cuda"
+            )
+        if self.fp8 == "delayed" and (self.bf16_first_layers or self.bf16_last_layers):
+            raise ValueError(
+                "fp8='delayed' collects its maxima over all layers and can't leave some in BF16; "
+                "choose tensorwise or blockwise, or set bf16_first_layers and bf16_last_layers to 0"
+            )
+        if self.fp8 == "delayed" and layout.pipeline > 1:
+            raise ValueError(
+                "fp8='delayed' reduces its maxima over all ranks in one call, which pipeline "
+                f"stages (pipeline={layout.pipeline}) reach with different layers; choose "
+                "tensorwise or blockwise"
+            )
+
+    def transformer_fields(self, num_experts: int) -> dict[str, Any]:
+        """The same as megatron.core's configuration says it."""
+        if self.fp8 is None:
+            return {}
+        return dict(
+            fp8="hybrid",
+            fp8_recipe=self.fp8,
+            fp8_amax_history_len=1024,
+            fp8_amax_compute_algo="max",
+            first_last_layers_bf16=bool(self.bf16_first_layers or self.bf16_last_layers),
+            num_layers_at_start_in_bf16=self.bf16_first_layers,
+            num_layers_at_end_in_bf16=self.bf16_last_layers,
+            # an expert's tokens are as many as come; they are filled up to what FP8 needs
+            moe_router_padding_for_quantization=bool(num_experts),
+        )
+
+
+@dataclass(frozen=True)
+class TrainingOptions:
+    """What the modules themselves must know of how they are trained.
+
+    aux_loss_coef weighs the experts' load-balancing loss, averaged over layers, whose balanced
+    value is top_k as in transformers' load_balancing_loss_func; z_loss_coef the squared logsumexp
+    of the router's logits (ST-MoE, arXiv:2202.08906), averaged over tokens and layers.
+    """
+
+    aux_loss_coef: float = 0.0
+    z_loss_coef: float = 0.0
+    recompute: Recompute = Recompute()
+    precision: Precision = Precision()
+
+
+DEFAULT_OPTIONS = TrainingOptions()
+
+
 @dataclass
 class TextTransformerConfig(TransformerConfig):
     """megatron.core's configuration of the decoder, plus what its deepstack layers need."""
@@ -283,6 +349,7 @@ def text_transformer_config(
         sequence_parallel=layout.sequence_parallel,
         **experts,
         **_recompute(options.recompute),
+        **options.precision.transformer_fields(config.num_experts),
         **_common(layout, backend),
     )
     if layout.pipeline > 1:

@@ -181,10 +181,12 @@ class Qwen3VLModel(MegatronModule):
         backend.check(parallel.layout)
         config.check_layout(parallel.layout)
         config.check_recompute(options.recompute, backend)
+        options.precision.check(backend, parallel.layout)
         language_model = LanguageModel(config, parallel, backend, head, options)
         super().__init__(language_model.config)
         self.tp_group = parallel.groups.tp
         self.architecture, self.parallel, self.backend, self.head = config, parallel, backend, head
+        self.precision = options.precision
         self.pre_process, self.post_process = parallel.is_first_stage, parallel.is_last_stage
         self.language_model = language_model
         if self.pre_process:

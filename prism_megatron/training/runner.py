@@ -11,6 +11,7 @@ into micro-batches, data-parallel ranks or pipeline stages.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -32,10 +33,13 @@ from torch import Tensor
 from model_providers.qwen3_vl import Qwen3VLModel
 from prism_megatron.config.schema import Optimizer
 from prism_megatron.data.packing import pack, packed_length, plan_micro_batches
+from prism_megatron.training.gradient_overlap import reduce_in_order
 from prism_megatron.types import PackedBatch, Sequence
 
 LossFn = Callable[[Tensor, PackedBatch], tuple[Tensor, dict[str, Tensor]]]
 """(model output [T], micro-batch) -> (loss, sums to add up over the step)."""
+
+NOT_FINITE = "micro-batches with a loss that is not finite"
 
 ExtractFn = Callable[[Tensor, PackedBatch], list[Tensor]]
 """(model output [T], micro-batch) -> one result a sequence."""
@@ -84,17 +88,16 @@ class ModelRunner:
         self.model.train()
         self.ddp.zero_grad_buffer()
         self.optimizer.zero_grad()
-        batches = self._micro_batches(sequences)
-        self._set_router_loss_scale(batches)
-        sums = self._forward_backward(batches, loss_fn)
+        sums = self.forward_backward(sequences, loss_fn)
         # before the update, so that a warm-up does not begin with a step at rate zero
         self.scheduler.step(increment=1)
         rate = float(self.optimizer.param_groups[0]["lr"])
         updated, grad_norm, _ = self.optimizer.step()
-        if not updated or grad_norm is None or not torch.isfinite(torch.tensor(grad_norm)):
+        if not updated or grad_norm is None or not math.isfinite(grad_norm):
             raise FloatingPointError(
-                f"gradient norm is {grad_norm}; the step was not taken. Lower the learning rate or "
-                "look at the batch in question: losses are checked before, so a layer overflowed"
+                f"gradient norm is {grad_norm}, so the weights are spoilt: go on from the last "
+                "checkpoint, at a lower learning rate or without this batch. Losses are checked "
+                "before, so a layer overflowed on the way back"
             )
         return StepResult(sums, float(grad_norm), rate)
 
@@ -103,17 +106,22 @@ class ModelRunner:
         """One result a sequence, in order, on every rank; nothing is trained or dropped out."""
         self.model.eval()
         plan = self._plan(sequences)
-        mine = plan[self.parallel.data_rank]
-        batches = self._micro_batches(sequences, plan)
         found: dict[int, Tensor] = {}
-        order = iter(mine)
+        order = iter(plan[self.parallel.data_rank])
 
         def collect(output: Tensor, batch: PackedBatch) -> tuple[Tensor, dict[str, Tensor]]:
             found.update(zip(next(order), extract(output, batch), strict=True))
             return output.sum(), {}
 
-        self._run(batches, collect, forward_only=True)
-        return self._share(found, len(sequences))
+        self._run(sequences, plan, collect, forward_only=True)
+        results = self._share(found, len(sequences))
+        for index, result in enumerate(results):
+            if not bool(result.isfinite().all()):
+                raise FloatingPointError(
+                    f"sequence {index} of {len(sequences)} ({len(sequences[index])} tokens) gives "
+                    "NaN or infinity; its input or the weights are broken"
+                )
+        return results
 
     def _share(self, found: dict[int, Tensor], count: int) -> list[Tensor]:
         """Results of all data-parallel ranks, from the last pipeline stage to every rank."""
@@ -139,18 +147,16 @@ class ModelRunner:
         )
 
     def _micro_batches(
-        self, sequences: list[Sequence], plan: list[list[list[int]]] | None = None
-    ) -> list[PackedBatch]:
-        """This rank's micro-batches. Row i is as long on every data-parallel rank, since expert
-        parallelism gathers tokens over them."""
-        plan = plan if plan is not None else self._plan(sequences)
+        self, sequences: list[Sequence], plan: list[list[list[int]]]
+    ) -> Iterator[PackedBatch]:
+        """This rank's micro-batches, each packed while the device computes the one before. Row i is
+        as long on every data-parallel rank, since expert parallelism gathers tokens over them."""
         layout, architecture = self.parallel.layout, self.model.architecture
-        multiple = layout.tensor if layout.sequence_parallel else 1
-        per_token = tuple(sequences[0].per_token)
-        batches = []
+        multiple = self.model.precision.row_multiple
+        multiple *= layout.tensor if layout.sequence_parallel else 1
         for i, members in enumerate(plan[self.parallel.data_rank]):
             longest = max(packed_length([sequences[j] for j in r[i]], multiple) for r in plan)
-            batch = pack(
+            yield pack(
                 [sequences[j] for j in members],
                 image_token_id=architecture.image_token_id,
                 video_token_id=architecture.video_token_id,
@@ -158,12 +164,10 @@ class ModelRunner:
                 pad_id=self.pad_id,
                 pad_multiple=multiple,
                 pad_to=longest if layout.expert > 1 else None,
-                per_token=per_token,
-            )
-            batches.append(batch.to(self.model.backend.device))
-        return batches
+                per_token=tuple(sequences[0].per_token),
+            ).to(self.model.backend.device)
 
-    def _set_router_loss_scale(self, batches: list[PackedBatch]) -> None:
+    def _set_router_loss_scale(self, tokens: int) -> None:
         """The load-balancing loss of a micro-batch counts by its share of the step's tokens.
 
         megatron.core multiplies it by the micro-batch's tokens and leaves the division to us. It
@@ -173,21 +177,30 @@ class ModelRunner:
         """
         if not self.model.architecture.num_experts:
             return
-        tokens = torch.stack([(~batch.padding_mask).sum() for batch in batches]).sum().float()
-        dist.all_reduce(tokens, group=self.parallel.groups.dp)
         # one element, as in the default that megatron.core copies into the same tensor
-        scale = (1.0 / (tokens * self.parallel.layout.tensor)).reshape(1)
+        scale = torch.tensor(
+            [1.0 / (tokens * self.parallel.layout.tensor)], device=self.model.backend.device
+        )
         self.model.config.moe_grad_scale_func = lambda: scale
 
-    def _forward_backward(self, batches: list[PackedBatch], loss_fn: LossFn) -> dict[str, float]:
-        tracker = get_moe_metrics_tracker()
-        tracker.clear()
-        collected = self._run(batches, loss_fn, forward_only=False)
+    def forward_backward(self, sequences: list[Sequence], loss_fn: LossFn) -> dict[str, float]:
+        """Add the step's gradients to the buffers, reduced over the ranks; metric sums."""
+        get_moe_metrics_tracker().clear()
+        plan = self._plan(sequences)
+        self._set_router_loss_scale(sum(map(len, sequences)))
+        collected = self._run(sequences, plan, loss_fn, forward_only=False)
         sums: dict[str, Tensor] = {}
         for part in collected:
             for name, value in part.items():
-                sums[name] = sums.get(name, torch.zeros((), dtype=torch.float64)) + value.double()
-        return self._reduce(sums) | self._router_metrics(len(batches))
+                sums[name] = sums.get(name, 0.0) + value.double()
+        reduced = self._reduce(sums)
+        if broken := reduced.pop(NOT_FINITE):
+            count = len(plan[0]) * self.parallel.data_size
+            raise FloatingPointError(
+                f"the loss is NaN or infinite in {broken:.0f} of {count} micro-batches; its inputs "
+                "or the weights are broken"
+            )
+        return reduced | self._router_metrics(len(plan[0]))
 
     def _reduce(self, sums: dict[str, Tensor]) -> dict[str, float]:
         """Metric sums over data-parallel ranks, from the last stage to all ranks."""
@@ -196,9 +209,8 @@ class ModelRunner:
             box, src=self.parallel.last_stage_rank, group=self.parallel.groups.pp
         )
         names = box[0]
-        zero = torch.zeros((), dtype=torch.float64)
-        values = torch.stack([sums.get(name, zero).cpu() for name in names] or [zero])
-        values = values.to(self.model.backend.device)
+        zero = torch.zeros((), dtype=torch.float64, device=self.model.backend.device)
+        values = torch.stack([sums.get(name, zero) for name in names])
         dist.all_reduce(values, group=self.parallel.groups.dp)
         dist.broadcast(values, src=self.parallel.last_stage_rank, group=self.parallel.groups.pp)
         return dict(zip(names, values.tolist(), strict=False))
@@ -215,7 +227,11 @@ class ModelRunner:
         return {"aux_loss": float(value) / self.parallel.data_size}
 
     def _run(
-        self, batches: list[PackedBatch], loss_fn: LossFn, forward_only: bool
+        self,
+        sequences: list[Sequence],
+        plan: list[list[list[int]]],
+        loss_fn: LossFn,
+        forward_only: bool,
     ) -> list[dict[str, Tensor]]:
         """megatron.core's schedule over the micro-batches; loss_fn runs on the last stage only."""
 
@@ -224,8 +240,8 @@ class ModelRunner:
 
             def loss(output: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
                 value, sums = loss_fn(output, batch)
-                if not torch.isfinite(value):
-                    raise FloatingPointError(f"loss is {float(value)} in a micro-batch of {batch}")
+                # looked at after the step: a look now would make the host wait for the device
+                sums[NOT_FINITE] = (~value.detach().isfinite()).float()
                 # the count is unused: losses are already divided (see finalize below)
                 return value, torch.zeros((), dtype=torch.int), sums
 
@@ -236,9 +252,9 @@ class ModelRunner:
         schedule = get_forward_backward_func(pp_size=pipeline, vp_size=None)
         return schedule(
             forward_step_func=forward_step,
-            data_iterator=iter(batches),
+            data_iterator=self._micro_batches(sequences, plan),
             model=self.ddp if self.ddp is not None else self.model,
-            num_microbatches=len(batches),
+            num_microbatches=len(plan[self.parallel.data_rank]),
             seq_length=1,
             micro_batch_size=1,
             forward_only=forward_only,
@@ -255,16 +271,23 @@ def _wrap(model: Qwen3VLModel) -> DistributedDataParallel:
         finalize_model_grads(models, None, **kwargs)
 
     model.config.finalize_model_grads_func = finalize
-    return DistributedDataParallel(
+    overlap = model.backend.async_collectives
+    ddp = DistributedDataParallel(
         model.config,
         DistributedDataParallelConfig(
             grad_reduce_in_fp32=True,
-            overlap_grad_reduce=False,
+            overlap_grad_reduce=overlap,
             use_distributed_optimizer=True,
         ),
         model,
         pg_collection=model.parallel.groups,
     )
+    if overlap:
+        # gradients of all but the last micro-batch only add up
+        model.config.no_sync_func = ddp.no_sync
+        reduce_in_order(ddp.bucket_groups)
+        reduce_in_order(ddp.expert_parallel_bucket_groups)
+    return ddp
 
 
 def _optimizer(section: Optimizer, ddp: DistributedDataParallel, model: Qwen3VLModel) -> Any:

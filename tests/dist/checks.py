@@ -172,11 +172,9 @@ def gradients(
     assert runner.ddp is not None
     runner.model.train()
     runner.ddp.zero_grad_buffer()
-    batches = runner._micro_batches(batch)
-    runner._set_router_loss_scale(batches)
     tokens = float(sum(s.response_mask.sum() for s in batch))
     loss = weighted_loss(tokens) if head == "language" else final_score_loss
-    sums = runner._forward_backward(batches, loss)
+    sums = runner.forward_backward(batch, loss)
     grads = dict(iter_hf_weights(runner.model, read=_gradient))
     if torch.distributed.get_rank() != 0:
         grads = {}

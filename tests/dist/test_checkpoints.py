@@ -313,7 +313,8 @@ def _logits(ckpt: Path) -> Tensor:
     backend.seed(1, parallel)
     model = megatron_directory.load_model(ckpt, parallel, backend).eval()
     runner = ModelRunner(model, micro_batch_tokens=64, pad_id=0, optimizer=None)
-    [batch] = runner._micro_batches([checks.mixed_batch()[2]])
+    sequences = [checks.mixed_batch()[2]]
+    [batch] = runner._micro_batches(sequences, runner._plan(sequences))
     with torch.no_grad():
         return model(batch, output="logits")
 

@@ -132,16 +132,16 @@ def gradients(runner: ModelRunner, head: Head) -> tuple[float, dict[str, Tensor]
         models, tokens, **(kwargs | {"force_all_reduce": True})
     )
     assert runner.ddp is not None
+    runner.ddp.force_all_reduce = True
     runner.model.train()
     runner.ddp.zero_grad_buffer()
-    batches = runner._micro_batches(batch())
-    runner._set_router_loss_scale(batches)
-    sums = runner._forward_backward(batches, loss_of(head))
+    sums = runner.forward_backward(batch(), loss_of(head))
     grads = {
         name: tensor.float().cpu().clone()
         for name, tensor in iter_hf_weights(runner.model, read=lambda p: p.main_grad.to(p.dtype))
     }
     runner.model.config.finalize_model_grads_func = finalize
+    runner.ddp.force_all_reduce = False
     return sums["loss"], grads
 
 

@@ -1,0 +1,77 @@
+"""The benchmarks' work: random rows of 1,024 to 4,096 tokens with one 896 x 896 image each."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import statistics
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from model_providers.config import Qwen3VLConfig
+from prism_megatron.flops import training_flops
+from prism_megatron.types import ImageInputs, Sequence
+
+GRID = (1, 56, 56)
+SHORTEST, LONGEST = 1024, 4096
+PEAK_TFLOPS = 989.0
+"""Dense BF16 of an H100 or H200 by NVIDIA's datasheet."""
+
+
+def rows(config: Qwen3VLConfig, count: int, seed: int) -> list[Sequence]:
+    """`count` sequences, image first; the last half of the text is the response."""
+    generator = torch.Generator().manual_seed(seed)
+    merge = config.vision.spatial_merge_size
+    visual = GRID[1] * GRID[2] // merge**2
+    sequences = []
+    for number in range(count):
+        length = int(torch.randint(SHORTEST, LONGEST + 1, (1,), generator=generator))
+        text = torch.randint(1000, config.image_token_id - 1000, (length,), generator=generator)
+        text[1 : 1 + visual] = config.image_token_id
+        pixels = torch.randn(GRID[1] * GRID[2], config.vision.patch_dim, generator=generator)
+        mask = torch.arange(length) >= (length + visual) // 2
+        image = ImageInputs(f"{seed}/{number}", pixels.to(torch.bfloat16), GRID)
+        sequences.append(Sequence(text, (image,), mask))
+    return sequences
+
+
+def throughput(
+    config: Qwen3VLConfig, batches: list[list[Sequence]], seconds: list[float], world: int
+) -> dict[str, Any]:
+    """Rates a GPU at the median step; `batches` and `seconds` belong to the same steps."""
+    tokens, tflops, parts = [], [], []
+    for batch, time in zip(batches, seconds, strict=True):
+        flops = training_flops(config, map(len, batch), [GRID] * len(batch))
+        tokens.append(sum(map(len, batch)) / time / world)
+        tflops.append(flops.total / time / world / 1e12)
+        parts.append([flops.text, flops.attention, flops.vision])
+    shares = torch.tensor(parts).sum(0)
+    shares /= shares.sum()
+    rate = statistics.median(tflops)
+    return {
+        "step_s": statistics.median(seconds),
+        "steps_s": seconds,
+        "tokens_per_s_per_gpu": statistics.median(tokens),
+        "tflops_per_gpu": rate,
+        "mfu": rate / PEAK_TFLOPS,
+        "flops_shares": dict(zip(("text", "attention", "vision"), shares.tolist(), strict=True)),
+        "tokens_per_step": sum(map(len, batches[-1])),
+        "peak_memory_gib": torch.accelerator.max_memory_allocated() / 2**30,
+    }
+
+
+def environment() -> dict[str, Any]:
+    """Versions, device and commit of a result."""
+    versions = {}
+    for name in ("torch", "megatron-core", "transformer-engine", "transformers"):
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            versions[name] = None
+    root = Path(__file__).parents[2]
+    commit = subprocess.run(
+        ["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=False
+    ).stdout.strip()
+    return {"versions": versions, "device": torch.cuda.get_device_name(), "git_commit": commit}
