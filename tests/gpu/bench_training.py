@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from model_providers import backend as backends
-from model_providers.config import Precision
+from model_providers.config import Precision, TrainingOptions
 from model_providers.parallel import Layout, ParallelState
 from model_providers.presets import PRESETS
 from model_providers.qwen3_vl import Qwen3VLModel
@@ -44,8 +44,9 @@ def build(options: argparse.Namespace) -> ModelRunner:
     if options.layers:
         config = replace(config, num_layers=options.layers)
     precision = Precision(fp8=None if options.fp8 == "off" else options.fp8)
+    training = TrainingOptions(precision=precision)
     with torch.device(backend.device):
-        model = Qwen3VLModel(config, parallel, backend, precision=precision).to(backend.device)
+        model = Qwen3VLModel(config, parallel, backend, options=training).to(backend.device)
     for name, parameter in model.named_parameters():
         norm = "norm" in name and name.endswith("weight")
         parameter.data.normal_(1.0 if norm else 0.0, 0.0 if norm else 0.02)
