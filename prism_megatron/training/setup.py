@@ -25,14 +25,16 @@ def layout_of(parallel: Parallel) -> Layout:
     return Layout(**sizes, sequence_parallel=parallel.sequence_parallel)
 
 
-def recompute_of(model: Model) -> Recompute:
-    """The same for activation recomputation."""
-    return Recompute(**model.recompute.model_dump())
-
-
-def precision_of(model: Model) -> Precision:
-    """The same for FP8."""
-    return Precision(model.fp8, model.bf16_first_layers, model.bf16_last_layers)
+def options_of(
+    model: Model, aux_loss_coef: float = 0.0, z_loss_coef: float = 0.0
+) -> TrainingOptions:
+    """The same for what the modules know of their training."""
+    return TrainingOptions(
+        aux_loss_coef,
+        z_loss_coef,
+        Recompute(**model.recompute.model_dump()),
+        Precision(model.fp8, model.bf16_first_layers, model.bf16_last_layers),
+    )
 
 
 def start(backend_name: str, *models: Model) -> Backend:
@@ -44,9 +46,9 @@ def start(backend_name: str, *models: Model) -> Backend:
         backend.check(layout)
         architecture = Qwen3VLConfig.from_hf(hf_directory(model.path))
         architecture.check_layout(layout)
-        recompute = recompute_of(model)
-        architecture.check_recompute(recompute, backend)
-        precision_of(model).check(backend, architecture, layout, recompute)
+        options = options_of(model)
+        architecture.check_recompute(options.recompute, backend)
+        options.precision.check(backend, architecture, layout, options.recompute)
         if isinstance(model, Discriminator) and model.streams == "response":
             _check_whole_response(architecture, model)
     backend.init_process_group()
@@ -78,9 +80,7 @@ def build_runner(
     """The section's model with its weights, ready to train."""
     parallel = ParallelState.create(layout_of(section.parallel))
     backend.seed(run.seed, parallel)
-    options = TrainingOptions(
-        aux_loss_coef, z_loss_coef, recompute_of(section), precision_of(section)
-    )
+    options = options_of(section, aux_loss_coef, z_loss_coef)
     model = load_model(section.path, parallel, backend, head, options)
     model.freeze(**section.freeze.model_dump())
     return ModelRunner(

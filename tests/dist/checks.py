@@ -18,7 +18,7 @@ from model_providers.qwen3_vl import Head, Qwen3VLModel
 from model_providers.weight_map import iter_hf_weights, load_hf_weights
 from prism_megatron.config.schema import Optimizer
 from prism_megatron.training.runner import ModelRunner
-from prism_megatron.types import VisualInputs, PackedBatch, Sequence
+from prism_megatron.types import PackedBatch, Sequence, VisualInputs
 from tests.tiny_models import IMAGE, VIDEO, VISION_END, VISION_START
 
 PATCH_DIM = 3 * 2 * 8 * 8

@@ -5,11 +5,20 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+from megatron.core.transformer.transformer_config import TransformerConfig
 
 from model_providers import backend as backends
-from model_providers.config import Qwen3VLConfig, Recompute, stage_layers
+from model_providers.config import (
+    Precision,
+    Qwen3VLConfig,
+    Recompute,
+    TrainingOptions,
+    stage_layers,
+    text_transformer_config,
+)
 from model_providers.parallel import Layout
 from model_providers.qwen3_vl import padded_vocab_size
 from tests import tiny_models
@@ -294,3 +303,82 @@ def test_modules_that_can_not_be_recomputed_are_refused(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         configs[kind].check_recompute(Recompute("selective", modules), backends.create("cpu"))
+
+
+FP8_BACKEND = replace(backends.create("cpu"), name="fp8", fp8=True)
+
+
+@pytest.mark.parametrize(
+    "precision, layout, modules, message",
+    [
+        (Precision(None, 1, 0), Layout(), (), "bf16_last_layers mean something with fp8 only"),
+        (Precision(None, 0, 2), Layout(), (), "bf16_last_layers mean something with fp8 only"),
+        (Precision("delayed", 1, 0), Layout(), (), "can't leave some in BF16; choose tensorwise"),
+        (Precision("delayed", 0, 1), Layout(), (), "can't leave some in BF16; choose tensorwise"),
+        (Precision("delayed"), Layout(pipeline=2), (), r"\(pipeline=2\) reach with different"),
+        (Precision("delayed"), Layout(), ("layernorm",), "has layernorm, whose outputs fp8='del"),
+        (Precision("delayed"), Layout(), ("moe_act", "layernorm"), "has layernorm, moe_act, whose"),
+        (
+            Precision("tensorwise", 3, 1),
+            Layout(pipeline=2),
+            (),
+            "bf16_first_layers=3, but a pipeline stage has 2 of 4 decoder layers",
+        ),
+        (Precision("blockwise", 0, 5), Layout(), (), "bf16_last_layers=5, but a pipeline stage"),
+    ],
+)
+def test_a_precision_that_can_not_be_had_is_refused(
+    configs: dict[str, Qwen3VLConfig],
+    precision: Precision,
+    layout: Layout,
+    modules: tuple[str, ...],
+    message: str,
+) -> None:
+    recompute = Recompute("selective", modules) if modules else Recompute()
+    with pytest.raises(ValueError, match=message):
+        precision.check(FP8_BACKEND, configs["moe"], layout, recompute)
+
+
+@pytest.mark.parametrize("recipe", ["delayed", "tensorwise", "blockwise"])
+def test_fp8_needs_a_backend_that_has_it(configs: dict[str, Qwen3VLConfig], recipe: Any) -> None:
+    own = configs["dense"], Layout(), Recompute()
+    with pytest.raises(ValueError, match=f"fp8='{recipe}' needs .* backend 'cpu' has none"):
+        Precision(recipe).check(backends.create("cpu"), *own)
+    Precision(recipe).check(FP8_BACKEND, *own)
+    Precision().check(backends.create("cpu"), *own)
+
+
+def test_precision_lands_in_the_decoders_configuration(configs: dict[str, Qwen3VLConfig]) -> None:
+    def decoder(precision: Precision) -> TransformerConfig:
+        options = TrainingOptions(precision=precision)
+        return text_transformer_config(configs["dense"], Layout(), FP8_BACKEND, options)
+
+    found = decoder(Precision("tensorwise", 1, 2))
+    assert (found.fp8, found.fp8_recipe) == ("hybrid", "tensorwise")
+    assert found.first_last_layers_bf16
+    assert (found.num_layers_at_start_in_bf16, found.num_layers_at_end_in_bf16) == (1, 2)
+    assert not found.moe_router_padding_for_quantization
+    # megatron.core takes experts with FP8 only where Transformer Engine is installed
+    experts = Precision("tensorwise").transformer_fields(configs["moe"].num_experts)
+    assert experts["moe_router_padding_for_quantization"] and experts["fp8_recipe"] == "tensorwise"
+    assert not decoder(Precision("blockwise")).first_last_layers_bf16
+    assert decoder(Precision("blockwise")).fp8_recipe == "blockwise"
+    assert decoder(Precision("delayed")).fp8_amax_history_len == 1024
+    assert decoder(Precision()).fp8 is None
+
+
+@pytest.mark.parametrize(
+    "layout, factor",
+    [
+        (Layout(), 1),
+        (Layout(tensor=2, sequence_parallel=True), 2),
+        (Layout(context=3), 3),
+        (Layout(tensor=2, context=3, sequence_parallel=True), 6),
+    ],
+)
+def test_z_loss_undoes_the_division_by_the_ranks_of_a_sequence(
+    configs: dict[str, Qwen3VLConfig], layout: Layout, factor: int
+) -> None:
+    options = TrainingOptions(z_loss_coef=0.5)
+    config = text_transformer_config(configs["moe"], layout, backends.create("cpu"), options)
+    assert config.moe_z_loss_coeff == 0.5 / configs["moe"].num_layers * factor

@@ -1,0 +1,52 @@
+"""What a stage asks for is checked before it joins the world, and reaches the model as asked."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch.distributed as dist
+
+from model_providers.config import Precision, Recompute, TrainingOptions
+from prism_megatron.config import schema
+from prism_megatron.training import setup
+from tests import tiny_models
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"fp8": "blockwise"}, "fp8='blockwise' needs Transformer Engine"),
+        ({"bf16_first_layers": 1}, "mean something with fp8 only"),
+        ({"bf16_last_layers": 1}, "mean something with fp8 only"),
+        (
+            {"recompute": {"granularity": "selective", "modules": ["layernorm"]}},
+            "backend 'cpu' can't recompute layernorm",
+        ),
+    ],
+)
+def test_a_second_model_is_refused_before_the_first_collective(
+    tmp_path: Path, options: dict[str, object], message: str
+) -> None:
+    path = tiny_models.save(tmp_path, "dense")
+    wrong = schema.Model.model_validate({"path": path, **options})
+    with pytest.raises(ValueError, match=message):
+        setup.start("cpu", schema.Model(path=path), wrong)
+    assert not dist.is_initialized()
+
+
+def test_a_section_says_how_its_model_is_trained() -> None:
+    section = schema.Model(
+        path=Path("model"),
+        recompute=schema.Recompute(granularity="full", layers=3, vision=True),
+        fp8="tensorwise",
+        bf16_first_layers=1,
+        bf16_last_layers=2,
+    )
+    assert setup.options_of(section, 0.25, 0.125) == TrainingOptions(
+        aux_loss_coef=0.25,
+        z_loss_coef=0.125,
+        recompute=Recompute("full", (), 3, vision=True),
+        precision=Precision("tensorwise", bf16_first_layers=1, bf16_last_layers=2),
+    )
+    assert setup.options_of(schema.Model(path=Path("model"))) == TrainingOptions()
