@@ -184,7 +184,7 @@ def _router_alone(path: Path, counts: tuple[int, int], chosen: int) -> tuple[flo
     model = checks.make_runner(
         path, Layout(), "score", training=TrainingOptions(aux_loss_coef=1.0)
     ).model
-    router = model.language_model.decoder.layers[0].mlp.router.train()
+    router = model.chunks[0].language_model.decoder.layers[0].mlp.router.train()
     section = torch.tensor([0] * counts[0] + [1] * counts[1])
     order = torch.cat([torch.arange(count) for count in counts])
     each, top_k = DEDICATED["num_experts"] // 2, DEDICATED["num_experts_per_tok"]
