@@ -7,8 +7,27 @@ import pytest
 import torch
 
 from model_providers import backend as backends
-from prism_megatron.config.schema import Model, Optimizer, Run, Train
-from prism_megatron.training.setup import build_runner
+from model_providers.parallel import Layout
+from prism_megatron.config.schema import Model, Optimizer, Parallel, Run, Train
+from prism_megatron.training.setup import build_runner, layout_of
+
+
+def test_every_key_of_the_configuration_reaches_the_layout() -> None:
+    sizes = dict(
+        tensor=2,
+        context=3,
+        pipeline=5,
+        virtual_pipeline=7,
+        expert=11,
+        expert_tensor=13,
+        first_stage_layers=17,
+        last_stage_layers=19,
+        embedding_as_layer=True,
+        loss_as_layer=True,
+    )
+    assert layout_of(Parallel(**sizes)) == Layout(**sizes, sequence_parallel=True)
+    assert layout_of(Parallel(tensor=2, sequence=False)) == Layout(tensor=2)
+    assert layout_of(Parallel()) == Layout()
 
 
 def test_a_discriminator_that_could_not_be_saved_is_refused_at_once(tmp_path: Path) -> None:
