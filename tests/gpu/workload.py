@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import statistics
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from model_providers.config import Qwen3VLConfig
+from model_providers.qwen3_vl import Qwen3VLModel
 from prism_megatron.flops import training_flops
 from prism_megatron.types import ImageInputs, Sequence
 
@@ -35,6 +38,13 @@ def rows(config: Qwen3VLConfig, count: int, seed: int) -> list[Sequence]:
         image = ImageInputs(f"{seed}/{number}", pixels.to(torch.bfloat16), GRID)
         sequences.append(Sequence(text, (image,), mask))
     return sequences
+
+
+def randomise(model: Qwen3VLModel) -> None:
+    """Random weights, as a checkpoint would otherwise bring them."""
+    for name, parameter in model.named_parameters():
+        norm = "norm" in name and name.endswith("weight")
+        parameter.data.normal_(1.0 if norm else 0.0, 0.0 if norm else 0.02)
 
 
 def throughput(
@@ -75,3 +85,24 @@ def environment() -> dict[str, Any]:
         ["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=False
     ).stdout.strip()
     return {"versions": versions, "device": torch.cuda.get_device_name(), "git_commit": commit}
+
+
+def table(folder: Path) -> str:
+    """The training steps measured in `folder`, as Markdown."""
+    lines = [
+        "| run | GPUs | tokens/s/GPU | TFLOP/s/GPU | MFU | peak memory, GiB |",
+        "|---|---|---|---|---|---|",
+    ]
+    for file in sorted(folder.glob("*.json")):
+        result = json.loads(file.read_text())
+        if "tflops_per_gpu" in result:
+            lines.append(
+                f"| {file.stem} | {result['gpus']} | {result['tokens_per_s_per_gpu']:,.0f} | "
+                f"{result['tflops_per_gpu']:.0f} | {100 * result['mfu']:.1f} % | "
+                f"{result['peak_memory_gib']:.0f} |"
+            )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(table(Path(sys.argv[1])))
