@@ -191,6 +191,7 @@ def compare(directory: Path, sizes: dict[str, int]) -> dict[str, Any]:
             "loss": loss,
             "loss_fp32": json.loads((directory / f"{head}.json").read_text())["loss"],
             "parameters": len(grads),
+            "grad_norm": float(torch.stack([g.norm() for g in grads.values()]).norm()),
             "worst_cosine": [worst, cosine[worst]],
             "length_ratio": [min(length.values()), max(length.values())],
             "training_losses": losses,

@@ -94,5 +94,4 @@ for part in "${parts[@]}"; do
         *) echo "run.sh: unknown part $part" >&2; exit 2 ;;
     esac
 done
-python3 -m tests.gpu.workload "$out"
-[[ ! -e $out/failed ]]
+python3 -m tests.gpu.workload "$out" && [[ ! -e $out/failed ]]
