@@ -21,7 +21,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from checkpoint_tools.hf_directory import HFDirectory, copy_config
 from model_providers.backend import Backend
-from model_providers.config import Qwen3VLConfig
+from model_providers.config import DEFAULT_OPTIONS, Qwen3VLConfig, TrainingOptions
 from model_providers.parallel import ParallelState
 from model_providers.qwen3_vl import Head, Qwen3VLModel
 from model_providers.weight_map import load_hf_weights
@@ -49,7 +49,7 @@ def load_model(
     parallel: ParallelState,
     backend: Backend,
     head: Head = "language",
-    aux_loss_coef: float = 0.0,
+    options: TrainingOptions = DEFAULT_OPTIONS,
 ) -> Qwen3VLModel:
     """Build the model that `path` holds and load its weights, whichever of the two formats it is.
 
@@ -57,7 +57,7 @@ def load_model(
         ValueError: weights and config disagree, or the layout does not fit.
     """
     hf = hf_directory(path)
-    model = Qwen3VLModel(Qwen3VLConfig.from_hf(hf), parallel, backend, head, aux_loss_coef)
+    model = Qwen3VLModel(Qwen3VLConfig.from_hf(hf), parallel, backend, head, options)
     model.to(backend.device)
     if hf == path:
         load_hf_weights(model, HFDirectory(path), str(path))
@@ -152,7 +152,8 @@ def _load_optimizer(optimizer: Any, saved: dict[str, Any]) -> None:
         state = part.state_dict()
         for group in state["optimizer"]["param_groups"]:
             group["step"] = saved["step"]
-        state["param_state"] = saved["parts"][i]
+        # dist_checkpointing drops the empty state of a stage that has nothing to train
+        state["param_state"] = saved.get("parts", {}).get(i, {})
         state["param_state_sharding_type"] = SHARDING
         part.load_state_dict(state)
     _separate_steps(optimizer)

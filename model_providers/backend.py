@@ -40,6 +40,8 @@ class Backend:
     """Whether its linear layers can compute in FP8."""
     fused_kernels: bool
     """Whether gated activations and weight-gradient accumulation have kernels of their own."""
+    recompute_modules: frozenset[str]
+    """Modules of a decoder layer whose activations it can recompute one by one."""
     async_collectives: bool
     """Whether a collective can run beside the computation."""
     supports: dict[str, int]
@@ -117,6 +119,8 @@ def _cpu() -> Backend:
         grouped_gemm=False,
         fp8=False,
         fused_kernels=False,
+        # megatron.core's recomputation of norms and activations wants Transformer Engine
+        recompute_modules=frozenset({"core_attn", "mlp", "moe"}),
         async_collectives=False,
         supports={},
     )
@@ -145,6 +149,7 @@ def _cuda() -> Backend:
         grouped_gemm=True,
         fp8=True,
         fused_kernels=True,
+        recompute_modules=frozenset({"core_attn", "mlp", "moe", "layernorm", "moe_act"}),
         async_collectives=True,
         supports={},
     )

@@ -26,6 +26,20 @@ SECTIONS = ("perception", "reasoning")
 
 
 @dataclass(frozen=True)
+class Recompute:
+    """Activations that the backward pass computes again instead of keeping them."""
+
+    granularity: Literal["none", "selective", "full"] = "none"
+    """Of the decoder: nothing, some modules of each layer, or whole layers."""
+    modules: tuple[str, ...] = ()
+    """What selective computes again, in megatron.core's names (recompute_modules)."""
+    layers: int | None = None
+    """How many of each stage's decoder layers full computes again, the first ones; None: all."""
+    vision: bool = False
+    """Every layer of the vision tower."""
+
+
+@dataclass(frozen=True)
 class VisionConfig:
     """The vision tower (transformers Qwen3VLVisionConfig)."""
 
@@ -192,6 +206,22 @@ class Qwen3VLConfig:
             )
         self._check_stages(layout)
 
+    def check_recompute(self, recompute: Recompute, backend: Backend) -> None:
+        """ValueError if the backend or this model has no such module to compute again."""
+        asked = set(recompute.modules)
+        if missing := asked - backend.recompute_modules:
+            raise ValueError(
+                f"backend {backend.name!r} can't recompute {', '.join(sorted(missing))}; choose "
+                f"from {', '.join(sorted(backend.recompute_modules))}"
+            )
+        foreign = asked & ({"mlp"} if self.num_experts else {"moe", "moe_act"})
+        if foreign:
+            kind = "Mixture-of-Experts" if self.num_experts else "dense"
+            raise ValueError(
+                f"recompute.modules has {', '.join(sorted(foreign))}, which a {kind} model does "
+                "not have; remove it"
+            )
+
     def _check_stages(self, layout: Layout) -> None:
         """megatron.core's rules for spreading layers over stages, before it meets them itself."""
         ends = {
@@ -301,8 +331,10 @@ class Precision:
         scaling whole blocks."""
         return {None: 1, "blockwise": 128}.get(self.fp8, 16)
 
-    def check(self, backend: Backend, layout: Layout) -> None:
-        """ValueError if backend or layout can't compute so."""
+    def check(
+        self, backend: Backend, config: Qwen3VLConfig, layout: Layout, recompute: Recompute
+    ) -> None:
+        """ValueError if backend, model or layout can't compute so, or recompute it."""
         if self.fp8 is None:
             if self.bf16_first_layers or self.bf16_last_layers:
                 raise ValueError(
@@ -325,6 +357,20 @@ class Precision:
                 f"stages (pipeline={layout.pipeline}) reach with different layers; choose "
                 "tensorwise or blockwise"
             )
+        outside = {"layernorm", "moe_act"} & set(recompute.modules)
+        if self.fp8 == "delayed" and outside:
+            raise ValueError(
+                f"recompute.modules has {', '.join(sorted(outside))}, whose outputs fp8='delayed' "
+                "can't compute again; choose tensorwise or blockwise, or remove it"
+            )
+        most = config.num_layers // layout.pipeline
+        for name in ("bf16_first_layers", "bf16_last_layers"):
+            if (number := getattr(self, name)) > most:
+                raise ValueError(
+                    f"{name}={number}, but a pipeline stage has {most} of {config.num_layers} "
+                    f"decoder layers and megatron.core leaves out at most these; set {name} to "
+                    f"{most} or less, or leave fp8 out"
+                )
 
     def transformer_fields(self, num_experts: int) -> dict[str, Any]:
         """The same as megatron.core's configuration says it."""
@@ -343,7 +389,22 @@ class Precision:
         )
 
 
-BACKEND_DTYPE = Precision()
+@dataclass(frozen=True)
+class TrainingOptions:
+    """What the modules themselves must know of how they are trained.
+
+    aux_loss_coef weighs the experts' load-balancing loss, averaged over layers, whose balanced
+    value is top_k as in transformers' load_balancing_loss_func; z_loss_coef the squared logsumexp
+    of the router's logits (ST-MoE, arXiv:2202.08906), averaged over tokens and layers.
+    """
+
+    aux_loss_coef: float = 0.0
+    z_loss_coef: float = 0.0
+    recompute: Recompute = Recompute()
+    precision: Precision = Precision()
+
+
+DEFAULT_OPTIONS = TrainingOptions()
 
 
 def stage_layers(config: Qwen3VLConfig, layout: Layout, stage: int, chunk: int = 0) -> range:
@@ -376,17 +437,12 @@ class TextTransformerConfig(TransformerConfig):
 
 
 def text_transformer_config(
-    config: Qwen3VLConfig,
-    layout: Layout,
-    backend: Backend,
-    aux_loss_coef: float = 0.0,
-    precision: Precision = BACKEND_DTYPE,
+    config: Qwen3VLConfig, layout: Layout, backend: Backend, options: TrainingOptions
 ) -> TextTransformerConfig:
     """The decoder as megatron.core sees it.
 
-    aux_loss_coef weighs the load-balancing loss, averaged over layers, whose balanced value is
-    top_k as in transformers' load_balancing_loss_func; megatron.core's is 1 a layer and summed
-    over layers, hence the factor.
+    Its router losses are summed over layers, and its balanced load-balancing loss is 1 a layer,
+    hence the factors.
     """
     experts: dict[str, Any] = {}
     if config.num_experts:
@@ -394,8 +450,9 @@ def text_transformer_config(
             num_moe_experts=config.num_experts,
             moe_router_topk=config.top_k,
             moe_ffn_hidden_size=config.moe_intermediate_size,
-            moe_router_load_balancing_type="aux_loss" if aux_loss_coef else "none",
-            moe_aux_loss_coeff=aux_loss_coef * config.top_k / config.num_layers,
+            moe_router_load_balancing_type="aux_loss" if options.aux_loss_coef else "none",
+            moe_aux_loss_coeff=options.aux_loss_coef * config.top_k / config.num_layers,
+            moe_z_loss_coeff=_z_loss_coef(config, layout, options) or None,
             moe_router_dtype="fp32",
             moe_token_dispatcher_type=backend.moe_dispatcher,
             moe_grouped_gemm=backend.grouped_gemm,
@@ -420,7 +477,8 @@ def text_transformer_config(
         expert_sections=len(SECTIONS) if config.dedicated else 1,
         sequence_parallel=layout.sequence_parallel,
         **experts,
-        **precision.transformer_fields(config.num_experts),
+        **_recompute(options.recompute),
+        **options.precision.transformer_fields(config.num_experts),
         **_pipeline(layout),
         **_common(layout, backend),
     )
@@ -432,8 +490,26 @@ def text_transformer_config(
     return transformer
 
 
+def _z_loss_coef(config: Qwen3VLConfig, layout: Layout, options: TrainingOptions) -> float:
+    """Per layer. The factor undoes the runner's division by the ranks that share a sequence
+    (ModelRunner._set_router_loss_scale), which is right for the load-balancing loss: that counts
+    all their tokens on each of them, the z-loss only a rank's own."""
+    return options.z_loss_coef / config.num_layers * layout.tensor * layout.context
+
+
+def _recompute(recompute: Recompute) -> dict[str, Any]:
+    if recompute.granularity == "none":
+        return {}
+    found: dict[str, Any] = dict(recompute_granularity=recompute.granularity)
+    if recompute.granularity == "selective":
+        return found | dict(recompute_modules=[*recompute.modules])
+    if recompute.layers is None:
+        return found | dict(recompute_method="uniform", recompute_num_layers=1)
+    return found | dict(recompute_method="block", recompute_num_layers=recompute.layers)
+
+
 def vision_transformer_config(
-    config: Qwen3VLConfig, layout: Layout, backend: Backend
+    config: Qwen3VLConfig, layout: Layout, backend: Backend, recompute: Recompute
 ) -> TransformerConfig:
     """The vision tower's blocks; they live whole on the first pipeline stage."""
     vision = config.vision
@@ -455,6 +531,7 @@ def vision_transformer_config(
         # images are short and their number per micro-batch varies: the tower is split over tensor
         # ranks by heads and features only
         sequence_parallel=False,
+        **_recompute(Recompute("full" if recompute.vision else "none")),
         **common,
     )
 

@@ -43,7 +43,8 @@ class DeepstackLayer(TransformerLayer):
         if 0 <= index < features.shape[0]:
             rows = kwargs["context_mask"]
             hidden_states = hidden_states.index_add(0, rows, features[index].unsqueeze(1))
-        return hidden_states, features
+        # after the last one there is nothing to hand on, nor to recompute a gradient for
+        return hidden_states, features if index + 1 < features.shape[0] else None
 
 
 def decoder_block(

@@ -39,9 +39,9 @@ from torch.distributed import ProcessGroup
 
 from model_providers.backend import Backend
 from model_providers.config import (
-    BACKEND_DTYPE,
-    Precision,
+    DEFAULT_OPTIONS,
     Qwen3VLConfig,
+    TrainingOptions,
     stage_layers,
     text_transformer_config,
     vision_transformer_config,
@@ -132,12 +132,11 @@ class LanguageModel(MegatronModule):
         parallel: ParallelState,
         backend: Backend,
         head: Head,
-        aux_loss_coef: float,
-        precision: Precision,
+        options: TrainingOptions,
         chunk: int,
     ) -> None:
         layout = parallel.layout
-        transformer = text_transformer_config(config, layout, backend, aux_loss_coef, precision)
+        transformer = text_transformer_config(config, layout, backend, options)
         super().__init__(transformer)
         self.layers = stage_layers(config, layout, parallel.pipeline_rank, chunk)
         self.pre_process = parallel.is_first_stage and chunk == 0
@@ -204,18 +203,18 @@ class Qwen3VLModel(nn.Module):
         parallel: ParallelState,
         backend: Backend,
         head: Head = "language",
-        aux_loss_coef: float = 0.0,
-        precision: Precision = BACKEND_DTYPE,
+        options: TrainingOptions = DEFAULT_OPTIONS,
     ) -> None:
-        """Raises ValueError if layout or precision do not fit the model or the backend."""
+        """Raises ValueError if layout or options do not fit the model or the backend."""
         backend.check(parallel.layout)
         config.check_layout(parallel.layout)
-        precision.check(backend, parallel.layout)
+        config.check_recompute(options.recompute, backend)
+        options.precision.check(backend, config, parallel.layout, options.recompute)
         super().__init__()
         self.architecture, self.parallel, self.backend, self.head = config, parallel, backend, head
-        self.precision = precision
+        self.precision = options.precision
         self.chunks = nn.ModuleList(
-            Qwen3VLChunk(config, parallel, backend, head, aux_loss_coef, precision, chunk)
+            Qwen3VLChunk(config, parallel, backend, head, options, chunk)
             for chunk in range(parallel.layout.virtual_pipeline)
         )
 
@@ -229,10 +228,15 @@ class Qwen3VLModel(nn.Module):
         """The vision tower; the first stage has it."""
         return self.chunks[0].vision_model
 
-    def freeze_vision(self) -> None:
-        """Stop gradients of tower and mergers."""
+    def freeze(self, language: bool, vision: bool, mergers: bool) -> None:
+        """Stop gradients of the decoder with embeddings and head, of the tower, of its mergers."""
+        if language:
+            for chunk in self.chunks:
+                chunk.language_model.requires_grad_(False)
         if self.parallel.is_first_stage:
-            self.vision_model.requires_grad_(False)
+            for name, part in self.vision_model.named_children():
+                if mergers if "merger" in name else vision:
+                    part.requires_grad_(False)
 
     def forward(self, batch: Batch, output: Literal["head", "logits"] = "head") -> Tensor:
         """Without pipeline parallelism, what Qwen3VLChunk gives; stages run in a schedule."""
@@ -252,13 +256,10 @@ class Qwen3VLChunk(MegatronModule):
         parallel: ParallelState,
         backend: Backend,
         head: Head,
-        aux_loss_coef: float,
-        precision: Precision,
+        options: TrainingOptions,
         chunk: int,
     ) -> None:
-        language_model = LanguageModel(
-            config, parallel, backend, head, aux_loss_coef, precision, chunk
-        )
+        language_model = LanguageModel(config, parallel, backend, head, options, chunk)
         super().__init__(language_model.config)
         self.tp_group = parallel.groups.tp
         self.architecture, self.parallel, self.backend, self.head = config, parallel, backend, head
@@ -267,7 +268,7 @@ class Qwen3VLChunk(MegatronModule):
         self.language_model = language_model
         if self.pre_process:
             self.vision_model = VisionModel(
-                vision_transformer_config(config, parallel.layout, backend),
+                vision_transformer_config(config, parallel.layout, backend, options.recompute),
                 config.vision,
                 parallel,
                 backend,

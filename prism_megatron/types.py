@@ -1,7 +1,7 @@
 """The data that flows between the parts: prompts, rollouts, sequences and packed micro-batches.
 
 Shapes use: T packed tokens of one micro-batch, S sequences in it, V visual tokens, P image
-patches, D values a patch, N distinct images.
+patches, D values a patch, N distinct images and videos.
 """
 
 from __future__ import annotations
@@ -14,11 +14,12 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class ImageInputs:
-    """One preprocessed image, as the Hugging Face processor returns it.
+class VisualInputs:
+    """One preprocessed image or video, as the Hugging Face processor returns it.
 
-    pixel_values: [P, D] float, patches in merge-block order; grid_thw: (t, h, w) in patches.
-    The image takes t*h*w / merge_size**2 tokens.
+    key: names the content. pixel_values: [P, D] float, patches in merge-block order, frame after
+    frame; grid_thw: (t, h, w) in patches, t = 1 for an image. It takes t*h*w / merge_size**2
+    tokens, those of each frame of a video between timestamps of its own.
     """
 
     key: str
@@ -32,7 +33,7 @@ class Prompt:
 
     row_id: str
     input_ids: tuple[int, ...]
-    images: tuple[ImageInputs, ...]
+    images: tuple[VisualInputs, ...]
 
 
 @dataclass(frozen=True)
@@ -58,14 +59,16 @@ class Sequence:
     response_mask: [L] bool, True on the tokens whose log-probability is trained (response tokens).
     per_token: named [L] float tensors that follow the tokens (advantages, old log-probabilities),
     aligned with input_ids (value at l belongs to the token input_ids[l]).
+    images, videos: in the order of their placeholder tokens.
     section: index in model_providers.config.SECTIONS of what a dedicated discriminator judges here;
     other models don't look.
     """
 
     input_ids: Tensor
-    images: tuple[ImageInputs, ...]
+    images: tuple[VisualInputs, ...]
     response_mask: Tensor
     per_token: dict[str, Tensor] = field(default_factory=dict)
+    videos: tuple[VisualInputs, ...] = ()
     section: int = 0
 
     def __len__(self) -> int:
@@ -86,10 +89,10 @@ class PackedBatch:
     loss_mask    [T] float     1 where labels[t] is trained, i.e. the *predicted* token is response
     padding_mask [T] bool      True on padding tokens
     section      [T] int64     the sequence's section (see Sequence), 0 on padding
-    pixel_values [P, D]        patches of the N distinct images, each image once; None if none
-    grids                      (t, h, w) in patches of those images, in their order
+    pixel_values [P, D]        patches of the N distinct images and videos, each once; None if none
+    grids                      (t, h, w) in patches of each of them, in the same order
     visual_index [V] int64     positions in [0, T) of the visual tokens, ascending
-    feature_index[V] int64     for each of them its row among the image features of the N images
+    feature_index[V] int64     for each of them its row among the features of all N
     per_token    name -> [T]   values aligned with *labels* (shifted left by one, like loss_mask)
     num_sequences              S without the padding sequence
 

@@ -60,6 +60,54 @@ class Parallel(Section):
         return self.sequence and self.tensor > 1
 
 
+class Freeze(Section):
+    """Parts of a model that stay as they are: no gradient, no optimizer state."""
+
+    language: bool = False
+    """Embeddings, decoder and head."""
+    vision: bool = False
+    """The vision tower without its mergers."""
+    mergers: bool = False
+    """The mergers from patches to the decoder's tokens, those of deepstack included."""
+
+    @model_validator(mode="after")
+    def _something_is_left(self) -> Self:
+        if self.language and self.vision and self.mergers:
+            raise ValueError(
+                "language, vision and mergers are all frozen, so nothing is trained; set one of "
+                "them to false"
+            )
+        return self
+
+
+class Recompute(Section):
+    """Activations that the backward pass computes again instead of keeping them."""
+
+    granularity: Literal["none", "selective", "full"] = "none"
+    """Of the decoder: nothing, the named modules of each layer, or whole layers."""
+    modules: tuple[Literal["core_attn", "mlp", "moe", "layernorm", "moe_act"], ...] = ()
+    """What selective computes again: attention without its projections, the dense or the expert
+    layer, the norms, the experts' activation. The CPU backend has only the first three."""
+    layers: int | None = Field(None, ge=1)
+    """How many decoder layers of each pipeline stage full computes again, the first ones; all if
+    not set."""
+    vision: bool = False
+    """Compute every layer of the vision tower again."""
+
+    @model_validator(mode="after")
+    def _settings_belong_to_the_granularity(self) -> Self:
+        if (self.granularity == "selective") != bool(self.modules):
+            raise ValueError(
+                f"granularity is {self.granularity!r} with {len(self.modules)} modules; selective "
+                "needs some, the others none"
+            )
+        if self.layers is not None and self.granularity != "full":
+            raise ValueError(
+                f"layers={self.layers} belongs to granularity 'full', not {self.granularity!r}"
+            )
+        return self
+
+
 class Model(Section):
     """Which model, and how it is laid out."""
 
@@ -67,8 +115,17 @@ class Model(Section):
     """Hugging Face directory or Megatron checkpoint; either holds config, processor and weights."""
     parallel: Parallel = Parallel()
     """Parallel layout of this model alone."""
-    freeze_vision: bool = False
-    """Keep the vision tower and its mergers as they are."""
+    freeze: Freeze = Freeze()
+    """Parts that are not trained."""
+    recompute: Recompute = Recompute()
+    """Trade of computation for memory."""
+    fp8: Literal["delayed", "tensorwise", "blockwise"] | None = None
+    """Scaling of the decoder's matrix products in FP8, with backend=cuda: by a history of maxima,
+    by the tensor's own maximum, or by the maxima of blocks of 128; null computes in BF16."""
+    bf16_first_layers: int = Field(0, ge=0)
+    """Decoder layers at the start that stay in BF16, with fp8 tensorwise or blockwise."""
+    bf16_last_layers: int = Field(0, ge=0)
+    """Decoder layers at the end that stay in BF16, with fp8 tensorwise or blockwise."""
 
 
 class Discriminator(Model):
@@ -158,6 +215,17 @@ class Stage(Section):
     data: Data
     train: Train
 
+    @model_validator(mode="after")
+    def _moments_fit_the_backend(self) -> Self:
+        for name, optimizer in self:
+            bf16 = isinstance(optimizer, Optimizer) and optimizer.moments == "bf16"
+            if bf16 and self.backend == "cpu":
+                raise ValueError(
+                    f"{name}.moments=bf16 needs backend=cuda, whose Adam can keep them so, but "
+                    f"backend={self.backend}; set {name}.moments=fp32 or backend=cuda"
+                )
+        return self
+
 
 class SFT(Stage):
     """Stage 1: supervised fine-tuning on demonstrations, loss on the response only."""
@@ -191,6 +259,8 @@ class Warmup(Stage):
     """Pairs an optimizer step, over all ranks."""
     aux_loss_coef: float = Field(0.01, ge=0)
     """Weight of the router's load-balancing loss."""
+    z_loss_coef: float = Field(0.0, ge=0)
+    """Weight of the router's z-loss, which keeps its logits small."""
 
 
 class Align(Stage):
@@ -215,6 +285,8 @@ class Align(Stage):
     """Weight of the squared-score regulariser that keeps scores near zero."""
     aux_loss_coef: float = Field(0.01, ge=0)
     """Weight of the router's load-balancing loss."""
+    z_loss_coef: float = Field(0.0, ge=0)
+    """Weight of the router's z-loss, which keeps its logits small."""
 
 
 class RLVR(Stage):

@@ -13,11 +13,11 @@ Grid = tuple[int, int, int]
 def mrope_positions(
     input_ids: Tensor,
     image_grids: Sequence[Grid],
+    video_grids: Sequence[Grid],
     *,
     image_token_id: int,
+    video_token_id: int,
     merge_size: int,
-    video_grids: Sequence[Grid] = (),
-    video_token_id: int | None = None,
 ) -> Tensor:
     """Position ids (t, h, w) of every token: [3, L] int64 for input_ids [L] int64.
 
@@ -48,7 +48,7 @@ def mrope_positions(
 
 
 def _visual_spans(
-    input_ids: Tensor, grids: dict[int | None, list[Grid]], merge_size: int
+    input_ids: Tensor, grids: dict[int, list[Grid]], merge_size: int
 ) -> list[tuple[int, Grid]]:
     """(first index, grid) of every image or video frame, in token order."""
     ids = input_ids.tolist()

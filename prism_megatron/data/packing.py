@@ -7,13 +7,14 @@ those sequences -> pack -> PackedBatch (one row of T tokens, THD layout)
 from __future__ import annotations
 
 import heapq
+import math
 from collections.abc import Sequence as Ordered
 
 import torch
 from torch import Tensor
 
 from prism_megatron.data.mrope import mrope_positions
-from prism_megatron.types import ImageInputs, PackedBatch, Sequence
+from prism_megatron.types import PackedBatch, Sequence, VisualInputs
 
 
 def plan_micro_batches(
@@ -76,6 +77,7 @@ def pack(
     sequences: Ordered[Sequence],
     *,
     image_token_id: int,
+    video_token_id: int,
     merge_size: int,
     pad_id: int,
     pad_multiple: int = 1,
@@ -89,7 +91,8 @@ def pack(
     `pad_multiple`; padding is a sequence of its own at the end. No sequences make a row of padding
     alone, for a rank that has none.
     per_token: names of the sequences' values to carry; each sequence must have every one of them.
-    An image that several sequences show (same key) is in pixel_values once.
+    An image or video that several sequences show (same key) is in pixel_values once. ValueError if
+    a sequence's placeholder tokens and its images or videos do not match.
     """
     if pad_to is None:
         pad_to = packed_length(sequences, pad_multiple, sequence_multiple)
@@ -109,12 +112,19 @@ def pack(
         mrope_positions(
             sequence.input_ids,
             [image.grid_thw for image in sequence.images],
+            [video.grid_thw for video in sequence.videos],
             image_token_id=image_token_id,
+            video_token_id=video_token_id,
             merge_size=merge_size,
         )
         for sequence in sequences
     ] + [torch.arange(padding).expand(3, -1)] * bool(padding)
-    images = {image.key: image for sequence in sequences for image in sequence.images}
+    shown = {
+        image_token_id: [image for sequence in sequences for image in sequence.images],
+        video_token_id: [video for sequence in sequences for video in sequence.videos],
+    }
+    visuals = {visual.key: visual for kind in shown.values() for visual in kind}
+    visual_index = torch.isin(input_ids, torch.tensor([*shown])).nonzero().flatten()
     return PackedBatch(
         input_ids=input_ids,
         labels=_shifted([s.input_ids for s in sequences], length, torch.int64),
@@ -123,10 +133,10 @@ def pack(
         loss_mask=_shifted([s.response_mask for s in sequences], length, torch.float32),
         padding_mask=torch.arange(length) >= total,
         section=torch.cat([torch.full_like(p, k) for p, k in zip(parts, sections, strict=True)]),
-        pixel_values=torch.cat([i.pixel_values for i in images.values()]) if images else None,
-        grids=tuple(image.grid_thw for image in images.values()),
-        visual_index=(input_ids == image_token_id).nonzero().flatten(),
-        feature_index=_feature_index(sequences, images, merge_size),
+        pixel_values=torch.cat([v.pixel_values for v in visuals.values()]) if visuals else None,
+        grids=tuple(visual.grid_thw for visual in visuals.values()),
+        visual_index=visual_index,
+        feature_index=_feature_index(input_ids[visual_index], shown, visuals, merge_size),
         num_sequences=len(sequences),
         per_token={
             name: _shifted([s.per_token[name] for s in sequences], length, torch.float32)
@@ -146,22 +156,17 @@ def _shifted(values: Ordered[Tensor], length: int, dtype: torch.dtype) -> Tensor
 
 
 def _feature_index(
-    sequences: Ordered[Sequence], images: dict[str, ImageInputs], merge_size: int
+    placeholders: Tensor,
+    shown: dict[int, list[VisualInputs]],
+    visuals: dict[str, VisualInputs],
+    merge_size: int,
 ) -> Tensor:
-    """[V] int64: row among the features of the distinct images, for every visual token in turn."""
-    first_row: dict[str, int] = {}
-    rows = 0
-    for key, image in images.items():
-        first_row[key] = rows
-        rows += _num_tokens(image, merge_size)
-    spans = [
-        torch.arange(_num_tokens(image, merge_size)) + first_row[image.key]
-        for sequence in sequences
-        for image in sequence.images
-    ]
-    return torch.cat(spans) if spans else torch.empty(0, dtype=torch.int64)
-
-
-def _num_tokens(image: ImageInputs, merge_size: int) -> int:
-    t, h, w = image.grid_thw
-    return t * h * w // merge_size**2
+    """[V] int64: row among the features of the distinct `visuals`, for the row's placeholder
+    tokens [V] in turn. shown: placeholder token -> what its tokens show, in order."""
+    counts = [math.prod(visual.grid_thw) // merge_size**2 for visual in visuals.values()]
+    rows = dict(zip(visuals, torch.split(torch.arange(sum(counts)), counts), strict=True))
+    index = torch.empty_like(placeholders)
+    for token, kind in shown.items():
+        if kind:
+            index[placeholders == token] = torch.cat([rows[visual.key] for visual in kind])
+    return index

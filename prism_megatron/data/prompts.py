@@ -25,9 +25,10 @@ from transformers import AutoProcessor
 
 from prism_megatron.config import schema
 from prism_megatron.data.rows import ImageSource, Message, Row, RowError
-from prism_megatron.types import ImageInputs, Prompt, Sequence
+from prism_megatron.types import Prompt, Sequence, VisualInputs
 
 IMAGE_PLACEHOLDER = "<image>"
+VIDEO_PLACEHOLDER = "<video>"
 END_OF_TURN = "<|im_end|>"
 VISION_BOUNDS = ("<|vision_start|>", "<|vision_end|>")
 CACHED_PATCH_BYTES = 512 * 2**20
@@ -79,6 +80,8 @@ class PromptEncoder:
 
     def encode_prompt(self, row: Row) -> Prompt:
         """The row's turns and the opening of the assistant's, images preprocessed."""
+        if any(VIDEO_PLACEHOLDER in message.content for message in row.messages):
+            raise RowError(f"video: {VIDEO_PLACEHOLDER} in the text, only images are supported")
         found = sum(message.content.count(IMAGE_PLACEHOLDER) for message in row.messages)
         if found != len(row.images):
             raise RowError(
@@ -151,7 +154,7 @@ class PromptEncoder:
         ids: list[int] = self.tokenizer(text, add_special_tokens=False).input_ids
         return ids
 
-    def _expand(self, ids: list[int], images: tuple[ImageInputs, ...]) -> list[int]:
+    def _expand(self, ids: list[int], images: tuple[VisualInputs, ...]) -> list[int]:
         """Each image's placeholder repeated once a feature row."""
         counts = iter(images)
         expanded: list[int] = []
@@ -199,10 +202,10 @@ class _ImageCache:
 
     def __init__(self, image_processor: Any):
         self._processor = image_processor
-        self._entries: OrderedDict[str, ImageInputs] = OrderedDict()
+        self._entries: OrderedDict[str, VisualInputs] = OrderedDict()
         self._bytes = 0
 
-    def get(self, source: ImageSource) -> ImageInputs:
+    def get(self, source: ImageSource) -> VisualInputs:
         """The image's patches; RowError if it can't be read, decoded or resized."""
         data = source.read()
         key = hashlib.sha256(data).hexdigest()
@@ -211,7 +214,7 @@ class _ImageCache:
         self._entries.move_to_end(key)
         return self._entries[key]
 
-    def _add(self, image: ImageInputs) -> None:
+    def _add(self, image: VisualInputs) -> None:
         self._entries[image.key] = image
         self._bytes += image.pixel_values.nbytes
         while self._bytes > CACHED_PATCH_BYTES and len(self._entries) > 1:
@@ -219,7 +222,7 @@ class _ImageCache:
             self._bytes -= dropped.pixel_values.nbytes
 
 
-def _preprocess(image_processor: Any, key: str, data: bytes) -> ImageInputs:
+def _preprocess(image_processor: Any, key: str, data: bytes) -> VisualInputs:
     """Decode and cut into patches; resized once only, by the processor."""
     try:
         image = Image.open(io.BytesIO(data)).convert("RGB")
@@ -227,4 +230,4 @@ def _preprocess(image_processor: Any, key: str, data: bytes) -> ImageInputs:
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise RowError(f"unreadable image: {error}") from error
     t, h, w = inputs["image_grid_thw"][0].tolist()
-    return ImageInputs(key, inputs["pixel_values"], (t, h, w))
+    return VisualInputs(key, inputs["pixel_values"], (t, h, w))

@@ -82,6 +82,7 @@ def run(config: schema.Align) -> None:
         pad_id=encoder.pad_id,
         head="score",
         aux_loss_coef=config.aux_loss_coef,
+        z_loss_coef=config.z_loss_coef,
     )
     models = {
         "policy": (policy, config.policy.path),

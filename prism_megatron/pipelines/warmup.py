@@ -53,6 +53,7 @@ def run(config: schema.Warmup) -> None:
         pad_id=encoder.pad_id,
         head="score",
         aux_loss_coef=config.aux_loss_coef,
+        z_loss_coef=config.z_loss_coef,
     )
     loop = TrainingLoop(
         config, {"discriminator": (model, config.model.path)}, stream, quarantine, shown="accuracy"

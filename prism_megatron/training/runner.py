@@ -179,6 +179,7 @@ class ModelRunner:
             yield pack(
                 [sequences[j] for j in members],
                 image_token_id=architecture.image_token_id,
+                video_token_id=architecture.video_token_id,
                 merge_size=architecture.vision.spatial_merge_size,
                 pad_id=self.pad_id,
                 pad_multiple=multiple,
@@ -357,7 +358,10 @@ def _optimizer(section: Optimizer, ddp: list[DistributedDataParallel], model: Qw
 
 def _allocate_moments(optimizer: torch.optim.Optimizer) -> None:
     """torch's Adam allocates its state at the first step, but megatron.core wants to find it when a
-    checkpoint is loaded before that (DistributedOptimizer.state_dict)."""
+    checkpoint is loaded before that (DistributedOptimizer.state_dict), and a step count even on a
+    rank that has nothing to train."""
+    if not any(group["params"] for group in optimizer.param_groups):
+        optimizer.state["nothing"] = {"step": torch.zeros(())}
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             optimizer.state[parameter] = {

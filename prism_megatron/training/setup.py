@@ -10,7 +10,7 @@ import torch.distributed as dist
 from checkpoint_tools.megatron_directory import hf_directory, load_model
 from model_providers import backend as backends
 from model_providers.backend import Backend
-from model_providers.config import Qwen3VLConfig
+from model_providers.config import Precision, Qwen3VLConfig, Recompute, TrainingOptions
 from model_providers.parallel import Layout, ParallelState
 from model_providers.qwen3_vl import Head
 from prism_megatron.config.schema import Data, Discriminator, Model, Optimizer, Parallel, Run, Train
@@ -25,14 +25,28 @@ def layout_of(parallel: Parallel) -> Layout:
     return Layout(**sizes, sequence_parallel=parallel.sequence_parallel)
 
 
+def recompute_of(model: Model) -> Recompute:
+    """The same for activation recomputation."""
+    return Recompute(**model.recompute.model_dump())
+
+
+def precision_of(model: Model) -> Precision:
+    """The same for FP8."""
+    return Precision(model.fp8, model.bf16_first_layers, model.bf16_last_layers)
+
+
 def start(backend_name: str, *models: Model) -> Backend:
-    """Check every model's layout against its architecture and the backend, then join the world."""
+    """Check what every model asks for against its architecture and the backend, then join the
+    world."""
     backend = backends.create(backend_name)
     for model in models:
         layout = layout_of(model.parallel)
         backend.check(layout)
         architecture = Qwen3VLConfig.from_hf(hf_directory(model.path))
         architecture.check_layout(layout)
+        recompute = recompute_of(model)
+        architecture.check_recompute(recompute, backend)
+        precision_of(model).check(backend, architecture, layout, recompute)
         if isinstance(model, Discriminator) and model.streams == "response":
             _check_whole_response(architecture, model)
     backend.init_process_group()
@@ -58,14 +72,17 @@ def build_runner(
     pad_id: int,
     head: Head = "language",
     aux_loss_coef: float = 0.0,
+    z_loss_coef: float = 0.0,
     updates_per_step: int = 1,
 ) -> ModelRunner:
     """The section's model with its weights, ready to train."""
     parallel = ParallelState.create(layout_of(section.parallel))
     backend.seed(run.seed, parallel)
-    model = load_model(section.path, parallel, backend, head, aux_loss_coef)
-    if section.freeze_vision:
-        model.freeze_vision()
+    options = TrainingOptions(
+        aux_loss_coef, z_loss_coef, recompute_of(section), precision_of(section)
+    )
+    model = load_model(section.path, parallel, backend, head, options)
+    model.freeze(**section.freeze.model_dump())
     return ModelRunner(
         model,
         micro_batch_tokens=train.micro_batch_tokens,

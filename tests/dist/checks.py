@@ -12,37 +12,62 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from model_providers import backend as backends
-from model_providers.config import Qwen3VLConfig
+from model_providers.config import DEFAULT_OPTIONS, Qwen3VLConfig, TrainingOptions
 from model_providers.parallel import Layout, ParallelState
 from model_providers.qwen3_vl import Head, Qwen3VLModel
 from model_providers.weight_map import iter_hf_weights, load_hf_weights
 from prism_megatron.config.schema import Optimizer
 from prism_megatron.training.runner import ModelRunner
-from prism_megatron.types import ImageInputs, PackedBatch, Sequence
-from tests.tiny_models import IMAGE, VISION_END, VISION_START
+from prism_megatron.types import VisualInputs, PackedBatch, Sequence
+from tests.tiny_models import IMAGE, VIDEO, VISION_END, VISION_START
 
 PATCH_DIM = 3 * 2 * 8 * 8
+PARTS = ("language", "vision", "mergers")
+
+FREEZES = [("language",), ("vision",), ("mergers",)] + [
+    tuple(part for part in PARTS if part != trained) for trained in PARTS
+]
 
 
-def image(key: str, height: int, width: int) -> ImageInputs:
+def part_of(name: str) -> str:
+    """Which of PARTS a Hugging Face weight belongs to."""
+    if not name.startswith("model.visual."):
+        return "language"
+    return "mergers" if "merger" in name else "vision"
+
+
+def image(key: str, height: int, width: int) -> VisualInputs:
     """A random image of height x width patches, the same for the same key."""
+    return video(key, 1, height, width)
+
+
+def video(key: str, frames: int, height: int, width: int) -> VisualInputs:
+    """The same of several frames."""
     generator = torch.Generator().manual_seed(sum(map(ord, key)))
-    pixels = torch.randn(height * width, PATCH_DIM, generator=generator)
-    return ImageInputs(key, pixels, (1, height, width))
+    pixels = torch.randn(frames * height * width, PATCH_DIM, generator=generator)
+    return VisualInputs(key, pixels, (frames, height, width))
 
 
-def sequence(seed: int, length: int, *images: ImageInputs) -> Sequence:
-    """Images first, then random text; the last half of the text is the response."""
+def sequence(seed: int, length: int, *visuals: VisualInputs) -> Sequence:
+    """Images and videos first, then random text; the last half of the text is the response.
+
+    Each frame of a video has its timestamp, two tokens, before it.
+    """
     generator = torch.Generator().manual_seed(seed)
     ids: list[int] = [5]
-    for each in images:
-        _, height, width = each.grid_thw
-        ids += [VISION_START] + [IMAGE] * (height * width // 4) + [VISION_END]
+    for each in visuals:
+        frames, height, width = each.grid_thw
+        token = IMAGE if frames == 1 else VIDEO
+        for second in range(frames):
+            ids += [7, second + 10] if token == VIDEO else []
+            ids += [VISION_START] + [token] * (height * width // 4) + [VISION_END]
     start = len(ids) + length // 2
     ids += torch.randint(0, VISION_START, (length,), generator=generator).tolist()
     mask = torch.arange(len(ids)) >= start
     weight = torch.rand(len(ids), generator=generator) + 0.5
-    return Sequence(torch.tensor(ids), images, mask, {"weight": weight})
+    images = tuple(each for each in visuals if each.grid_thw[0] == 1)
+    videos = tuple(each for each in visuals if each.grid_thw[0] > 1)
+    return Sequence(torch.tensor(ids), images, mask, {"weight": weight}, videos)
 
 
 def mixed_batch() -> list[Sequence]:
@@ -59,6 +84,21 @@ def mixed_batch() -> list[Sequence]:
     ]
     sections = (0, 1, 1, 0, 1, 1)
     return [replace(s, section=section) for s, section in zip(sequences, sections, strict=True)]
+
+
+def video_batch() -> list[Sequence]:
+    """A video before an image and after one, shared videos and images, text only in between."""
+    wide, square = image("wide", 4, 6), image("square", 2, 2)
+    clip, film = video("clip", 3, 4, 2), video("film", 2, 2, 6)
+    return [
+        sequence(1, 9, clip, wide),
+        sequence(2, 5),
+        sequence(3, 7, square, film, clip, wide),
+        sequence(4, 8, film),
+    ]
+
+
+BATCHES = {"images": mixed_batch, "videos": video_batch}
 
 
 def weighted_loss(tokens: float) -> Any:
@@ -88,8 +128,7 @@ def head_weights(config: Qwen3VLConfig) -> dict[str, Tensor]:
     """Random weights of the model's value head or heads."""
     generator = torch.Generator().manual_seed(11)
     return {
-        name: torch.randn(1, config.hidden_size, generator=generator)
-        for name in config.value_heads
+        name: torch.randn(1, config.hidden_size, generator=generator) for name in config.value_heads
     }
 
 
@@ -98,8 +137,8 @@ def make_runner(
     layout: Layout,
     head: Head = "language",
     micro_batch_tokens: int = 64,
-    aux_loss_coef: float = 0.0,
-    freeze_vision: bool = False,
+    training: TrainingOptions = DEFAULT_OPTIONS,
+    freeze: tuple[str, ...] = (),
     optimizer: Optimizer | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> ModelRunner:
@@ -107,13 +146,12 @@ def make_runner(
     parallel = parallel_state(layout)
     backend.seed(7, parallel)
     config = Qwen3VLConfig.from_hf(path)
-    model = Qwen3VLModel(config, parallel, backend, head, aux_loss_coef)
+    model = Qwen3VLModel(config, parallel, backend, head, training)
     weights = load_file(path / "model.safetensors")
     if head == "score":
         weights |= head_weights(config)
     load_hf_weights(model, weights, str(path))
-    if freeze_vision:
-        model.freeze_vision()
+    model.freeze(**{part: part in freeze for part in PARTS})
     return ModelRunner(
         model,
         micro_batch_tokens=micro_batch_tokens,
@@ -124,14 +162,18 @@ def make_runner(
 
 
 def gradients(
-    path: Path, layout: Layout, head: Head = "language", **options: Any
+    path: Path,
+    layout: Layout,
+    head: Head = "language",
+    shown: str = "images",
+    **options: Any,
 ) -> tuple[float, float, dict[str, Tensor]]:
     """Loss, router loss and the gradient of every parameter under its Hugging Face name.
 
     Only rank 0 returns the gradients.
     """
     runner = make_runner(path, layout, head, **options)
-    batch = mixed_batch()
+    batch = BATCHES[shown]()
     finalize = runner.model.config.finalize_model_grads_func
     runner.model.config.finalize_model_grads_func = lambda models, tokens, **kwargs: finalize(
         # every rank keeps the whole gradient instead of its optimizer shard

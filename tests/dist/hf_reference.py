@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import AutoModelForImageTextToText, PreTrainedModel
 
 from prism_megatron.types import Sequence
-from tests.tiny_models import IMAGE
+from tests.tiny_models import IMAGE, VIDEO
 
 
 def load(path: Path) -> PreTrainedModel:
@@ -32,17 +32,18 @@ def hidden(model: PreTrainedModel, sequence: Sequence) -> Tensor:
 
 def _inputs(sequence: Sequence) -> dict[str, Tensor]:
     ids = sequence.input_ids[None]
-    images = {}
-    if sequence.images:
-        images = dict(
-            pixel_values=torch.cat([image.pixel_values for image in sequence.images]),
-            image_grid_thw=torch.tensor([image.grid_thw for image in sequence.images]),
-        )
+    visuals: dict[str, Tensor] = {}
+    if images := sequence.images:
+        visuals["pixel_values"] = torch.cat([image.pixel_values for image in images])
+        visuals["image_grid_thw"] = torch.tensor([image.grid_thw for image in images])
+    if videos := sequence.videos:
+        visuals["pixel_values_videos"] = torch.cat([video.pixel_values for video in videos])
+        visuals["video_grid_thw"] = torch.tensor([video.grid_thw for video in videos])
     return dict(
         input_ids=ids,
         attention_mask=torch.ones_like(ids),
-        mm_token_type_ids=(ids == IMAGE).int(),
-        **images,
+        mm_token_type_ids=(ids == IMAGE).int() + 2 * (ids == VIDEO).int(),
+        **visuals,
     )
 
 

@@ -108,10 +108,11 @@ def _train(
     ckpt: Path | None = None,
     separate_steps: bool = True,
     dtype: torch.dtype = torch.float32,
+    freeze: tuple[str, ...] = (),
 ) -> Training:
     """(Loss, gradient norm) of each step and the weights after them. Starts from `ckpt` where there
     is one, and leaves one there after two steps where there is none."""
-    runner = checks.make_runner(path, layout, head, optimizer=ADAM, dtype=dtype)
+    runner = checks.make_runner(path, layout, head, optimizer=ADAM, freeze=freeze, dtype=dtype)
     if ckpt is not None and ckpt.exists():
         with mock.patch.object(
             megatron_directory,
@@ -183,6 +184,21 @@ def test_training_goes_on_alike_at_other_layouts(
         worst = max((found[name] - weight).abs().max() for name, weight in weights.items())
         # the steps moved weights by about lr = 1e-2
         assert worst < 2e-5, layout
+
+
+@pytest.mark.parametrize("world, layout", [(2, Layout(pipeline=2)), (2, TP2SP), (1, Layout())])
+def test_training_of_a_part_goes_on_at_every_layout(
+    ranks: Worlds, hf_models: dict[str, Path], tmp_path: Path, world: int, layout: Layout
+) -> None:
+    """Saved at two pipeline stages, of which the second had nothing to train."""
+    path, ckpt = hf_models["dense"], tmp_path / "ckpt"
+    options = (ckpt, True, ("language",))
+    losses, weights = ranks(2).run(_train, path, Layout(pipeline=2), "language", 4, *options)[0]
+    resumed, found = ranks(world).run(_train, path, layout, "language", 2, *options)[0]
+    if layout == Layout(pipeline=2):
+        assert resumed == losses[2:]
+    assert torch.tensor(resumed).allclose(torch.tensor(losses[2:]), rtol=1e-4)
+    assert max((found[name] - weight).abs().max() for name, weight in weights.items()) < 2e-5
 
 
 def test_a_step_counter_shared_by_all_parameters_would_be_seen(

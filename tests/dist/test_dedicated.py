@@ -20,7 +20,7 @@ from transformers.models.qwen3_vl_moe.modeling_qwen3_vl_moe import (
 )
 
 from model_providers import qwen3_vl
-from model_providers.config import SECTIONS, Qwen3VLConfig, TextTransformerConfig
+from model_providers.config import SECTIONS, Qwen3VLConfig, TextTransformerConfig, TrainingOptions
 from model_providers.parallel import Layout
 from model_providers.router import router_mask
 from prism_megatron.training import discriminator
@@ -31,6 +31,7 @@ from tests.tiny_models import DEDICATED
 
 TOLERANCE = 1e-4
 AUX = 500.0
+BALANCE = TrainingOptions(aux_loss_coef=AUX)
 Worlds = Callable[[int], Ranks]
 Gradients = tuple[float, float, dict[str, Tensor]]
 
@@ -141,7 +142,7 @@ def test_scores_and_every_gradient_equal_transformers_with_masked_experts(
 
 def _balance(path: Path, layout: Layout) -> Gradients:
     # the router's loss is not linear in a micro-batch: all tokens in one
-    return checks.gradients(path, layout, "score", micro_batch_tokens=4096, aux_loss_coef=AUX)
+    return checks.gradients(path, layout, "score", micro_batch_tokens=4096, training=BALANCE)
 
 
 @pytest.mark.parametrize("layout", [n for n, (w, split) in LAYOUTS.items() if split.data(w) == 1])
@@ -180,7 +181,9 @@ def test_recomputed_activations_are_of_the_same_experts(
 def _router_alone(path: Path, counts: tuple[int, int], chosen: int) -> tuple[float, float, bool]:
     """Router loss over its balanced value, and the largest gradient of a logit, with `counts`
     tokens a section of which each wants the `chosen` experts after its own number."""
-    model = checks.make_runner(path, Layout(), "score", aux_loss_coef=1.0).model
+    model = checks.make_runner(
+        path, Layout(), "score", training=TrainingOptions(aux_loss_coef=1.0)
+    ).model
     router = model.language_model.decoder.layers[0].mlp.router.train()
     section = torch.tensor([0] * counts[0] + [1] * counts[1])
     order = torch.cat([torch.arange(count) for count in counts])
@@ -219,7 +222,7 @@ def test_router_loss_is_least_when_each_section_spreads_over_its_experts(
 
 
 def _one_sequence(path: Path, layout: Layout) -> tuple[float, float]:
-    runner = checks.make_runner(path, layout, "score", aux_loss_coef=AUX)
+    runner = checks.make_runner(path, layout, "score", training=BALANCE)
     result = runner.train_step(checks.mixed_batch()[:1], checks.final_score_loss)
     return result.sums["loss"], result.grad_norm
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from importlib import import_module
 from math import prod
 from pathlib import Path
@@ -11,14 +13,19 @@ from typing import Any
 from unittest import mock
 
 import pytest
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook
 
 from model_providers import context, cpu_layers, image_shares, qwen3_vl
-from model_providers.config import Qwen3VLConfig
+from model_providers.config import Qwen3VLConfig, Recompute, TrainingOptions
+from model_providers.config import TextTransformerConfig as TextConfig
 from model_providers.parallel import Layout
 from model_providers.qwen3_vl import Head
 from model_providers.vision import Grid
 from model_providers.weight_map import GatedUp, Split
+from prism_megatron.data.packing import pack
+from prism_megatron.training import runner
+from prism_megatron.types import PackedBatch
 from tests.dist import checks
 from tests.dist.hf_reference import distance
 from tests.dist.ranks import Ranks
@@ -172,12 +179,23 @@ def test_stages_of_experts_equal_one_rank(
 ) -> None:
     world, split = DEEP[layout]
     # the router's loss is not linear in a micro-batch, so one rank has to have the same ones
-    options = {"aux_loss_coef": 500.0, "micro_batch_tokens": 28}
+    aux = TrainingOptions(aux_loss_coef=500.0)
+    options: dict[str, Any] = {"training": aux, "micro_batch_tokens": 28}
     wanted = one_rank("deep-moe", "score", options)
     if split.data(world) > 1:
         options, wanted = {"micro_batch_tokens": 24}, one_rank("deep-moe", "score", {})
     found = ranks(world).run(_gradients, hf_models["deep-moe"], split, "score", options)
     _compare(found, wanted)
+
+
+@pytest.mark.parametrize("layout", ["tp2-sp", "pp2", "dp2", "cp2"])
+def test_videos_equal_one_rank(
+    ranks: Worlds, hf_models: dict[str, Path], one_rank: OneRank, layout: str
+) -> None:
+    world, split = DENSE[layout]
+    options = {"shown": "videos"}
+    found = ranks(world).run(_gradients, hf_models["dense"], split, "language", options)
+    _compare(found, one_rank("dense", "language", options))
 
 
 @pytest.mark.parametrize("layout", EXPERTS)
@@ -189,7 +207,21 @@ def test_discriminator_layouts_equal_one_rank(
     _compare(found, one_rank("moe", "score", {}))
 
 
-@pytest.mark.parametrize("layout", ["ep2", "tp2-sp", "dp2", "pp2", "tp2-ep2-sp", "etp2", "tp2-etp2-sp", "cp2", "cp2-ep2", "cp2-tp2-sp"])
+@pytest.mark.parametrize(
+    "layout",
+    [
+        "ep2",
+        "tp2-sp",
+        "dp2",
+        "pp2",
+        "tp2-ep2-sp",
+        "etp2",
+        "tp2-etp2-sp",
+        "cp2",
+        "cp2-ep2",
+        "cp2-tp2-sp",
+    ],
+)
 def test_router_loss_does_not_depend_on_the_layout(
     ranks: Worlds, hf_models: dict[str, Path], one_rank: OneRank, layout: str
 ) -> None:
@@ -197,7 +229,7 @@ def test_router_loss_does_not_depend_on_the_layout(
     # the router's loss is not linear in a micro-batch, so one rank gets the same ones: three with
     # padding against one rank, two without any against two data-parallel ranks with one each
     on_one, on_all = (33, 33) if split.data(world) == 1 else (64, 4096)
-    aux = {"aux_loss_coef": 500.0}
+    aux = {"training": TrainingOptions(aux_loss_coef=500.0)}
     wanted = one_rank("moe", "score", aux | {"micro_batch_tokens": on_one})
     found = ranks(world).run(
         _gradients, hf_models["moe"], split, "score", aux | {"micro_batch_tokens": on_all}
@@ -208,19 +240,139 @@ def test_router_loss_does_not_depend_on_the_layout(
     assert min(distance(without[name], wanted[2][name]) for name in routers) > 1e-2
 
 
-@pytest.mark.parametrize("layout", ["tp2-sp", "pp2", "dp2", "cp2"])
-def test_frozen_vision_leaves_the_other_gradients_alone(
+ROUTER = TrainingOptions(aux_loss_coef=500.0, z_loss_coef=50.0)
+
+
+def _padded(path: Path, layout: Layout) -> Gradients:
+    """Rows filled up to 240 tokens, of which 90 are real."""
+
+    def padded(*args: Any, **options: Any) -> PackedBatch:
+        return pack(*args, **(options | {"pad_to": 240}))
+
+    with mock.patch.object(runner, "pack", padded):
+        return checks.gradients(path, layout, "score", training=ROUTER, micro_batch_tokens=4096)
+
+
+@pytest.mark.parametrize(
+    "world, layout", [(1, DP), (2, DP), (2, TP2SP), (2, CP2)], ids=["1", "dp2", "tp2", "cp2"]
+)
+def test_padding_does_not_change_the_routers_losses(
+    ranks: Worlds, hf_models: dict[str, Path], world: int, layout: Layout
+) -> None:
+    """Of two sequence-parallel ranks the second one has nothing but padding."""
+    options = {"training": ROUTER, "micro_batch_tokens": 4096}
+    wanted = ranks(world).run(_gradients, hf_models["moe"], layout, "score", options)[0]
+    _compare(ranks(world).run(_padded, hf_models["moe"], layout), wanted)
+
+
+@pytest.mark.parametrize(
+    "layout", ["ep2", "tp2-sp", "dp2", "pp2", "tp2-ep2-sp", "cp2", "cp2-tp2-sp"]
+)
+def test_z_loss_does_not_depend_on_layout_or_micro_batches(
     ranks: Worlds, hf_models: dict[str, Path], one_rank: OneRank, layout: str
 ) -> None:
+    world, split = EXPERTS[layout]
+    option = {"training": TrainingOptions(z_loss_coef=50.0)}
+    wanted = one_rank("moe", "score", option | {"micro_batch_tokens": 4096})
+    found = ranks(world).run(_gradients, hf_models["moe"], split, "score", option)
+    _compare(found, wanted)
+    without = one_rank("moe", "score", {})[2]
+    routers = [name for name in without if name.endswith("mlp.gate.weight")]
+    assert min(distance(without[name], wanted[2][name]) for name in routers) > 1e-2
+
+
+FULL = Recompute("full", vision=True)
+SOME_LAYERS = Recompute("full", layers=1)
+MODULES = {
+    "dense": Recompute("selective", ("core_attn", "mlp")),
+    "moe": Recompute("selective", ("core_attn", "moe")),
+}
+
+
+def _forwards(path: Path, head: Head, recompute: Recompute) -> tuple[Gradients, dict[str, int]]:
+    """Gradients, and how often each kind of module ran."""
+    counts: Counter[str] = Counter()
+
+    def count(module: nn.Module, inputs: object, output: object) -> None:
+        text = getattr(module, "causal", isinstance(getattr(module, "config", 0), TextConfig))
+        counts[f"{'text' if text else 'vision'} {type(module).__name__}"] += 1
+
+    handle = register_module_forward_hook(count)
+    try:
+        training = replace(ROUTER, recompute=recompute)
+        found = checks.gradients(path, DP, head, training=training)
+    finally:
+        handle.remove()
+    return found, counts
+
+
+@pytest.mark.parametrize("kind", ["dense", "moe"])
+def test_recompute_runs_what_it_says_again_and_changes_nothing(
+    ranks: Worlds, hf_models: dict[str, Path], kind: str
+) -> None:
+    head: Head = "score" if kind == "moe" else "language"
+    wanted, once = ranks(1).run(_forwards, hf_models[kind], head, Recompute())[0]
+    layer = "text SectionRouter" if kind == "moe" else "text MLP"
+    shown = ["text DeepstackLayer", "text PackedAttention", layer, "vision TransformerLayer"]
+    for recompute, factors in (
+        (FULL, [2, 2, 2, 2]),
+        (SOME_LAYERS, [1.25, 1.25, 1.25, 1]),
+        (MODULES[kind], [1, 2, 2, 1]),
+    ):
+        found, counts = ranks(1).run(_forwards, hf_models[kind], head, recompute)[0]
+        _compare([found], wanted)
+        assert [counts[name] / once[name] for name in shown] == factors, recompute
+
+
+@pytest.mark.parametrize(
+    "kind, layout",
+    [
+        ("dense", "tp2-sp"),
+        ("dense", "pp2"),
+        ("moe", "tp2-sp"),
+        ("moe", "pp2"),
+        ("moe", "tp2-ep2-sp"),
+    ],
+)
+def test_recompute_changes_nothing_at_other_layouts(
+    ranks: Worlds, hf_models: dict[str, Path], one_rank: OneRank, kind: str, layout: str
+) -> None:
+    head: Head = "score" if kind == "moe" else "language"
+    world, split = EXPERTS[layout]
+    for recompute in (FULL, MODULES[kind]):
+        options = {"training": TrainingOptions(recompute=recompute)}
+        found = ranks(world).run(_gradients, hf_models[kind], split, head, options)
+        _compare(found, one_rank(kind, head, {}))
+
+
+@pytest.mark.parametrize("layout", ["tp2-sp", "pp2"])
+def test_recompute_with_a_frozen_decoder_still_trains_the_tower(
+    ranks: Worlds, hf_models: dict[str, Path], one_rank: OneRank, layout: str
+) -> None:
+    """Its gradients come through recomputed layers that have nothing to train themselves."""
     world, split = DENSE[layout]
-    loss, aux, full = one_rank("dense", "language", {})
-    found = ranks(world).run(
-        _gradients, hf_models["dense"], split, "language", {"freeze_vision": True}
-    )
-    text = {name: g for name, g in full.items() if not name.startswith("model.visual.")}
-    tower = {name: found[0][2].pop(name) for name in set(full) - set(text)}
-    assert all(float(g.abs().max()) == 0 for g in tower.values())
-    _compare(found, (loss, aux, text))
+    options = {"freeze": ("language",), "training": TrainingOptions(recompute=FULL)}
+    found = ranks(world).run(_gradients, hf_models["dense"], split, "language", options)
+    _compare(found, one_rank("dense", "language", {"freeze": ("language",)}))
+
+
+@pytest.mark.parametrize("frozen", checks.FREEZES, ids="+".join)
+@pytest.mark.parametrize("layout", ["tp2-sp", "pp2", "dp2"])
+def test_frozen_parts_leave_the_other_gradients_alone(
+    ranks: Worlds,
+    hf_models: dict[str, Path],
+    one_rank: OneRank,
+    layout: str,
+    frozen: tuple[str, ...],
+) -> None:
+    """Tied embeddings, so that at two stages the last one's copy is frozen with the first's."""
+    world, split = DENSE[layout]
+    loss, aux, full = one_rank("tied", "language", {})
+    found = ranks(world).run(_gradients, hf_models["tied"], split, "language", {"freeze": frozen})
+    kept = {name: found[0][2].pop(name) for name in full if checks.part_of(name) in frozen}
+    assert all(float(gradient.abs().max()) == 0 for gradient in kept.values())
+    trained = {name: gradient for name, gradient in full.items() if name not in kept}
+    _compare(found, (loss, aux, trained))
 
 
 @pytest.mark.parametrize("tokens", [24, 33, 4096])

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from transformers.models.qwen3_vl_moe.modeling_qwen3_vl_moe import load_balancing_loss_func
 
 from model_providers import vision
+from model_providers.config import TrainingOptions
 from model_providers.packed import packed_seq_params
 from model_providers.parallel import Layout
 from model_providers.qwen3_vl import Qwen3VLModel, mrope_angles
@@ -23,7 +24,7 @@ from prism_megatron.data.packing import pack
 from tests.dist import checks, hf_reference
 from tests.dist.hf_reference import distance
 from tests.dist.ranks import Ranks
-from tests.tiny_models import EXPERTS, IMAGE
+from tests.tiny_models import EXPERTS, IMAGE, VIDEO
 
 TOLERANCE = 1e-4
 Worlds = Callable[[int], Ranks]
@@ -41,10 +42,17 @@ def _models(path: Path) -> tuple[Qwen3VLModel, PreTrainedModel]:
     return checks.make_runner(path, Layout()).model, hf_reference.load(path)
 
 
-def _logits(path: Path) -> list[float]:
+def _logits(path: Path, shown: str) -> list[float]:
     model, reference = _models(path)
-    sequences = checks.mixed_batch()
-    batch = pack(sequences, image_token_id=IMAGE, merge_size=2, pad_id=0, pad_multiple=8)
+    sequences = checks.BATCHES[shown]()
+    batch = pack(
+        sequences,
+        image_token_id=IMAGE,
+        video_token_id=VIDEO,
+        merge_size=2,
+        pad_id=0,
+        pad_multiple=8,
+    )
     model.eval()
     with torch.no_grad():
         packed = model(batch, output="logits")
@@ -56,18 +64,25 @@ def _logits(path: Path) -> list[float]:
         ]
 
 
-@pytest.mark.parametrize("kind", ["dense", "tied", "moe"])
+KINDS = pytest.mark.parametrize(
+    "kind, shown",
+    [("dense", "images"), ("tied", "images"), ("moe", "images"), ("dense", "videos")],
+)
+
+
+@KINDS
 def test_logits_of_a_packed_row_equal_transformers_one_by_one(
-    ranks: Worlds, hf_models: dict[str, Path], kind: str
+    ranks: Worlds, hf_models: dict[str, Path], kind: str, shown: str
 ) -> None:
-    [distances] = ranks(1).run(_logits, hf_models[kind])
-    assert len(distances) == len(checks.mixed_batch())
+    [distances] = ranks(1).run(_logits, hf_models[kind], shown)
+    assert len(distances) == len(checks.BATCHES[shown]())
     assert max(distances) <= TOLERANCE, distances
 
 
-def _loss_and_gradients(path: Path) -> tuple[float, float, tuple[str, float]]:
-    loss, _, found = checks.gradients(path, Layout())
-    reference, sequences = hf_reference.load(path), checks.mixed_batch()
+def _loss_and_gradients(path: Path, shown: str) -> tuple[float, float, tuple[str, float]]:
+    # a row holds all of them, so that images and videos meet in one
+    loss, _, found = checks.gradients(path, Layout(), shown=shown, micro_batch_tokens=4096)
+    reference, sequences = hf_reference.load(path), checks.BATCHES[shown]()
     tokens = float(sum(s.response_mask.sum() for s in sequences))
     wanted_loss = 0.0
     for sequence in sequences:
@@ -79,11 +94,11 @@ def _loss_and_gradients(path: Path) -> tuple[float, float, tuple[str, float]]:
     return loss, wanted_loss, _worst(found, wanted)
 
 
-@pytest.mark.parametrize("kind", ["dense", "tied", "moe"])
+@KINDS
 def test_loss_and_every_gradient_equal_transformers(
-    ranks: Worlds, hf_models: dict[str, Path], kind: str
+    ranks: Worlds, hf_models: dict[str, Path], kind: str, shown: str
 ) -> None:
-    [(loss, wanted_loss, (name, worst))] = ranks(1).run(_loss_and_gradients, hf_models[kind])
+    [(loss, wanted_loss, (name, worst))] = ranks(1).run(_loss_and_gradients, hf_models[kind], shown)
     assert loss == pytest.approx(wanted_loss, rel=1e-5)
     assert worst <= TOLERANCE, name
 
@@ -191,13 +206,12 @@ def test_patch_mergers_use_the_exact_gelu(ranks: Worlds, hf_models: dict[str, Pa
     assert min(rough) >= 5e-5, rough
 
 
-def _router_loss(path: Path) -> tuple[float, float, tuple[str, float]]:
-    """Gradient of the balancing loss alone: with it minus without it."""
+def _router_loss(path: Path, z_loss: bool) -> tuple[float, float, tuple[str, float]]:
+    """One of the router's losses and the gradient of it alone: with it minus without it."""
     coefficient = 10.0
+    training = TrainingOptions(**{"z_loss_coef" if z_loss else "aux_loss_coef": coefficient})
     plain = checks.gradients(path, Layout(), micro_batch_tokens=4096)[2]
-    _, found, total = checks.gradients(
-        path, Layout(), micro_batch_tokens=4096, aux_loss_coef=coefficient
-    )
+    _, found, total = checks.gradients(path, Layout(), micro_batch_tokens=4096, training=training)
     reference = hf_reference.load(path)
     layers: dict[int, list[Tensor]] = {}
     for i, layer in enumerate(reference.model.language_model.layers):
@@ -206,13 +220,8 @@ def _router_loss(path: Path) -> tuple[float, float, tuple[str, float]]:
         )
     for sequence in checks.mixed_batch():
         hf_reference.logits(reference, sequence)
-    per_layer = [
-        load_balancing_loss_func(
-            (torch.cat(logits),), EXPERTS["num_experts"], EXPERTS["num_experts_per_tok"]
-        )
-        for logits in layers.values()
-    ]
-    wanted = torch.stack(per_layer).mean()
+    loss = _squared_logsumexp if z_loss else _load_balancing
+    wanted = torch.stack([loss(torch.cat(logits)) for logits in layers.values()]).mean()
     (coefficient * wanted).backward()
     gates = {
         name: p.grad for name, p in reference.named_parameters() if name.endswith("mlp.gate.weight")
@@ -221,9 +230,25 @@ def _router_loss(path: Path) -> tuple[float, float, tuple[str, float]]:
     return found, float(wanted), _worst(own, gates)
 
 
+def _load_balancing(logits: Tensor) -> Tensor:
+    experts, top_k = EXPERTS["num_experts"], EXPERTS["num_experts_per_tok"]
+    return load_balancing_loss_func((logits,), experts, top_k)
+
+
+def _squared_logsumexp(logits: Tensor) -> Tensor:
+    return logits.logsumexp(-1).square().mean()
+
+
 def test_router_loss_is_transformers_mean_over_layers(
     ranks: Worlds, hf_models: dict[str, Path]
 ) -> None:
-    [(found, wanted, (name, worst))] = ranks(1).run(_router_loss, hf_models["moe"])
+    [(found, wanted, (name, worst))] = ranks(1).run(_router_loss, hf_models["moe"], False)
     assert found == pytest.approx(wanted, rel=1e-5)
+    assert worst <= 1e-3, name
+
+
+def test_z_loss_is_the_mean_square_of_the_routers_logsumexp(
+    ranks: Worlds, hf_models: dict[str, Path]
+) -> None:
+    [(_, _, (name, worst))] = ranks(1).run(_router_loss, hf_models["moe"], True)
     assert worst <= 1e-3, name

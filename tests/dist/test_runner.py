@@ -26,6 +26,7 @@ from tests.dist import checks, hf_reference
 from tests.dist.ranks import Ranks
 from tests.tiny_models import IMAGE
 
+TP2SP = Layout(tensor=2, sequence_parallel=True)
 Worlds = Callable[[int], Ranks]
 Weights = dict[str, Tensor]
 
@@ -83,20 +84,34 @@ def test_two_steps_equal_adamw_on_the_hugging_face_model(
     assert moved > 1e-2
 
 
-def _frozen(path: Path) -> tuple[list[str], list[str]]:
-    runner = checks.make_runner(path, Layout(tensor=2, sequence_parallel=True), freeze_vision=True)
+def _frozen(
+    path: Path, layout: Layout, freeze: tuple[str, ...]
+) -> tuple[set[str], set[str], int, int, float]:
+    """Parts that moved and that stayed, values in the optimizer, values it should hold, rate."""
+    runner = checks.make_runner(path, layout, freeze=freeze)
     before = {n: t.clone() for n, t in iter_hf_weights(runner.model)}
-    runner.train_step(checks.mixed_batch(), checks.weighted_loss(30))
+    result = runner.train_step(checks.mixed_batch(), checks.weighted_loss(30))
     after = dict(iter_hf_weights(runner.model))
-    moved = [name for name in before if not torch.equal(before[name], after[name])]
-    return moved, [name for name in before if name not in moved]
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    held = sum(p.numel() for group in runner.optimizer.param_groups for p in group["params"])
+    trained = sum(p.numel() for p in runner.model.parameters() if p.requires_grad)
+    parts = [{checks.part_of(name) for name in names} for names in (moved, set(before) - moved)]
+    return parts[0], parts[1], held, trained, result.lr
 
 
-def test_a_frozen_vision_tower_stays_bit_equal(ranks: Worlds, hf_models: dict[str, Path]) -> None:
-    for moved, kept in ranks(2).run(_frozen, hf_models["dense"]):
-        assert kept
-        assert all(name.startswith("model.visual.") for name in kept)
-        assert not any(name.startswith("model.visual.") for name in moved)
+@pytest.mark.parametrize("frozen", checks.FREEZES, ids="+".join)
+@pytest.mark.parametrize("layout", [TP2SP, Layout(pipeline=2)], ids=["tp2-sp", "pp2"])
+def test_frozen_parts_stay_bit_equal_and_have_no_optimizer_state(
+    ranks: Worlds, hf_models: dict[str, Path], layout: Layout, frozen: tuple[str, ...]
+) -> None:
+    """At two stages the second one has nothing to train when the decoder is frozen."""
+    for moved, kept, held, trained, rate in ranks(2).run(
+        _frozen, hf_models["dense"], layout, frozen
+    ):
+        assert kept == set(frozen)
+        assert moved == set(checks.PARTS) - set(frozen)
+        assert held == trained
+        assert rate == pytest.approx(1e-3)
 
 
 def _every_logprob(output: Tensor, batch: PackedBatch) -> list[Tensor]:
@@ -131,7 +146,7 @@ def logprobs(hf_models: dict[str, Path]) -> list[Tensor]:
         (2, Layout(pipeline=2), 33),
         (4, Layout(pipeline=2), 24),
         (2, Layout(pipeline=2, virtual_pipeline=2), 33),
-        (4, Layout(tensor=2, sequence_parallel=True), 33),
+        (4, TP2SP, 33),
         (2, Layout(context=2), 24),
         (4, Layout(context=2, tensor=2, sequence_parallel=True), 33),
         (4, Layout(context=2, pipeline=2, virtual_pipeline=2), 24),
@@ -293,12 +308,7 @@ def _reinforce(path: Path) -> Outcome:
 
 @pytest.mark.parametrize(
     "world, layout",
-    [
-        (1, Layout()),
-        (2, Layout(tensor=2, sequence_parallel=True)),
-        (2, Layout(pipeline=2)),
-        (2, Layout(context=2)),
-    ],
+    [(1, Layout()), (2, TP2SP), (2, Layout(pipeline=2)), (2, Layout(context=2))],
     ids=["one", "tp2", "pp2", "cp2"],
 )
 def test_one_policy_update_is_reinforce(

@@ -43,16 +43,12 @@ def build(options: argparse.Namespace) -> ModelRunner:
     config = PRESETS[options.model]
     if options.layers:
         config = replace(config, num_layers=options.layers)
-    precision = Precision(fp8=None if options.fp8 == "off" else options.fp8)
+    training = TrainingOptions(
+        recompute=Recompute(vision=options.recompute_vision),
+        precision=Precision(fp8=None if options.fp8 == "off" else options.fp8),
+    )
     with torch.device(backend.device):
-        model = Qwen3VLModel(
-            config,
-            parallel,
-            backend,
-            options=TrainingOptions(
-                recompute=Recompute(vision=options.recompute_vision), precision=precision
-            ),
-        ).to(backend.device)
+        model = Qwen3VLModel(config, parallel, backend, options=training).to(backend.device)
     workload.randomise(model)
     return ModelRunner(
         model,

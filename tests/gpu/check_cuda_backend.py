@@ -31,7 +31,7 @@ from model_providers.qwen3_vl import Head, Qwen3VLModel
 from model_providers.weight_map import iter_hf_weights, load_hf_weights
 from prism_megatron.config.schema import Optimizer
 from prism_megatron.training.runner import ModelRunner
-from prism_megatron.types import ImageInputs, PackedBatch, Sequence
+from prism_megatron.types import PackedBatch, Sequence, VisualInputs
 
 IMAGE, VOCAB = 500, 512
 SIZES = ("tensor", "expert", "expert_tensor", "context", "pipeline", "virtual_pipeline")
@@ -80,7 +80,7 @@ def batch() -> list[Sequence]:
     """Six sequences; images of three sizes, one shared, text only between them."""
     generator = torch.Generator().manual_seed(3)
     images = {
-        key: ImageInputs(key, torch.randn(h * w, 1536, generator=generator), (1, h, w))
+        key: VisualInputs(key, torch.randn(h * w, 1536, generator=generator), (1, h, w))
         for key, h, w in (("wide", 4, 12), ("tall", 16, 6), ("small", 4, 4))
     }
     shown = [["wide"], [], ["tall", "small"], ["wide"], [], ["small"]]

@@ -28,7 +28,7 @@ from model_providers.presets import PRESETS
 from model_providers.qwen3_vl import Qwen3VLModel
 from prism_megatron.config.schema import Optimizer
 from prism_megatron.training.runner import ModelRunner
-from prism_megatron.types import ImageInputs, PackedBatch, Sequence
+from prism_megatron.types import PackedBatch, Sequence, VisualInputs
 from tests.gpu import workload
 
 LAYERS, TOKENS, SUCCESSORS = 4, 2048, 4
@@ -50,7 +50,7 @@ def batch(number: int, patch_dim: int, image_token: int) -> list[Sequence]:
     mask = torch.arange(LENGTH) > 1 + visual
     pixels = torch.randn(ROWS, GRID[1] * GRID[2], patch_dim, generator=generator)
     return [
-        Sequence(row, (ImageInputs(f"{number}/{i}", pixels[i], GRID),), mask)
+        Sequence(row, (VisualInputs(f"{number}/{i}", pixels[i], GRID),), mask)
         for i, row in enumerate(ids)
     ]
 

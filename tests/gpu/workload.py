@@ -15,7 +15,7 @@ import torch
 from model_providers.config import Qwen3VLConfig
 from model_providers.qwen3_vl import Qwen3VLModel
 from prism_megatron.flops import training_flops
-from prism_megatron.types import ImageInputs, Sequence
+from prism_megatron.types import Sequence, VisualInputs
 
 GRID = (1, 56, 56)
 SHORTEST, LONGEST = 1024, 4096
@@ -35,7 +35,7 @@ def rows(config: Qwen3VLConfig, count: int, seed: int) -> list[Sequence]:
         text[1 : 1 + visual] = config.image_token_id
         pixels = torch.randn(GRID[1] * GRID[2], config.vision.patch_dim, generator=generator)
         mask = torch.arange(length) >= (length + visual) // 2
-        image = ImageInputs(f"{seed}/{number}", pixels.to(torch.bfloat16), GRID)
+        image = VisualInputs(f"{seed}/{number}", pixels.to(torch.bfloat16), GRID)
         sequences.append(Sequence(text, (image,), mask))
     return sequences
 

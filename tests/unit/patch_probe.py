@@ -26,6 +26,7 @@ from megatron.core.tensor_parallel.random import (
 
 from checkpoint_tools import megatron_directory
 from model_providers import megatron_cpu
+from model_providers.config import TrainingOptions
 from model_providers.parallel import Layout
 from model_providers.qwen3_vl import Head
 from prism_megatron.training.runner import ModelRunner
@@ -34,12 +35,12 @@ from tests.dist import checks
 
 
 def _train(path: Path, head: Head, folder: Path) -> None:
-    runner = checks.make_runner(path, Layout(), head, aux_loss_coef=0.1)
+    runner = checks.make_runner(path, Layout(), head, training=TrainingOptions(aux_loss_coef=0.1))
     _step(runner, head)
     ckpt = folder / "ckpt"
     megatron_directory.save(ckpt, runner.model, path, runner.optimizer, runner.scheduler)
     wanted = _step(runner, head)
-    runner = checks.make_runner(path, Layout(), head, aux_loss_coef=0.1)
+    runner = checks.make_runner(path, Layout(), head, training=TrainingOptions(aux_loss_coef=0.1))
     megatron_directory.load(ckpt, runner.model, runner.optimizer, runner.scheduler)
     assert _step(runner, head) == wanted, "resumed training differs"
 

@@ -136,7 +136,7 @@ def test_an_unknown_key_names_the_nearest_known_one(
         ("optimizer.lr=0", "optimizer.lr: 0 given, greater than 0 wanted"),
         ("optimizer.lr='\"1e-3\"'", "optimizer.lr: '\"1e-3\"' given, a valid number wanted"),
         ("backend=gpu", "backend: 'gpu' given, 'cpu' or 'cuda' wanted"),
-        ("model.freeze_vision=1", "model.freeze_vision: 1 given, a valid boolean wanted"),
+        ("model.freeze.vision=1", "model.freeze.vision: 1 given, a valid boolean wanted"),
         ("data.max_bad_share=1.5", "data.max_bad_share: 1.5 given, less than or equal to 1 wanted"),
         ("optimizer.schedule=linear", "'linear' given, 'constant' or 'cosine' wanted"),
     ],
@@ -145,6 +145,64 @@ def test_a_wrong_value_says_what_was_given_and_what_is_wanted(
     write: Write, override: str, wanted: str
 ) -> None:
     assert f"{wanted} (in the command line)" in message(write("sft.yaml", SFT), override)
+
+
+def test_a_model_of_which_everything_is_frozen_is_refused(write: Write) -> None:
+    freeze = [f"model.freeze.{part}=true" for part in ("language", "vision", "mergers")]
+    assert "are all frozen, so nothing is trained" in message(write("sft.yaml", SFT), *freeze)
+    assert load_sft(write("sft.yaml", SFT), *freeze[:2]).model.freeze.vision
+
+
+@pytest.mark.parametrize(
+    ("overrides", "wanted"),
+    [
+        (["granularity=selective"], "granularity is 'selective' with 0 modules"),
+        (["granularity=full", "modules=[mlp]"], "granularity is 'full' with 1 modules"),
+        (["layers=2"], "layers=2 belongs to granularity 'full', not 'none'"),
+    ],
+)
+def test_recompute_settings_that_would_do_nothing_are_refused(
+    write: Write, overrides: list[str], wanted: str
+) -> None:
+    keys = [f"model.recompute.{override}" for override in overrides]
+    assert wanted in message(write("sft.yaml", SFT), *keys)
+
+
+def test_bf16_moments_need_the_backend_that_has_them(write: Write) -> None:
+    own = write("sft.yaml", SFT)
+    said = message(own, "optimizer.moments=bf16")
+    assert "optimizer.moments=bf16 needs backend=cuda" in said and "backend=cpu" in said
+    config = load_sft(own, "optimizer.moments=bf16", "backend=cuda")
+    assert config.optimizer.moments == "bf16"
+
+
+@pytest.mark.parametrize(
+    ("stage", "optimizer"),
+    [
+        ("warmup", "optimizer"),
+        ("align", "policy_optimizer"),
+        ("align", "discriminator_optimizer"),
+        ("rlvr", "policy_optimizer"),
+    ],
+)
+def test_every_optimizer_of_a_stage_is_checked_for_its_moments(stage: str, optimizer: str) -> None:
+    file = ROOT / f"configs/quickstart/{stage}.yaml"
+    options = [f"{optimizer}.moments=bf16"]
+    with pytest.raises(ValueError, match=f"{optimizer}.moments=bf16 needs backend=cuda"):
+        configuration.load(stage, file, options)
+    configuration.load(stage, file, [*options, "backend=cuda"])
+
+
+@pytest.mark.parametrize(
+    ("override", "wanted"),
+    [
+        ("fp8=mxfp8", "model.fp8: 'mxfp8' given, 'delayed', 'tensorwise' or 'blockwise' wanted"),
+        ("bf16_first_layers=-1", "model.bf16_first_layers: -1 given, greater than or equal to 0"),
+        ("bf16_last_layers=-2", "model.bf16_last_layers: -2 given, greater than or equal to 0"),
+    ],
+)
+def test_a_wrong_precision_is_refused(write: Write, override: str, wanted: str) -> None:
+    assert wanted in message(write("sft.yaml", SFT), f"model.{override}")
 
 
 def test_every_problem_is_listed_with_the_file_it_is_in(write: Write) -> None:

@@ -17,7 +17,7 @@ from transformers import (
 
 from prism_megatron.config.schema import Sampling
 from prism_megatron.rollout.local import LocalEngine, sample_tokens
-from prism_megatron.types import ImageInputs, Prompt, Rollout
+from prism_megatron.types import Prompt, Rollout, VisualInputs
 from tests import tiny_models
 from tests.tiny_models import IMAGE, VIDEO, VISION_END, VISION_START, VOCAB
 
@@ -52,10 +52,10 @@ def engine(hf_dir: Path) -> LocalEngine:
     return LocalEngine(hf_dir, seed=7)
 
 
-def image(key: str, grid: tuple[int, int, int]) -> ImageInputs:
+def image(key: str, grid: tuple[int, int, int]) -> VisualInputs:
     generator = torch.Generator().manual_seed(grid[1] * 100 + grid[2])
     patches = grid[0] * grid[1] * grid[2]
-    return ImageInputs(key, torch.randn(patches, 3 * 2 * 8 * 8, generator=generator), grid)
+    return VisualInputs(key, torch.randn(patches, 3 * 2 * 8 * 8, generator=generator), grid)
 
 
 def vision_block(grid: tuple[int, int, int]) -> list[int]:

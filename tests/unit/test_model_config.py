@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from model_providers import backend as backends
-from model_providers.config import Qwen3VLConfig, stage_layers
+from model_providers.config import Qwen3VLConfig, Recompute, stage_layers
 from model_providers.parallel import Layout
 from model_providers.qwen3_vl import padded_vocab_size
 from tests import tiny_models
@@ -279,3 +279,18 @@ def test_a_file_that_says_nothing_of_the_discriminator_is_shared(
 ) -> None:
     assert not configs["moe"].dedicated and not configs["dense"].dedicated
     assert configs["moe"].value_heads == ("v_head.1.weight",)
+
+
+@pytest.mark.parametrize(
+    "kind, modules, message",
+    [
+        ("dense", ("moe",), "recompute.modules has moe, which a dense model does not have"),
+        ("moe", ("core_attn", "mlp"), "has mlp, which a Mixture-of-Experts model does not"),
+        ("dense", ("layernorm", "mlp"), "'cpu' can't recompute layernorm; choose from core_attn"),
+    ],
+)
+def test_modules_that_can_not_be_recomputed_are_refused(
+    configs: dict[str, Qwen3VLConfig], kind: str, modules: tuple[str, ...], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        configs[kind].check_recompute(Recompute("selective", modules), backends.create("cpu"))

@@ -9,6 +9,7 @@ from prism_megatron.data.mrope import mrope_positions
 
 IMAGE, VIDEO, TEXT = 51, 52, 3
 MERGE = 2
+TOKENS = {"image_token_id": IMAGE, "video_token_id": VIDEO, "merge_size": MERGE}
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +83,7 @@ WIDE, TALL, SQUARE = (1, 2, 10), (1, 14, 4), (1, 6, 6)
 )
 def test_equals_transformers_on_images(model: Qwen3VLModel, parts: tuple, grids: list) -> None:
     tokens = ids(*parts)
-    positions = mrope_positions(tokens, grids, image_token_id=IMAGE, merge_size=MERGE)
+    positions = mrope_positions(tokens, grids, [], **TOKENS)
     assert torch.equal(positions, reference(model, tokens, grids))
 
 
@@ -93,22 +94,13 @@ def test_equals_transformers_on_videos_between_images(model: Qwen3VLModel) -> No
         2, (IMAGE, WIDE), 3, clip, 2, clip, 2, clip, 1, (IMAGE, TALL), 1, (VIDEO, SQUARE), 4
     )
     videos = [(3, 4, 8), SQUARE]
-    positions = mrope_positions(
-        tokens,
-        [WIDE, TALL],
-        image_token_id=IMAGE,
-        merge_size=MERGE,
-        video_grids=videos,
-        video_token_id=VIDEO,
-    )
+    positions = mrope_positions(tokens, [WIDE, TALL], videos, **TOKENS)
     assert torch.equal(positions, reference(model, tokens, [WIDE, TALL], videos))
 
 
 def test_adjacent_images_are_told_apart_by_their_grids() -> None:
     tokens = ids((IMAGE, (1, 2, 4)), (IMAGE, (1, 4, 2)), 1)
-    positions = mrope_positions(
-        tokens, [(1, 2, 4), (1, 4, 2)], image_token_id=IMAGE, merge_size=MERGE
-    )
+    positions = mrope_positions(tokens, [(1, 2, 4), (1, 4, 2)], [], **TOKENS)
     assert positions.tolist() == [[0, 0, 2, 2, 4], [0, 0, 2, 3, 4], [0, 1, 2, 2, 4]]
 
 
@@ -123,4 +115,17 @@ def test_adjacent_images_are_told_apart_by_their_grids() -> None:
 )
 def test_placeholders_and_grids_must_match(tokens: Tensor, grids: list, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        mrope_positions(tokens, grids, image_token_id=IMAGE, merge_size=MERGE)
+        mrope_positions(tokens, grids, [], **TOKENS)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "message"),
+    [
+        (ids(1, (VIDEO, (1, 2, 2)), 1), r"grid \(1, 4, 2\) needs 2 placeholders 52 at index 1"),
+        (ids(1, (VIDEO, (1, 4, 2)), 3), "2 of 3 grids have no placeholders 52"),
+        (ids(1, *[(VIDEO, (1, 4, 2)), 1] * 4), "at index 10: all 3 grids are used up"),
+    ],
+)
+def test_a_video_has_a_span_for_each_frame(tokens: Tensor, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        mrope_positions(tokens, [], [(3, 4, 2)], **TOKENS)

@@ -7,28 +7,29 @@ import torch
 
 from prism_megatron.data.mrope import mrope_positions
 from prism_megatron.data.packing import pack, packed_length, plan_micro_batches
-from prism_megatron.types import ImageInputs, PackedBatch, Sequence
+from prism_megatron.types import PackedBatch, Sequence, VisualInputs
 
-IMAGE, PAD, MERGE, PATCH_VALUES = 50, 9, 2, 5
-SETTINGS = {"image_token_id": IMAGE, "merge_size": MERGE, "pad_id": PAD}
+IMAGE, VIDEO, PAD, MERGE, PATCH_VALUES = 50, 51, 9, 2, 5
+TOKENS = {"image_token_id": IMAGE, "video_token_id": VIDEO, "merge_size": MERGE}
+SETTINGS = TOKENS | {"pad_id": PAD}
 
 
-def image(key: str, h: int, w: int) -> ImageInputs:
+def image(key: str, h: int, w: int) -> VisualInputs:
     generator = torch.Generator().manual_seed(ord(key))
-    return ImageInputs(key, torch.randn(h * w, PATCH_VALUES, generator=generator), (1, h, w))
+    return VisualInputs(key, torch.randn(h * w, PATCH_VALUES, generator=generator), (1, h, w))
 
 
 A, B = image("a", 2, 6), image("b", 4, 4)
 
 
-def sequence(parts: list[int | ImageInputs], num_response: int) -> Sequence:
+def sequence(parts: list[int | VisualInputs], num_response: int) -> Sequence:
     tokens: list[int] = []
     for part in parts:
         tokens += [part] if isinstance(part, int) else [IMAGE] * (len(part.pixel_values) // 4)
     length = len(tokens)
     return Sequence(
         input_ids=torch.tensor(tokens),
-        images=tuple(part for part in parts if isinstance(part, ImageInputs)),
+        images=tuple(part for part in parts if isinstance(part, VisualInputs)),
         response_mask=torch.arange(length) >= length - num_response,
         per_token={"advantages": torch.arange(length) + 0.5},
     )
@@ -136,6 +137,41 @@ def test_shared_image_is_packed_once_and_every_token_finds_its_feature() -> None
     assert torch.equal(feature_rows(batch)[batch.feature_index], want)
 
 
+def clip_sequence(clip: VisualInputs, frames: list[int], picture_first: bool) -> Sequence:
+    """A clip whose frames have as many tokens as listed, after or before picture A."""
+    shown = [token for count in frames for token in (3, *[VIDEO] * count)]
+    picture = [IMAGE] * 3
+    tokens = torch.tensor([*picture, 1, *shown] if picture_first else [*shown, *picture])
+    return Sequence(tokens, (A,), tokens == 3, {}, (clip,))
+
+
+CLIP = VisualInputs("clip", torch.randn(2 * 4 * 2, PATCH_VALUES), (2, 4, 2))
+
+
+def test_features_come_in_the_order_of_the_tokens_that_show_them() -> None:
+    """Two frames of two tokens with a timestamp before each, and an image of three tokens."""
+    rows = [clip_sequence(CLIP, [2, 2], False), clip_sequence(CLIP, [2, 2], True)]
+    batch = pack(rows, **SETTINGS)
+    assert batch.grids == (A.grid_thw, CLIP.grid_thw)
+    assert batch.visual_index.tolist() == [1, 2, 4, 5, 6, 7, 8, 9, 10, 11, 14, 15, 17, 18]
+    assert batch.feature_index.tolist() == [3, 4, 5, 6, 0, 1, 2, 0, 1, 2, 3, 4, 5, 6]
+    want = torch.cat([v.pixel_values[:: MERGE**2] for v in (CLIP, A, A, CLIP)])
+    assert torch.equal(feature_rows(batch)[batch.feature_index], want)
+
+
+@pytest.mark.parametrize(
+    ("frames", "message"),
+    [
+        ([2], "1 of 2 grids have no placeholders 51"),
+        ([1, 3], r"grid \(1, 4, 2\) needs 2 placeholders 51 at index 1"),
+        ([2, 2, 2], "all 2 grids are used up"),
+    ],
+)
+def test_frames_and_placeholders_must_match(frames: list[int], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        pack([clip_sequence(CLIP, frames, False)], **SETTINGS)
+
+
 def test_positions_start_anew_in_each_sequence() -> None:
     sequences = [sequence([1, A, 2], 1), sequence([3, 4, 5], 1), sequence([B, 6, 7], 1)]
     batch = pack(sequences, **SETTINGS)
@@ -144,8 +180,8 @@ def test_positions_start_anew_in_each_sequence() -> None:
         alone = mrope_positions(
             one.input_ids,
             [picture.grid_thw for picture in one.images],
-            image_token_id=IMAGE,
-            merge_size=MERGE,
+            [],
+            **TOKENS,
         )
         assert torch.equal(batch.position_ids[:, start:end], alone)
 

@@ -138,6 +138,11 @@ def test_unreadable_image_is_a_row_error(encoder: PromptEncoder, data: bytes, re
         encoder.encode_prompt(row(("user", "<image>"), images=(data,)))
 
 
+def test_a_video_is_refused(encoder: PromptEncoder) -> None:
+    with pytest.raises(RowError, match="<video> in the text, only images are supported"):
+        encoder.encode_prompt(row(("user", "<video> What happens?"), images=()))
+
+
 def test_missing_image_is_a_row_error(encoder: PromptEncoder, tmp_path: Path) -> None:
     source = ImageSource(path=tmp_path / "gone.png")
     with pytest.raises(RowError, match="missing image"):

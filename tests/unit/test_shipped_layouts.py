@@ -1,0 +1,57 @@
+"""Every layout in configs/layouts/ fits its model, its numbers of GPUs and their memory."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from model_providers.parallel import Layout
+from model_providers.presets import PRESETS
+from prism_megatron.config import load as configuration
+from prism_megatron.config import schema
+from prism_megatron.training.setup import layout_of
+from tests.unit.test_presets import BILLIONS
+
+FILES = sorted((Path(__file__).resolve().parents[2] / "configs" / "layouts").glob("*.yaml"))
+SFT = """
+run: {dir: runs/x}
+data: {path: sft.json}
+train: {steps: 7}
+model: {path: model, parallel: "${vars.layout}", recompute: "${vars.recompute}"}
+optimizer: {lr: 1e-3}
+batch_size: 4
+"""
+
+
+def gigabytes(name: str, layout: Layout, gpus: int) -> float:
+    """Weights, gradients and optimizer on one GPU: 2 + 4 bytes a parameter, and 12 spread over
+    the data-parallel ranks."""
+    model = PRESETS[name]
+    experts = model.num_layers * model.num_experts * 3 * model.hidden_size
+    experts *= model.moe_intermediate_size
+    rest = BILLIONS[name] * 1e9 - experts
+    own = rest / layout.tensor * (6 + 12 / layout.data(gpus))
+    own += experts / (layout.expert * layout.expert_tensor) * (6 + 12 / layout.expert_data(gpus))
+    return own / layout.pipeline / 1e9
+
+
+def test_every_released_size_has_a_layout() -> None:
+    assert {yaml.safe_load(path.read_text())["vars"]["model"] for path in FILES} == set(PRESETS)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_a_shipped_layout_fits(path: Path, tmp_path: Path) -> None:
+    own = tmp_path / "sft.yaml"
+    own.write_text(SFT)
+    config = configuration.load("sft", [own, path], [])
+    assert isinstance(config, schema.SFT)
+    facts = yaml.safe_load(path.read_text())["vars"]
+    assert path.stem.startswith(facts["model"])
+    layout = layout_of(config.model.parallel)
+    PRESETS[facts["model"]].check_layout(layout)
+    assert facts["gpus"]
+    for gpus in facts["gpus"]:
+        configuration.check_world(config.model.parallel, gpus)
+        assert gigabytes(facts["model"], layout, gpus) <= 0.7 * facts["gpu_memory_gb"], gpus
