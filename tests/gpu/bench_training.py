@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from model_providers import backend as backends
-from model_providers.config import Precision, TrainingOptions
+from model_providers.config import Precision, Recompute, TrainingOptions
 from model_providers.parallel import Layout, ParallelState
 from model_providers.presets import PRESETS
 from model_providers.qwen3_vl import Qwen3VLModel
@@ -43,18 +43,18 @@ def build(options: argparse.Namespace) -> ModelRunner:
     config = PRESETS[options.model]
     if options.layers:
         config = replace(config, num_layers=options.layers)
-    precision = Precision(fp8=None if options.fp8 == "off" else options.fp8)
-    training = TrainingOptions(precision=precision)
+    training = TrainingOptions(
+        recompute=Recompute(vision=options.recompute_vision),
+        precision=Precision(fp8=None if options.fp8 == "off" else options.fp8),
+    )
     with torch.device(backend.device):
         model = Qwen3VLModel(config, parallel, backend, options=training).to(backend.device)
-    for name, parameter in model.named_parameters():
-        norm = "norm" in name and name.endswith("weight")
-        parameter.data.normal_(1.0 if norm else 0.0, 0.0 if norm else 0.02)
+    workload.randomise(model)
     return ModelRunner(
         model,
         micro_batch_tokens=options.micro_batch_tokens,
         pad_id=0,
-        optimizer=Optimizer(lr=1e-5),
+        optimizer=Optimizer(lr=1e-5, moments=options.moments),
         steps=100,
     )
 
@@ -67,6 +67,8 @@ def main() -> None:
     parser.add_argument("--pipeline", type=int, default=1)
     parser.add_argument("--expert", type=int, default=1)
     parser.add_argument("--fp8", default="off")
+    parser.add_argument("--moments", default="fp32")
+    parser.add_argument("--recompute-vision", action="store_true")
     parser.add_argument("--rows", type=int, default=4, help="rows a GPU and step")
     parser.add_argument("--micro-batch-tokens", type=int, default=8192)
     parser.add_argument("--steps", type=int, default=5)
@@ -111,6 +113,8 @@ def main() -> None:
             "gpus": world,
             "layout": asdict(runner.parallel.layout),
             "fp8": options.fp8,
+            "moments": options.moments,
+            "recompute_vision": options.recompute_vision,
             "rows_per_gpu": options.rows,
             "micro_batch_tokens": options.micro_batch_tokens,
             "layers": config.num_layers,

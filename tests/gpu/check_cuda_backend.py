@@ -61,6 +61,7 @@ TEXT = dict(
     hidden_act="silu",
     rope_parameters=dict(rope_theta=5e6, mrope_section=[12, 10, 10]),
 )
+OPTIMIZER = Optimizer(lr=3e-4)
 EXPERTS = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=384)
 
 
@@ -110,7 +111,13 @@ def loss_of(head: Head) -> Any:
     return language if head == "language" else score
 
 
-def build(backend: Any, layout: Layout, directory: Path, head: Head) -> ModelRunner:
+def build(
+    backend: Any,
+    layout: Layout,
+    directory: Path,
+    head: Head,
+    optimizer: Optimizer = OPTIMIZER,
+) -> ModelRunner:
     parallel = ParallelState.create(layout)
     backend.seed(1, parallel)
     kind = "moe" if head == "score" else "dense"
@@ -123,9 +130,7 @@ def build(backend: Any, layout: Layout, directory: Path, head: Head) -> ModelRun
             parameter.data.normal_(around, 0.05)
         save_file({n: t.clone() for n, t in iter_hf_weights(model)}, file)
     load_hf_weights(model, load_file(file), str(file))
-    return ModelRunner(
-        model, micro_batch_tokens=512, pad_id=0, optimizer=Optimizer(lr=3e-4), steps=10
-    )
+    return ModelRunner(model, micro_batch_tokens=512, pad_id=0, optimizer=optimizer, steps=10)
 
 
 def gradients(runner: ModelRunner, head: Head) -> tuple[float, dict[str, Tensor]]:
@@ -186,6 +191,7 @@ def compare(directory: Path, sizes: dict[str, int]) -> dict[str, Any]:
             "loss": loss,
             "loss_fp32": json.loads((directory / f"{head}.json").read_text())["loss"],
             "parameters": len(grads),
+            "grad_norm": float(torch.stack([g.norm() for g in grads.values()]).norm()),
             "worst_cosine": [worst, cosine[worst]],
             "length_ratio": [min(length.values()), max(length.values())],
             "training_losses": losses,

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import statistics
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from model_providers.config import Qwen3VLConfig
+from model_providers.qwen3_vl import Qwen3VLModel
 from prism_megatron.flops import training_flops
 from prism_megatron.types import Sequence, VisualInputs
 
@@ -35,6 +38,13 @@ def rows(config: Qwen3VLConfig, count: int, seed: int) -> list[Sequence]:
         image = VisualInputs(f"{seed}/{number}", pixels.to(torch.bfloat16), GRID)
         sequences.append(Sequence(text, (image,), mask))
     return sequences
+
+
+def randomise(model: Qwen3VLModel) -> None:
+    """Random weights, as a checkpoint would otherwise bring them."""
+    for name, parameter in model.named_parameters():
+        norm = "norm" in name and name.endswith("weight")
+        parameter.data.normal_(1.0 if norm else 0.0, 0.0 if norm else 0.02)
 
 
 def throughput(
@@ -75,3 +85,52 @@ def environment() -> dict[str, Any]:
         ["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=False
     ).stdout.strip()
     return {"versions": versions, "device": torch.cuda.get_device_name(), "git_commit": commit}
+
+
+def table(folder: Path) -> str:
+    """The training steps measured in `folder`, as Markdown."""
+    lines = [
+        "| run | GPUs | tokens/s/GPU | TFLOP/s/GPU | MFU | peak memory, GiB |",
+        "|---|---|---|---|---|---|",
+    ]
+    for file in sorted(folder.glob("*.json")):
+        result = json.loads(file.read_text())
+        if "tflops_per_gpu" in result:
+            lines.append(
+                f"| {file.stem} | {result['gpus']} | {result['tokens_per_s_per_gpu']:,.0f} | "
+                f"{result['tflops_per_gpu']:.0f} | {100 * result['mfu']:.1f} % | "
+                f"{result['peak_memory_gib']:.0f} |"
+            )
+    return "\n".join(lines)
+
+
+def parity(folder: Path) -> tuple[str, bool]:
+    """Layouts against one GPU, as Markdown, and whether all are near: loss to 1e-3, gradient norm
+    to 3 percent. The file of one GPU is parity-1.json."""
+    lines = ["| layout | model | loss, relative | gradient norm, relative |", "|---|---|---|---|"]
+    one = json.loads((folder / "parity-1.json").read_text())
+    near = True
+    for file in sorted(folder.glob("parity-*.json")):
+        result = json.loads(file.read_text())
+        for head in ("language", "score"):
+            loss, norm = (
+                abs(result[head][key] / one[head][key] - 1) for key in ("loss", "grad_norm")
+            )
+            lines.append(
+                f"| {file.stem.removeprefix('parity-')} | {head} | {loss:.1e} | {norm:.1e} |"
+            )
+            near &= loss <= 1e-3 and norm <= 0.03
+    return "\n".join(lines), near
+
+
+def main(folder: Path) -> int:
+    print(table(folder))
+    if not (folder / "parity-1.json").exists():
+        return 0
+    text, near = parity(folder)
+    print(text)
+    return 0 if near else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(sys.argv[1])))

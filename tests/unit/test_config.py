@@ -270,6 +270,8 @@ def test_an_unknown_stage_names_the_nearest(write: Write) -> None:
         ({"tensor": 2, "pipeline": 2}, 2, "tensor 2 x pipeline 2 = 4 does not divide world size 2"),
         ({"tensor": 3}, 4, "tensor 3 x pipeline 1 = 3 does not divide world size 4"),
         ({"expert": 2, "pipeline": 2}, 6, "expert 2 x pipeline 2 = 4 does not divide"),
+        ({"tensor": 2, "context": 2}, 6, "tensor 2 x context 2 x pipeline 1 = 4 does not divide"),
+        ({"expert_tensor": 3}, 4, "expert_tensor 3 x pipeline 1 = 3 does not divide world size 4"),
     ],
 )
 def test_impossible_layouts_print_every_factor_and_the_fix(

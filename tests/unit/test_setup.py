@@ -8,6 +8,7 @@ import pytest
 import torch.distributed as dist
 
 from model_providers.config import Precision, Recompute, TrainingOptions
+from model_providers.parallel import Layout
 from prism_megatron.config import schema
 from prism_megatron.training import setup
 from tests import tiny_models
@@ -50,3 +51,21 @@ def test_a_section_says_how_its_model_is_trained() -> None:
         precision=Precision("tensorwise", bf16_first_layers=1, bf16_last_layers=2),
     )
     assert setup.options_of(schema.Model(path=Path("model"))) == TrainingOptions()
+
+
+def test_every_key_of_the_configuration_reaches_the_layout() -> None:
+    sizes = dict(
+        tensor=2,
+        context=3,
+        pipeline=5,
+        virtual_pipeline=7,
+        expert=11,
+        expert_tensor=13,
+        first_stage_layers=17,
+        last_stage_layers=19,
+        embedding_as_layer=True,
+        loss_as_layer=True,
+    )
+    assert setup.layout_of(schema.Parallel(**sizes)) == Layout(**sizes, sequence_parallel=True)
+    assert setup.layout_of(schema.Parallel(tensor=2, sequence=False)) == Layout(tensor=2)
+    assert setup.layout_of(schema.Parallel()) == Layout()

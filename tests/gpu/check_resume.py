@@ -1,0 +1,102 @@
+"""A training checkpoint on GPUs: three steps, save, three more against load and three more.
+
+    torchrun --nproc-per-node N -m tests.gpu.check_resume [--tensor T --expert E] --out FILE
+
+Dense language model, and a Mixture-of-Experts discriminator whose fp32 head stands among BF16
+weights, each with fp32 and with BF16 moments. Kernels add in no fixed order, so losses may differ
+in the last bits (TOLERANCE); a model that gets its weights back and not its moments is ten times as
+far off, which shows that the comparison sees a loss of state.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from checkpoint_tools import megatron_directory
+from model_providers import backend as backends
+from model_providers.parallel import Layout
+from prism_megatron.config.schema import Optimizer
+from tests.gpu import check_cuda_backend as check
+from tests.gpu import workload
+
+TOLERANCE = 2e-3
+
+
+def resumed(backend: Any, layout: Layout, folder: Path, head: Any, moments: Any) -> dict[str, Any]:
+    optimizer = Optimizer(lr=3e-4, moments=moments)
+    loss = check.loss_of(head)
+
+    def train(runner: Any) -> list[float]:
+        return [runner.train_step(check.batch(), loss).sums["loss"] for _ in range(3)]
+
+    first = check.build(backend, layout, folder, head, optimizer)
+    before = train(first)
+    hf = folder / f"hf-{head}"
+    if dist.get_rank() == 0:
+        hf.mkdir(exist_ok=True)
+        (hf / "config.json").write_text(json.dumps(check.raw_config(head == "score")))
+    dist.barrier()
+    path = folder / f"{head}-{moments}"
+    megatron_directory.save(path, first.model, hf, first.optimizer, first.scheduler)
+    undisturbed = train(first)
+    second = check.build(backend, layout, folder, head, optimizer)
+    megatron_directory.load(path, second.model, second.optimizer, second.scheduler)
+    third = check.build(backend, layout, folder, head, optimizer)
+    megatron_directory.load(path, third.model)
+    third.optimizer.reload_model_params()
+    return {
+        "before": before,
+        "undisturbed": undisturbed,
+        "resumed": train(second),
+        "weights_alone": train(third),
+    }
+
+
+def distance(found: list[float], wanted: list[float]) -> float:
+    return max(abs(a - b) / abs(b) for a, b in zip(found, wanted, strict=True))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--tensor", type=int, default=1)
+    parser.add_argument("--expert", type=int, default=1)
+    parser.add_argument("--backend", default="cuda")
+    parser.add_argument("--out", type=Path, required=True)
+    options = parser.parse_args()
+    backend = backends.create(options.backend)
+    backend.init_process_group()
+    box = [tempfile.mkdtemp()]
+    dist.broadcast_object_list(box)
+    result: dict[str, Any] = {"tensor": options.tensor, "expert": options.expert}
+    for head in ("language", "score"):
+        layout = Layout(
+            tensor=options.tensor,
+            expert=options.expert if head == "score" else 1,
+            sequence_parallel=options.tensor > 1,
+        )
+        for moments in ("fp32", "bf16") if backend.fused_kernels else ("fp32",):
+            found = resumed(backend, layout, Path(box[0]), head, moments)
+            result[f"{head}, {moments} moments"] = found
+    result["world"] = dist.get_world_size()
+    if dist.get_rank() == 0:
+        if torch.accelerator.is_available():
+            result |= workload.environment()
+        print(json.dumps(result, indent=2))
+        options.out.write_text(json.dumps(result, indent=2) + "\n")
+    for name, found in result.items():
+        if isinstance(found, dict) and "resumed" in found:
+            assert distance(found["resumed"], found["undisturbed"]) < TOLERANCE, (name, found)
+            lost = distance(found["weights_alone"], found["undisturbed"])
+            assert lost > 10 * TOLERANCE, (name, found)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

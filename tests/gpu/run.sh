@@ -1,0 +1,97 @@
+#!/usr/bin/env bash
+# Everything there is to check and to measure on this host's GPUs; one JSON a part.
+#
+#   bash tests/gpu/run.sh OUT [PART ...]
+#
+# Parts: parity resume curves dense fp8 moe baseline; all of them by default. A part that wants more
+# GPUs than there are is skipped and says so. Ends with a table, and with 1 if any part failed.
+# CPU_PYTHONPATH: packages without Transformer Engine, for the fp32 reference on a host where
+# megatron.core must not find it.
+set -uo pipefail
+out=${1:?usage: run.sh OUT [PART ...]}
+shift
+parts=("$@")
+((${#parts[@]})) || parts=(parity resume curves dense fp8 moe baseline)
+mkdir -p "$out"
+out=$(cd "$out" && pwd)
+cd "$(dirname "${BASH_SOURCE[0]}")/../.." || exit 1
+export PYTHONUNBUFFERED=1 PYTHONWARNINGS=ignore PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True
+gpus=$(python3 -c 'import torch; print(torch.cuda.device_count())')
+((gpus)) || { echo "no GPU is visible" >&2; exit 1; }
+
+port=29600
+# job NAME FIRST_GPU COUNT MODULE [ARGUMENT ...]: run it on these GPUs, its log beside its result
+job() {
+    local name=$1 first=$2 count=$3 module=$4 started=$SECONDS
+    shift 4
+    if ((first + count > gpus)); then
+        echo "$name: skipped, wants GPUs $first to $((first + count - 1)) of $gpus"
+        return
+    fi
+    if CUDA_VISIBLE_DEVICES=$(seq -s, "$first" $((first + count - 1))) timeout 300 \
+        python3 -m torch.distributed.run --nproc-per-node "$count" --master-port $((port + first)) \
+        -m "tests.gpu.$module" "$@" --out "$out/$name.json" >"$out/$name.log" 2>&1; then
+        echo "$name: passed in $((SECONDS - started)) s"
+    else
+        echo "$name: FAILED after $((SECONDS - started)) s"
+        grep -v -i warning "$out/$name.log" | grep -E "Error|assert" | tail -n 3
+        touch "$out/failed"
+    fi
+}
+
+parity() {
+    local reference
+    reference=$(mktemp -d)
+    PYTHONPATH=${CPU_PYTHONPATH:-${PYTHONPATH:-}} CUDA_VISIBLE_DEVICES="" \
+        python3 -m tests.gpu.check_cuda_backend reference "$reference" >"$out/reference.log" 2>&1 ||
+        { echo "reference: FAILED"; tail -n 3 "$out/reference.log"; touch "$out/failed"; return; }
+    job parity-1 0 1 check_cuda_backend compare "$reference" &
+    job parity-cp2 1 2 check_cuda_backend compare "$reference" --context 2 &
+    wait
+    job parity-tp2-ep2 0 2 check_cuda_backend compare "$reference" --tensor 2 --expert 2 &
+    job parity-pp2-vpp2 2 2 check_cuda_backend compare "$reference" --pipeline 2 --virtual-pipeline 2 &
+    wait
+    job parity-tp2-cp2 0 4 check_cuda_backend compare "$reference" --tensor 2 --context 2
+    job parity-ep4 0 4 check_cuda_backend compare "$reference" --expert 4
+    rm -rf "$reference"
+}
+
+resume() {
+    job resume-1 0 1 check_resume &
+    job resume-tp2-ep2 1 2 check_resume --tensor 2 --expert 2 &
+    wait
+}
+
+curves() {
+    local gpu=0 recipe files=()
+    for recipe in bf16 delayed tensorwise blockwise; do
+        job "curve-$recipe" $gpu 1 fp8_curves --precision $recipe &
+        files+=("$out/curve-$recipe.json")
+        gpu=$(((gpu + 1) % gpus))
+        ((gpu)) || wait
+    done
+    wait
+    python3 -m tests.gpu.fp8_curves --plot "$out/fp8_curves.png" "${files[@]}"
+}
+
+dense() { job dense-bf16 0 4 bench_training --model qwen3-vl-8b --rows 8 --profile "$out/dense-bf16.txt"; }
+fp8() {
+    local recipe
+    for recipe in tensorwise blockwise delayed; do
+        job "dense-$recipe" 0 4 bench_training --model qwen3-vl-8b --rows 8 --fp8 $recipe
+    done
+}
+moe() {
+    job moe-bf16 0 4 bench_training --model qwen3-vl-30b-a3b --expert 4 --rows 8 --moments bf16 \
+        --micro-batch-tokens 4096 --recompute-vision --profile "$out/moe-bf16.txt"
+}
+baseline() { job baseline-fsdp2 0 4 bench_hf_fsdp2 --model qwen3-vl-8b --rows 8 --steps 3; }
+
+rm -f "$out/failed"
+for part in "${parts[@]}"; do
+    case $part in
+        parity | resume | curves | dense | fp8 | moe | baseline) "$part" ;;
+        *) echo "run.sh: unknown part $part" >&2; exit 2 ;;
+    esac
+done
+python3 -m tests.gpu.workload "$out" && [[ ! -e $out/failed ]]
