@@ -332,6 +332,8 @@ def test_recompute_runs_what_it_says_again_and_changes_nothing(
         ("moe", "tp2-sp"),
         ("moe", "pp2"),
         ("moe", "tp2-ep2-sp"),
+        ("dense", "cp2"),
+        ("moe", "cp2"),
     ],
 )
 def test_recompute_changes_nothing_at_other_layouts(
@@ -357,7 +359,7 @@ def test_recompute_with_a_frozen_decoder_still_trains_the_tower(
 
 
 @pytest.mark.parametrize("frozen", checks.FREEZES, ids="+".join)
-@pytest.mark.parametrize("layout", ["tp2-sp", "pp2", "dp2"])
+@pytest.mark.parametrize("layout", ["tp2-sp", "pp2", "dp2", "cp2"])
 def test_frozen_parts_leave_the_other_gradients_alone(
     ranks: Worlds,
     hf_models: dict[str, Path],
