@@ -154,9 +154,6 @@ class Optimizer(Section):
     """Steps of linear learning-rate warm-up."""
     schedule: Literal["constant", "cosine"] = "constant"
     """What follows the warm-up; cosine falls to almost zero at the last step."""
-    moments: Literal["fp32", "bf16"] = "fp32"
-    """Precision of Adam's moments; bf16 needs backend=cuda and saves 6 bytes a parameter, with the
-    main weights kept as BF16 weight and 16-bit remainder."""
 
 
 class Train(Section):
@@ -214,17 +211,6 @@ class Stage(Section):
     """Device, collectives and layer kernels: cpu = gloo and plain torch in fp32."""
     data: Data
     train: Train
-
-    @model_validator(mode="after")
-    def _moments_fit_the_backend(self) -> Self:
-        for name, optimizer in self:
-            bf16 = isinstance(optimizer, Optimizer) and optimizer.moments == "bf16"
-            if bf16 and self.backend == "cpu":
-                raise ValueError(
-                    f"{name}.moments=bf16 needs backend=cuda, whose Adam can keep them so, but "
-                    f"backend={self.backend}; set {name}.moments=fp32 or backend=cuda"
-                )
-        return self
 
 
 class SFT(Stage):

@@ -49,8 +49,6 @@ LossFn = Callable[[Tensor, PackedBatch], tuple[Tensor, dict[str, Tensor]]]
 
 NOT_FINITE = "micro-batches with a loss that is not finite"
 
-MOMENTS = {"fp32": torch.float32, "bf16": torch.bfloat16}
-
 ExtractFn = Callable[[Tensor, PackedBatch], list[Tensor]]
 """(model output [T], micro-batch) -> one result a sequence."""
 
@@ -331,9 +329,6 @@ def _optimizer(section: Optimizer, ddp: list[DistributedDataParallel], model: Qw
         bf16=model.backend.dtype is torch.bfloat16,
         params_dtype=model.backend.dtype,
         use_distributed_optimizer=True,
-        use_precision_aware_optimizer=section.moments == "bf16",
-        exp_avg_dtype=MOMENTS[section.moments],
-        exp_avg_sq_dtype=MOMENTS[section.moments],
     )
     # The fp32 head of a BF16 model gets a parameter group of its own, which any override makes,
     # even of the rate by itself. DistributedOptimizer numbers a group's parameters buffer by buffer

@@ -1,10 +1,10 @@
 """A discriminator as the reference releases it: the layout that its value_head.py writes.
 
-    config.json                       transformers 4.57's dialect, no word of the architecture
-    model-0000N-of-0000M.safetensors  BF16, experts as [experts, hidden, 2 * ffn] and
-                                      [experts, ffn, hidden], and v_head.1.weight, the Linear of
-                                      Sequential(Dropout, Linear without bias)
-    value_head.pt                     the same head as v_head.summary.weight
+config.json                       transformers 4.57's dialect, no word of the architecture
+model-0000N-of-0000M.safetensors  BF16, experts as [experts, hidden, 2 * ffn] and
+                                  [experts, ffn, hidden], and v_head.1.weight, the Linear of
+                                  Sequential(Dropout, Linear without bias)
+value_head.pt                     the same head as v_head.summary.weight
 """
 
 from __future__ import annotations

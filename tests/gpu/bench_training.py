@@ -54,7 +54,7 @@ def build(options: argparse.Namespace) -> ModelRunner:
         model,
         micro_batch_tokens=options.micro_batch_tokens,
         pad_id=0,
-        optimizer=Optimizer(lr=1e-5, moments=options.moments),
+        optimizer=Optimizer(lr=1e-5),
         steps=100,
     )
 
@@ -67,7 +67,6 @@ def main() -> None:
     parser.add_argument("--pipeline", type=int, default=1)
     parser.add_argument("--expert", type=int, default=1)
     parser.add_argument("--fp8", default="off")
-    parser.add_argument("--moments", default="fp32")
     parser.add_argument("--recompute-vision", action="store_true")
     parser.add_argument("--rows", type=int, default=4, help="rows a GPU and step")
     parser.add_argument("--micro-batch-tokens", type=int, default=8192)
@@ -113,7 +112,6 @@ def main() -> None:
             "gpus": world,
             "layout": asdict(runner.parallel.layout),
             "fp8": options.fp8,
-            "moments": options.moments,
             "recompute_vision": options.recompute_vision,
             "rows_per_gpu": options.rows,
             "micro_batch_tokens": options.micro_batch_tokens,

@@ -61,7 +61,6 @@ TEXT = dict(
     hidden_act="silu",
     rope_parameters=dict(rope_theta=5e6, mrope_section=[12, 10, 10]),
 )
-OPTIMIZER = Optimizer(lr=3e-4)
 EXPERTS = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=384)
 
 
@@ -111,13 +110,7 @@ def loss_of(head: Head) -> Any:
     return language if head == "language" else score
 
 
-def build(
-    backend: Any,
-    layout: Layout,
-    directory: Path,
-    head: Head,
-    optimizer: Optimizer = OPTIMIZER,
-) -> ModelRunner:
+def build(backend: Any, layout: Layout, directory: Path, head: Head) -> ModelRunner:
     parallel = ParallelState.create(layout)
     backend.seed(1, parallel)
     kind = "moe" if head == "score" else "dense"
@@ -130,7 +123,9 @@ def build(
             parameter.data.normal_(around, 0.05)
         save_file({n: t.clone() for n, t in iter_hf_weights(model)}, file)
     load_hf_weights(model, load_file(file), str(file))
-    return ModelRunner(model, micro_batch_tokens=512, pad_id=0, optimizer=optimizer, steps=10)
+    return ModelRunner(
+        model, micro_batch_tokens=512, pad_id=0, optimizer=Optimizer(lr=3e-4), steps=10
+    )
 
 
 def gradients(runner: ModelRunner, head: Head) -> tuple[float, dict[str, Tensor]]:

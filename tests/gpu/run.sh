@@ -82,7 +82,7 @@ fp8() {
     done
 }
 moe() {
-    job moe-bf16 0 4 bench_training --model qwen3-vl-30b-a3b --expert 4 --rows 8 --moments bf16 \
+    job moe-bf16 0 4 bench_training --model qwen3-vl-30b-a3b --expert 4 --rows 8 \
         --micro-batch-tokens 4096 --recompute-vision --profile "$out/moe-bf16.txt"
 }
 baseline() { job baseline-fsdp2 0 4 bench_hf_fsdp2 --model qwen3-vl-8b --rows 8 --steps 3; }

@@ -168,31 +168,6 @@ def test_recompute_settings_that_would_do_nothing_are_refused(
     assert wanted in message(write("sft.yaml", SFT), *keys)
 
 
-def test_bf16_moments_need_the_backend_that_has_them(write: Write) -> None:
-    own = write("sft.yaml", SFT)
-    said = message(own, "optimizer.moments=bf16")
-    assert "optimizer.moments=bf16 needs backend=cuda" in said and "backend=cpu" in said
-    config = load_sft(own, "optimizer.moments=bf16", "backend=cuda")
-    assert config.optimizer.moments == "bf16"
-
-
-@pytest.mark.parametrize(
-    ("stage", "optimizer"),
-    [
-        ("warmup", "optimizer"),
-        ("align", "policy_optimizer"),
-        ("align", "discriminator_optimizer"),
-        ("rlvr", "policy_optimizer"),
-    ],
-)
-def test_every_optimizer_of_a_stage_is_checked_for_its_moments(stage: str, optimizer: str) -> None:
-    file = ROOT / f"configs/quickstart/{stage}.yaml"
-    options = [f"{optimizer}.moments=bf16"]
-    with pytest.raises(ValueError, match=f"{optimizer}.moments=bf16 needs backend=cuda"):
-        configuration.load(stage, file, options)
-    configuration.load(stage, file, [*options, "backend=cuda"])
-
-
 @pytest.mark.parametrize(
     ("override", "wanted"),
     [
