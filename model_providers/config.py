@@ -34,7 +34,7 @@ class Recompute:
     modules: tuple[str, ...] = ()
     """What selective computes again, in megatron.core's names (recompute_modules)."""
     layers: int | None = None
-    """How many of each stage's decoder layers full computes again, the first ones; None: all."""
+    """How many decoder layers of each (virtual) stage full computes again; None: all."""
     vision: bool = False
     """Every layer of the vision tower."""
 

@@ -89,7 +89,7 @@ class Recompute(Section):
     """What selective computes again: attention without its projections, the dense or the expert
     layer, the norms, the experts' activation. The CPU backend has only the first three."""
     layers: int | None = Field(None, ge=1)
-    """How many decoder layers of each pipeline stage full computes again, the first ones; all if
+    """How many decoder layers of each (virtual) stage full computes again, the first ones; all if
     not set."""
     vision: bool = False
     """Compute every layer of the vision tower again."""
