@@ -10,6 +10,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import gc
+import itertools
 import os
 import signal
 import socket
@@ -25,6 +26,9 @@ def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
+
+
+CHECKS_BETWEEN_SWEEPS = 3
 
 
 def _serve(rank: int, world: int, port: int, pipe: Connection) -> None:
@@ -43,8 +47,8 @@ def _serve(rank: int, world: int, port: int, pipe: Connection) -> None:
     from model_providers import backend
 
     torch.set_num_threads(1)
-    backend.create("cpu").init_process_group(timeout_seconds=120)
-    while True:
+    backend.create("cpu").init_process_group(timeout_seconds=400)
+    for served in itertools.count(1):
         try:
             check, args = pipe.recv()
         except EOFError:
@@ -54,6 +58,23 @@ def _serve(rank: int, world: int, port: int, pipe: Connection) -> None:
         except BaseException:
             pipe.send(("error", traceback.format_exc()))
         gc.collect()
+        if served % CHECKS_BETWEEN_SWEEPS == 0:
+            _destroy_groups()
+
+
+def _destroy_groups() -> None:
+    """Every gloo group has threads that wake up a hundred times a second: a thousand of them leave
+    the cores no time for anything else."""
+    import torch.distributed as dist
+
+    from tests.dist import checks
+
+    checks.parallel_state.cache_clear()
+    gc.collect()
+    for group in list(dist.distributed_c10d._world.pg_map):
+        if group is not dist.group.WORLD:
+            dist.destroy_process_group(group)
+    gc.collect()
 
 
 class Ranks:
@@ -76,7 +97,7 @@ class Ranks:
             self.pipes.append(here)
             self.processes.append(process)
 
-    def run(self, check: Callable[..., Any], *args: Any, timeout: float = 240) -> list[Any]:
+    def run(self, check: Callable[..., Any], *args: Any, timeout: float = 480) -> list[Any]:
         """Run check(*args) on every rank; the results by rank, or the first failure's traceback."""
         for pipe in self.pipes:
             pipe.send((check, args))
