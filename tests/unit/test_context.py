@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from model_providers import backend as backends
 from model_providers.context import ContextShare
 
 LENGTHS = [7, 1, 12, 3, 16]
@@ -16,7 +17,7 @@ LENGTHS = [7, 1, 12, 3, 16]
 def _share(lengths: list[int], ranks: int, rank: int) -> ContextShare:
     cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).int()
     group: Any = SimpleNamespace(size=lambda: ranks, rank=lambda: rank)
-    return ContextShare.of(cu_seqlens, group)
+    return ContextShare.of(cu_seqlens, group, backends.create("cpu"))
 
 
 def test_documented_example() -> None:
@@ -29,7 +30,7 @@ def test_a_lone_rank_has_the_row_as_it_is() -> None:
     share = _share(LENGTHS, 1, 0)
     row = torch.arange(sum(LENGTHS))
     assert torch.equal(share.tokens, row)
-    assert torch.equal(share.padded, row) and torch.equal(share.place, row)
+    assert torch.equal(share.place, row) and torch.equal(share.take(row, -1), row)
     assert share.cu_seqlens.tolist() == [0, 7, 8, 20, 23, 39]
     assert share.cu_seqlens.dtype == torch.int32
 
@@ -55,9 +56,10 @@ def test_ranks_have_an_equal_part_of_every_sequence(ranks: int) -> None:
     assert not (padded % (2 * ranks)).any()
     assert ((padded - torch.tensor(LENGTHS)) < 2 * ranks).all()
     # the last rank's two chunks are the middle of each sequence
-    rows = share.pad(torch.arange(1, sum(LENGTHS) + 1))
+    row = torch.arange(1, sum(LENGTHS) + 1)
     middle = []
-    for start, length in zip(share.cu_seqlens.tolist(), padded.tolist(), strict=False):
-        chunk = length // (2 * ranks)
-        middle.append(rows[start + length // 2 - chunk : start + length // 2 + chunk])
-    assert torch.equal(share.take(torch.arange(1, sum(LENGTHS) + 1), 0), torch.cat(middle))
+    for part, length in zip(row.split(LENGTHS), padded.tolist(), strict=True):
+        chunk, whole = length // (2 * ranks), torch.zeros(length, dtype=torch.int64)
+        whole[: len(part)] = part
+        middle.append(whole[length // 2 - chunk : length // 2 + chunk])
+    assert torch.equal(share.take(row, 0), torch.cat(middle))
