@@ -192,7 +192,7 @@ def test_training_of_a_part_goes_on_at_every_layout(
 ) -> None:
     """Saved at two pipeline stages, of which the second had nothing to train."""
     path, ckpt = hf_models["dense"], tmp_path / "ckpt"
-    options = (ckpt, True, ("language",))
+    options = (ckpt, True, torch.float32, ("language",))
     losses, weights = ranks(2).run(_train, path, Layout(pipeline=2), "language", 4, *options)[0]
     resumed, found = ranks(world).run(_train, path, layout, "language", 2, *options)[0]
     if layout == Layout(pipeline=2):
