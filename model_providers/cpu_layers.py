@@ -123,7 +123,8 @@ class PackedAttention(nn.Module):
 def rotate(states: Tensor, angles: Tensor) -> Tensor:
     """Rotary embedding: [T, heads, d] by [T, 1, d], pairing value i with value i + d / 2."""
     first, second = states.chunk(2, dim=-1)
-    return states * angles.cos() + torch.cat([-second, first], dim=-1) * angles.sin()
+    cos, sin = angles.cos().to(states.dtype), angles.sin().to(states.dtype)
+    return states * cos + torch.cat([-second, first], dim=-1) * sin
 
 
 @dataclass(frozen=True)
