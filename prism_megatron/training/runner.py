@@ -34,7 +34,10 @@ from megatron.core.optimizer.optimizer_config import ParamPredicate
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler, ParamGroupOverride
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
-from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
+from megatron.core.transformer.moe.moe_logging import (
+    destroy_moe_metrics_tracker,
+    get_moe_metrics_tracker,
+)
 from torch import Tensor
 
 from model_providers import context
@@ -205,7 +208,8 @@ class ModelRunner:
     def forward_backward(self, sequences: list[Sequence], loss_fn: LossFn) -> dict[str, float]:
         """Add the step's gradients to the buffers, reduced over the ranks; metric sums."""
         plan = self._plan(sequences)
-        get_moe_metrics_tracker().clear()
+        # one for the process, whose entries have as many layers as the first model that recorded
+        destroy_moe_metrics_tracker()
         self._set_router_loss_scale(sum(map(len, sequences)))
         collected = self._run(sequences, plan, loss_fn, forward_only=False)
         sums: dict[str, Tensor] = {}

@@ -9,9 +9,10 @@ from tests import tiny_models
 from tests.dist.ranks import Ranks
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def ranks() -> Iterator[Callable[[int], Ranks]]:
-    """ranks(n): a world of n gloo ranks, spawned on first use and shared by the session."""
+    """ranks(n): a world of n gloo ranks, spawned on first use and shared by the tests of this
+    folder; those of the next one get the cores to themselves."""
     worlds: dict[int, Ranks] = {}
 
     def get(world: int) -> Ranks:

@@ -9,7 +9,10 @@ from unittest import mock
 
 import pytest
 import torch
-from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
+from megatron.core.transformer.moe.moe_logging import (
+    destroy_moe_metrics_tracker,
+    get_moe_metrics_tracker,
+)
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from torch import Tensor
 from torch.nn import functional
@@ -193,8 +196,8 @@ def _router_alone(path: Path, counts: tuple[int, int], chosen: int) -> tuple[flo
         wanted = (order % chosen + k) % each
         logits[torch.arange(len(section)), wanted] = 1.0
     logits = logits.flatten(1).unsqueeze(1).requires_grad_()
+    destroy_moe_metrics_tracker()
     tracker = get_moe_metrics_tracker()
-    tracker.clear()
     MoEAuxLossAutoScaler.set_loss_scale(torch.ones(1))
     mask = router_mask(torch.zeros(len(section), dtype=torch.bool), section)
     probs, routing_map = router.routing(logits, mask.transpose(0, 1))

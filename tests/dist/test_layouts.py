@@ -240,6 +240,25 @@ def test_router_loss_does_not_depend_on_the_layout(
     assert min(distance(without[name], wanted[2][name]) for name in routers) > 1e-2
 
 
+def _deeper_after_shallower(shallow: Path, deep: Path) -> tuple[float, float]:
+    """The router loss of a model with six layers, before and after one with four trained."""
+    training = TrainingOptions(aux_loss_coef=500.0)
+    before, _, after = (
+        checks.gradients(path, Layout(), "score", training=training)[1]
+        for path in (deep, shallow, deep)
+    )
+    return before, after
+
+
+def test_models_of_different_depth_train_in_one_process(
+    ranks: Worlds, hf_models: dict[str, Path]
+) -> None:
+    """As a discriminator and a policy with experts do."""
+    paths = hf_models["moe"], hf_models["deep-moe"]
+    before, after = ranks(1).run(_deeper_after_shallower, *paths)[0]
+    assert before == after > 0
+
+
 ROUTER = TrainingOptions(aux_loss_coef=500.0, z_loss_coef=50.0)
 
 
