@@ -1,9 +1,13 @@
-"""Files that are either whole or not there."""
+"""Files and folders that are either whole or not there."""
 
 from __future__ import annotations
 
+import argparse
+import json
 import os
+import shutil
 from pathlib import Path
+from typing import Any
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
@@ -11,3 +15,61 @@ def write_atomically(path: Path, content: str | bytes) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     temporary.write_bytes(content.encode() if isinstance(content, str) else content)
     os.replace(temporary, path)
+
+
+def new_folder(name: str) -> Path:
+    """The `--out` of a tool, as argparse takes types: nothing of the user's is overwritten."""
+    path = Path(name)
+    if path.exists():
+        raise argparse.ArgumentTypeError(f"{path} exists; remove it or choose another folder")
+    return path
+
+
+def staging_of(out: Path) -> Path:
+    """Where a folder is built that will be `out`."""
+    return out.with_name(f".{out.name}.partial")
+
+
+def replace_folder(staging: Path, out: Path) -> None:
+    """Rename, over an older `out` if there is one; at no time is neither of them there."""
+    old = out.with_name(f".{out.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if out.exists():
+        os.replace(out, old)
+    os.replace(staging, out)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def prepare_staging(out: Path, job: dict[str, Any], nbytes: int) -> Path:
+    """The staging folder for `job`: the one that an equal job left when it was killed, with what it
+    had finished, else an empty one.
+
+    Raises:
+        ValueError: the disk has no room for `nbytes` more.
+    """
+    staging, record = staging_of(out), json.dumps(job, sort_keys=True)
+    if not (staging / "job.json").exists() or (staging / "job.json").read_text() != record:
+        shutil.rmtree(staging, ignore_errors=True)
+        staging.mkdir(parents=True)
+        write_atomically(staging / "job.json", record)
+    done = sum(file.stat().st_size for file in staging.rglob("*") if file.is_file())
+    free = shutil.disk_usage(staging).free
+    if nbytes - done > free:
+        raise ValueError(
+            f"{out} needs {(nbytes - done) / 2**30:.1f} GiB more and its disk has "
+            f"{free / 2**30:.1f} GiB free; make room or choose another folder"
+        )
+    return staging
+
+
+def publish(staging: Path, out: Path) -> None:
+    """Give a finished staging folder its final name; killed before that, all of it is kept."""
+    replace_folder(staging, out)
+    (out / "job.json").unlink()
+
+
+def identity(path: Path) -> dict[str, Any]:
+    """Path, size and time of every file under `path`, by which a changed source is told."""
+    files = [path] if path.is_file() else sorted(f for f in path.rglob("*") if f.is_file())
+    stats = {str(file): file.stat() for file in files}
+    return {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()}

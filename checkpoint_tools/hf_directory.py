@@ -1,64 +1,71 @@
-"""Hugging Face directories: tensors read one at a time, written by shards, never half there."""
+"""Hugging Face directories, read a tensor at a time."""
 
 from __future__ import annotations
 
 import json
-import os
 import pickle
-import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
+from checkpoint_tools.weights import EXPERTS, StoredWeights
 from model_providers.config import Qwen3VLConfig
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-MAX_SHARD_BYTES = 5 * 2**30
 TRL_HEAD = "v_head.summary.weight"
+DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+QUANTISED = {"F8_E4M3": torch.float8_e4m3fn, "U8": torch.uint8}
 
 
-class HFDirectory(Mapping[str, Tensor]):
-    """The weights of a Hugging Face directory by name, read when asked for.
+class SafetensorsDirectory(StoredWeights):
+    """The tensors of a directory's shards by name, as they are stored."""
 
-    Fused expert tensors come as [experts, 2 * ffn, hidden] and [experts, hidden, ffn], whichever
-    layout the file has: transformers 4.57 and the released checkpoints store the transpose.
-    """
+    dtypes = DTYPES | QUANTISED
 
-    def __init__(self, path: Path, value_head: Path | None = None) -> None:
-        """value_head: the reference's value_head.pt, read too; only on request, since the same
-        weights usually are in the shards.
-
-        Raises ValueError naming the file if an index or a shard is missing or unreadable.
-        """
+    def __init__(self, path: Path) -> None:
+        """Raises ValueError naming the file if an index or a shard is missing or unreadable."""
         self.path = path
-        self.config = Qwen3VLConfig.from_hf(path)
-        self.raw_config: dict[str, Any] = json.loads((path / "config.json").read_text())
         self._file_of = self._read_index()
-        self._head = _value_head(value_head) if value_head else {}
-        if found := sorted(set(self._head) & set(self._file_of)):
-            raise ValueError(f"{found[0]} is in {value_head} and in {path}; leave the former out")
 
     def __getitem__(self, name: str) -> Tensor:
-        if name in self._head:
-            return self._head[name]
-        file = self._file_of[name]
-        with _open(file) as tensors:
+        with self._reading(name) as tensors:
             tensor: Tensor = tensors.get_tensor(name)
-        if name.endswith((".experts.gate_up_proj", ".experts.down_proj")):
-            return self._expert_layout(name, tensor, file)
         return tensor
 
+    def expert(self, name: str, index: int) -> Tensor:
+        with self._reading(name) as tensors:
+            tensor: Tensor = tensors.get_slice(name)[index]
+        return tensor
+
+    def like(self, name: str) -> Tensor:
+        with self._reading(name) as tensors:
+            stored = tensors.get_slice(name)
+        shape, dtype = stored.get_shape(), self.dtypes.get(stored.get_dtype())
+        if dtype is None:
+            raise ValueError(
+                f"{self._file_of[name]}: {name} is {stored.get_dtype()}; weights in "
+                f"{', '.join(self.dtypes)} can be read. Quantised checkpoints have to be restored "
+                "first"
+            )
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    def file_of(self, name: str) -> Path:
+        """The file that holds the tensor."""
+        return self._file_of[name]
+
+    def _reading(self, name: str) -> Any:
+        return _open(self._file_of[name])
+
     def __iter__(self) -> Iterator[str]:
-        return iter([*self._file_of, *self._head])
+        return iter(self._file_of)
 
     def __len__(self) -> int:
-        return len(self._file_of) + len(self._head)
+        return len(self._file_of)
 
     def _read_index(self) -> dict[str, Path]:
         index = self.path / INDEX
@@ -70,7 +77,7 @@ class HFDirectory(Mapping[str, Tensor]):
         found: dict[str, Path] = {}
         for file in files:
             if not file.exists():
-                raise ValueError(f"{file} is missing; the checkpoint is incomplete")
+                raise ValueError(f"{file} is missing; {_why_missing(self.path)}")
             with _open(file) as tensors:
                 for name in tensors.keys():
                     if name in found:
@@ -81,9 +88,62 @@ class HFDirectory(Mapping[str, Tensor]):
             raise ValueError(f"{index} and its shards disagree on {len(wrong)} names: {wrong[:5]}")
         return found
 
-    def _expert_layout(self, name: str, tensor: Tensor, file: Path) -> Tensor:
-        """The writer (transformers_version) decides the layout and the shape has to agree."""
-        c = self.config
+
+class HFDirectory(SafetensorsDirectory):
+    """The weights of a Hugging Face model, read when asked for.
+
+    Fused expert tensors come as [experts, 2 * ffn, hidden] and [experts, hidden, ffn], whichever
+    layout the file has: transformers 4.57 and the released checkpoints store the transpose.
+    """
+
+    dtypes = DTYPES
+
+    def __init__(self, path: Path, value_head: Path | None = None) -> None:
+        """value_head: the reference's value_head.pt, read too; only on request, since the same
+        weights usually are in the shards.
+
+        Raises ValueError naming the file if an index or a shard is missing or unreadable.
+        """
+        self.config = Qwen3VLConfig.from_hf(path)
+        self.raw_config: dict[str, Any] = json.loads((path / "config.json").read_text())
+        super().__init__(path)
+        self._head = _value_head(value_head) if value_head else {}
+        self._head_file = value_head or path
+        if found := sorted(set(self._head) & set(self._file_of)):
+            raise ValueError(f"{found[0]} is in {value_head} and in {path}; leave the former out")
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name in self._head:
+            return self._head[name]
+        tensor = super().__getitem__(name)
+        return tensor.transpose(1, 2) if self._is_transposed(name, tensor.shape) else tensor
+
+    def expert(self, name: str, index: int) -> Tensor:
+        shape = super().like(name).shape
+        tensor = super().expert(name, index)
+        return tensor.T if self._is_transposed(name, shape) else tensor
+
+    def like(self, name: str) -> Tensor:
+        if name in self._head:
+            return self._head[name].to("meta")
+        tensor = super().like(name)
+        return tensor.transpose(1, 2) if self._is_transposed(name, tensor.shape) else tensor
+
+    def file_of(self, name: str) -> Path:
+        return self._file_of.get(name, self._head_file)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter([*self._file_of, *self._head])
+
+    def __len__(self) -> int:
+        return len(self._file_of) + len(self._head)
+
+    def _is_transposed(self, name: str, shape: Sequence[int]) -> bool:
+        """Whether these are experts in the layout of transformers 4.57. The writer
+        (transformers_version) decides and the shape has to agree."""
+        if not name.endswith(EXPERTS):
+            return False
+        c, file, shape = self.config, self._file_of[name], tuple(shape)
         inner = 2 * c.moe_intermediate_size if "gate_up" in name else c.moe_intermediate_size
         rows, columns = (inner, c.hidden_size) if "gate_up" in name else (c.hidden_size, inner)
         version = str(self.raw_config.get("transformers_version", ""))
@@ -91,7 +151,6 @@ class HFDirectory(Mapping[str, Tensor]):
             "5": (c.num_experts, rows, columns),
             "4": (c.num_experts, columns, rows),
         }
-        shape = tuple(tensor.shape)
         fits = [major for major, expected in shapes.items() if shape == expected]
         if not fits:
             raise ValueError(f"{file}: {name} has shape {shape}, wanted one of {shapes}")
@@ -102,7 +161,16 @@ class HFDirectory(Mapping[str, Tensor]):
                     "transformers_version that says who wrote it"
                 )
             fits = [version[0]]
-        return tensor if fits[0] == "5" else tensor.transpose(1, 2)
+        return fits[0] == "4"
+
+
+def _why_missing(path: Path) -> str:
+    if pickles := sorted(path.glob("pytorch_model*.bin")):
+        return (
+            f"{pickles[0].name} beside it is a pickle, which could run any code and is not read; "
+            "save the model as safetensors"
+        )
+    return "the checkpoint is incomplete"
 
 
 def _open(file: Path) -> Any:
@@ -123,75 +191,3 @@ def _value_head(file: Path) -> dict[str, Tensor]:
         names = sorted(found) if isinstance(found, dict) else type(found).__name__
         raise ValueError(f"{file} holds {names}, wanted {TRL_HEAD} alone")
     return {"v_head.1.weight": found[TRL_HEAD]}
-
-
-def write(
-    out: Path, tensors: Iterable[tuple[str, Tensor]], config_from: Path, writer: bool
-) -> None:
-    """Write a Hugging Face directory that appears under its name only when complete.
-
-    config_from: directory whose config, processor and tokenizer files go with the weights.
-    Every rank calls this, since producing tensors may need all of them; only the one with
-    writer=True touches the disk. Expert tensors come in the layout of transformers 5.
-    """
-    staging = out.with_name(f".{out.name}.partial")
-    if writer:
-        shutil.rmtree(staging, ignore_errors=True)
-        staging.mkdir(parents=True)
-    shards = _ShardWriter(staging) if writer else None
-    for name, tensor in tensors:
-        if shards is not None:
-            shards.add(name, tensor)
-    if shards is None:
-        return
-    shards.close()
-    copy_config(config_from, staging)
-    Qwen3VLConfig.from_hf(staging)
-    shutil.rmtree(out, ignore_errors=True)
-    os.replace(staging, out)
-
-
-def copy_config(source: Path, target: Path) -> None:
-    """Copy everything of a Hugging Face directory but weights: config, processor, tokenizer."""
-    target.mkdir(parents=True, exist_ok=True)
-    for file in source.iterdir():
-        if file.is_file() and file.suffix not in (".safetensors", ".pt") and file.name != INDEX:
-            shutil.copyfile(file, target / file.name)
-
-
-class _ShardWriter:
-    """Collects tensors into safetensors shards of bounded size, then writes the index."""
-
-    def __init__(self, directory: Path) -> None:
-        self.directory = directory
-        self.pending: dict[str, Tensor] = {}
-        self.shards: list[list[str]] = []
-        self.total = 0
-
-    def add(self, name: str, tensor: Tensor) -> None:
-        size = tensor.numel() * tensor.element_size()
-        held = sum(t.numel() * t.element_size() for t in self.pending.values())
-        if self.pending and held + size > MAX_SHARD_BYTES:
-            self._flush()
-        self.pending[name] = tensor.detach().cpu().contiguous().clone()
-        self.total += size
-
-    def _flush(self) -> None:
-        file = self.directory / f"shard-{len(self.shards)}.safetensors"
-        save_file(self.pending, file, metadata={"format": "pt"})
-        self.shards.append(list(self.pending))
-        self.pending = {}
-
-    def close(self) -> None:
-        self._flush()
-        count = len(self.shards)
-        if count == 1:
-            os.replace(self.directory / "shard-0.safetensors", self.directory / SINGLE)
-            return
-        weight_map = {}
-        for i, names in enumerate(self.shards):
-            final = f"model-{i + 1:05d}-of-{count:05d}.safetensors"
-            os.replace(self.directory / f"shard-{i}.safetensors", self.directory / final)
-            weight_map |= dict.fromkeys(names, final)
-        index = {"metadata": {"total_size": self.total}, "weight_map": weight_map}
-        (self.directory / INDEX).write_text(json.dumps(index, indent=2))

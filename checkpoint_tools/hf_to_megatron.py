@@ -1,10 +1,11 @@
 """Convert a Hugging Face Qwen3-VL directory to a Megatron torch_dist checkpoint.
 
-    python -m checkpoint_tools.hf_to_megatron --hf models/Qwen3-VL-4B-Instruct --out ckpt/qwen3vl-4b
+    prism-megatron checkpoint hf-to-megatron --hf models/Qwen3-VL-4B-Instruct --out ckpt/qwen3vl-4b
+    torchrun --nproc-per-node 8 -m checkpoint_tools.hf_to_megatron --hf ... --out ...
 
-The result loads at any parallel layout. Under torchrun the ranks share the work as
---tensor and --pipeline say; alone, one process does it. The written checkpoint is read back and
-compared with the source bit by bit before the command says it is done.
+The result loads at any parallel layout. A layer passes through memory at a time; ranks share the
+layers, and a run that was killed goes on after those it had finished. What was written is read back
+and compared with the source bit by bit before it appears under its name.
 """
 
 from __future__ import annotations
@@ -13,55 +14,68 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
 import torch.distributed as dist
+from rich.progress import track
+from torch import Tensor
 
-from checkpoint_tools import megatron_directory
+from checkpoint_tools import hub, world
+from checkpoint_tools.command import exit_status
+from checkpoint_tools.files import identity, new_folder, prepare_staging, staging_of
 from checkpoint_tools.hf_directory import HFDirectory
-from model_providers import backend as backends
-from model_providers.backend import Backend
-from model_providers.parallel import Layout, ParallelState
-from model_providers.qwen3_vl import Head, Qwen3VLModel
-from model_providers.weight_map import iter_hf_weights, load_hf_weights
+from checkpoint_tools.hf_writer import check_finite, copy_config
+from checkpoint_tools.megatron_weights import Entry, MegatronWeights, Structure, head_of
+from checkpoint_tools.torch_dist import COMMON, Piece, TorchDistWriter, packed
+from checkpoint_tools.verify import ignored_names
+from checkpoint_tools.weights import compare
 
 
-def convert(
-    hf: Path, out: Path, layout: Layout, backend: Backend, value_head: Path | None = None
-) -> None:
-    """Write `out` from `hf` and check it; all ranks call this.
+def convert(hf: Path, out: Path, value_head: Path | None = None, verify: bool = True) -> None:
+    """Write `out` from `hf` and check it; all ranks of the world call this.
 
     value_head: a value_head.pt, for a directory whose shards have no head.
 
     Raises:
-        ValueError: the layout does not fit, weights and config disagree, or the written checkpoint
-            differs from the source.
+        ValueError: weights and config disagree, a weight is not finite, the disk is full, or the
+            written checkpoint differs from the source.
     """
-    backend.check(layout)
     source = HFDirectory(hf, value_head)
-    source.config.check_layout(layout)
-    backend.init_process_group()
-    parallel = ParallelState.create(layout)
-    backend.seed(0, parallel)
-    model = Qwen3VLModel(source.config, parallel, backend, head_of(source)).to(backend.device)
-    load_hf_weights(model, source, str(hf))
-    megatron_directory.save(out, model, hf)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.fill_(float("nan"))
-    megatron_directory.load(out, model)
-    count = 0
-    for name, tensor in iter_hf_weights(model):
-        expected = source[name].to(tensor)
-        if not torch.equal(tensor, expected):
-            raise ValueError(f"{out}: {name} differs from {hf} after the conversion")
-        count += 1
-    if dist.get_rank() == 0:
-        print(f"{out}: {count} tensors written and read back bit-equal to {hf}")
+    structure = Structure(source.config, head_of(source))
+    structure.check(source, str(hf))
+    unused = ignored_names(hf, source)
+    layers = structure.layers()
+    rank, size = world.rank_and_size()
+    job = {"from": identity(hf), "head": identity(value_head) if value_head else None}
+    nbytes = sum(source.like(name).nbytes for name in structure.by_name)
+    world.first(lambda: prepare_staging(out, job, nbytes))
+    staging = staging_of(out)
+    writer = TorchDistWriter(staging)
+    mine = range(rank, len(layers), size)
+    for i in track(mine, f"{out.name}: layers", disable=rank > 0, transient=True):
+        if not writer.has(i):
+            writer.write(i, [piece for entry in layers[i] for piece in _pieces(entry, source)])
+    dist.barrier()
+
+    def finish() -> None:
+        if not writer.has(len(layers)):
+            writer.write(len(layers), [], {COMMON: packed([{}])})
+        writer.finish(len(layers) + 1)
+        copy_config(hf, staging / "hf")
+
+    world.first(finish)
+    if verify:
+        compare(source, MegatronWeights(staging), unused).raise_if_different(str(hf), str(out))
+    world.first(lambda: writer.publish(out))
 
 
-def head_of(source: HFDirectory) -> Head:
-    """Whether the directory holds a language model or a discriminator."""
-    return "score" if any(name.startswith("v_head.") for name in source) else "language"
+def _pieces(entry: Entry, source: HFDirectory) -> list[Piece]:
+    """What of the source is written for one parameter, in the source's own type."""
+
+    def load() -> Tensor:
+        tensor = entry.local.to_megatron(source, source.config)
+        check_finite(tensor, ", ".join(entry.names), source.file_of(entry.names[0]))
+        return tensor
+
+    return entry.pieces(load, source.like(entry.names[0]).dtype)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -69,20 +83,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--hf", type=Path, required=True, help="Hugging Face directory")
-    parser.add_argument("--out", type=Path, required=True, help="checkpoint to write")
+    parser.add_argument("--hf", required=True, help="Hugging Face directory or hub id")
+    parser.add_argument("--out", type=new_folder, required=True, help="checkpoint to write")
     parser.add_argument("--value-head", type=Path, help="value_head.pt, if no shard has the head")
-    parser.add_argument("--tensor", type=int, default=1, help="tensor-parallel ranks")
-    parser.add_argument("--pipeline", type=int, default=1, help="pipeline stages")
-    parser.add_argument("--backend", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--no-verify", action="store_true", help="do not read the result back")
     options = parser.parse_args(argv)
-    layout = Layout(
-        tensor=options.tensor, pipeline=options.pipeline, sequence_parallel=options.tensor > 1
-    )
-    backend = backends.create(options.backend)
-    convert(options.hf, options.out, layout, backend, options.value_head)
+    world.join()
+    convert(hub.local(options.hf), options.out, options.value_head, not options.no_verify)
+    if dist.get_rank() == 0:
+        checked = "not read back" if options.no_verify else "read back bit-equal"
+        print(f"{options.out}: written from {options.hf}, {checked}")
     return 0
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(exit_status(main))

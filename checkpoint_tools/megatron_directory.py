@@ -7,7 +7,6 @@ and processor beside it in hf/, so that one path says everything about a model.
 
 from __future__ import annotations
 
-import os
 import queue
 import shutil
 from pathlib import Path
@@ -19,7 +18,10 @@ from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from torch.distributed.checkpoint.api import CheckpointException
 
-from checkpoint_tools.hf_directory import HFDirectory, copy_config
+from checkpoint_tools.files import replace_folder, staging_of
+from checkpoint_tools.hf_directory import HFDirectory
+from checkpoint_tools.hf_writer import copy_config
+from checkpoint_tools.torch_dist import TorchDistReader
 from model_providers.backend import Backend
 from model_providers.config import DEFAULT_OPTIONS, Qwen3VLConfig, TrainingOptions
 from model_providers.parallel import ParallelState
@@ -27,6 +29,7 @@ from model_providers.qwen3_vl import Head, Qwen3VLModel
 from model_providers.weight_map import load_hf_weights
 
 SHARDING = "fully_reshardable"
+EXTRA_STATE = "._extra_state"
 
 
 def hf_directory(path: Path) -> Path:
@@ -77,7 +80,7 @@ def save(
 
     With optimizer and scheduler the checkpoint can be trained on, at any other layout too.
     """
-    staging = path.with_name(f".{path.name}.partial")
+    staging = staging_of(path)
     is_writer = dist.get_rank() == 0
     if is_writer:
         shutil.rmtree(staging, ignore_errors=True)
@@ -90,8 +93,7 @@ def save(
     dist.barrier()
     if is_writer:
         copy_config(hf, staging / "hf")
-        shutil.rmtree(path, ignore_errors=True)
-        os.replace(staging, path)
+        replace_folder(staging, path)
     dist.barrier()
 
 
@@ -104,6 +106,7 @@ def load(path: Path, model: Qwen3VLModel, optimizer: Any = None, scheduler: Any 
     """
     _check_architecture(path, model)
     wanted = _state(model, optimizer, scheduler, is_loading=True)
+    _drop_extra_state(wanted["model"], path)
     try:
         state = dist_checkpointing.load(wanted, str(path))
     except CheckpointException as error:
@@ -113,10 +116,22 @@ def load(path: Path, model: Qwen3VLModel, optimizer: Any = None, scheduler: Any 
     except (CheckpointingException, KeyError, ValueError, RuntimeError) as error:
         raise ValueError(f"{path} does not fit the model: {error}") from error
     for i, chunk in enumerate(model.chunks):
-        chunk.load_state_dict(state["model"][i])
+        lacking = chunk.load_state_dict(state["model"][i], strict=False)
+        missing = [key for key in lacking.missing_keys if not key.endswith(EXTRA_STATE)]
+        assert not missing and not lacking.unexpected_keys, lacking
     if optimizer is not None:
         _load_optimizer(optimizer, state["optimizer"])
         scheduler.load_state_dict(state["scheduler"])
+
+
+def _drop_extra_state(weights: dict[int, Any], path: Path) -> None:
+    """Layers keep scaling factors for FP8 as objects beside their weights. A converted checkpoint
+    has none, one from another backend other ones: without them the factors start anew."""
+    stored = TorchDistReader(path).objects
+    for chunk in weights.values():
+        for key in [key for key in chunk if key.endswith(EXTRA_STATE)]:
+            if chunk[key].unique_key not in stored:
+                del chunk[key]
 
 
 def _check_architecture(path: Path, model: Qwen3VLModel) -> None:

@@ -1,6 +1,10 @@
 """Export a Megatron checkpoint, from a conversion or from training, to Hugging Face format.
 
-python -m checkpoint_tools.megatron_to_hf --ckpt runs/sft/checkpoints/step_000400/model --out hf
+    prism-megatron checkpoint megatron-to-hf --ckpt runs/sft/checkpoints/step_000400/model --out hf
+
+A shard passes through memory at a time; under torchrun the ranks share the shards, and a run that
+was killed goes on after those it had finished. Training may go on meanwhile. What was written is
+compared with the checkpoint bit by bit before it appears under its name.
 """
 
 from __future__ import annotations
@@ -10,33 +14,27 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch.distributed as dist
-from megatron.core.dist_checkpointing import load_tensors_metadata
 
-from checkpoint_tools import hf_directory, megatron_directory
-from model_providers import backend as backends
-from model_providers.backend import Backend
-from model_providers.parallel import Layout, ParallelState
-from model_providers.qwen3_vl import Head
-from model_providers.weight_map import iter_hf_weights
+from checkpoint_tools import hf_writer, world
+from checkpoint_tools.command import exit_status
+from checkpoint_tools.files import identity, new_folder
+from checkpoint_tools.hf_writer import TransformersLayout
+from checkpoint_tools.megatron_directory import hf_directory
+from checkpoint_tools.megatron_weights import MegatronWeights
 
 
-def export(ckpt: Path, out: Path, backend: Backend) -> None:
-    """Write `out` from `ckpt` in one process.
+def export(ckpt: Path, out: Path, layout: TransformersLayout = "4.57", verify: bool = True) -> None:
+    """Write `out` from `ckpt`; all ranks of the world call this.
 
-    Raises FileNotFoundError if `ckpt` is no complete checkpoint.
+    Raises:
+        FileNotFoundError: `ckpt` is no complete checkpoint.
+        ValueError: weights and config disagree, or a weight is not finite.
     """
-    source = megatron_directory.hf_directory(ckpt)
-    backend.init_process_group()
-    parallel = ParallelState.create(Layout())
-    backend.seed(0, parallel)
-    model = megatron_directory.load_model(ckpt, parallel, backend, head_of(ckpt))
-    hf_directory.write(out, iter_hf_weights(model), source, writer=dist.get_rank() == 0)
-
-
-def head_of(ckpt: Path) -> Head:
-    """Whether the checkpoint holds a language model or a discriminator."""
-    names = load_tensors_metadata(str(ckpt))
-    return "score" if any("score_head" in name for name in names) else "language"
+    source = hf_directory(ckpt)
+    if source == ckpt:
+        raise ValueError(f"{ckpt} is a Hugging Face directory already")
+    weights = MegatronWeights(ckpt)
+    hf_writer.export(out, weights, source, {"from": identity(ckpt)}, layout, verify)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -45,13 +43,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--ckpt", type=Path, required=True, help="Megatron checkpoint")
-    parser.add_argument("--out", type=Path, required=True, help="directory to write")
-    parser.add_argument("--backend", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--out", type=new_folder, required=True, help="directory to write")
+    hf_writer.add_layout(parser)
+    parser.add_argument("--no-verify", action="store_true", help="do not read the result back")
     options = parser.parse_args(argv)
-    export(options.ckpt, options.out, backends.create(options.backend))
-    print(f"{options.out}: written from {options.ckpt}")
+    world.join()
+    export(options.ckpt, options.out, options.transformers_layout, not options.no_verify)
+    if dist.get_rank() == 0:
+        print(f"{options.out}: written from {options.ckpt}")
     return 0
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(exit_status(main))

@@ -10,6 +10,7 @@ missing or surplus name is an error.
 from __future__ import annotations
 
 import re
+from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
@@ -19,7 +20,20 @@ from torch import Tensor, nn
 
 from model_providers.config import SECTIONS, Qwen3VLConfig
 from model_providers.parallel import ParallelState
-from model_providers.qwen3_vl import Qwen3VLChunk, Qwen3VLModel, padded_vocab_size
+from model_providers.qwen3_vl import Head, Qwen3VLChunk, Qwen3VLModel, padded_vocab_size
+
+
+class Weights(Mapping[str, Tensor]):
+    """Tensors under their Hugging Face names, read only when asked for; fused experts as
+    [experts, 2 * ffn, hidden] and [experts, hidden, ffn], whatever layout they are stored in."""
+
+    @abstractmethod
+    def like(self, name: str) -> Tensor:
+        """Shape and dtype, as a meta tensor."""
+
+    @abstractmethod
+    def expert(self, name: str, index: int) -> Tensor:
+        """One slice of a fused expert tensor, without reading the others."""
 
 
 class Transform:
@@ -316,21 +330,34 @@ class Task:
 
 
 @dataclass(frozen=True)
-class _Local:
-    """A task of this rank with its parameter."""
+class Local:
+    """A task of this rank with its parameter and the name that it has in its chunk."""
 
     task: Task
+    name: str
     parameter: nn.Parameter
     transform: Transform
     is_expert: bool
 
+    def to_megatron(self, weights: Mapping[str, Tensor], config: Qwen3VLConfig) -> Tensor:
+        """The whole parameter, of all tensor-parallel ranks."""
+        return self.transform.to_megatron([self._part(weights, n) for n in self.task.hf], config)
 
-def _local_tasks(model: Qwen3VLModel) -> Iterator[_Local]:
+    def _part(self, weights: Mapping[str, Tensor], name: str) -> Tensor:
+        if not self.is_expert:
+            return weights[name]
+        if isinstance(weights, Weights):
+            return weights.expert(name, self.task.expert)
+        return weights[name][self.task.expert]
+
+
+def local_tasks(model: Qwen3VLModel) -> Iterator[Local]:
+    """Every parameter that this rank holds."""
     for chunk in model.chunks:
         yield from _chunk_tasks(chunk)
 
 
-def _chunk_tasks(model: Qwen3VLChunk) -> Iterator[_Local]:
+def _chunk_tasks(model: Qwen3VLChunk) -> Iterator[Local]:
     parallel = model.parallel
     experts = model.architecture.num_experts // parallel.layout.expert
     for name, parameter in model.named_parameters():
@@ -350,7 +377,7 @@ def _chunk_tasks(model: Qwen3VLChunk) -> Iterator[_Local]:
             shape=tuple(parameter.shape),
             dtype=str(parameter.dtype).removeprefix("torch."),
         )
-        yield _Local(task, parameter, rule.transform, is_expert)
+        yield Local(task, name, parameter, rule.transform, is_expert)
 
 
 def _match(name: str) -> tuple[re.Match[str], Rule]:
@@ -360,11 +387,11 @@ def _match(name: str) -> tuple[re.Match[str], Rule]:
     raise AssertionError(f"no rule maps the Megatron parameter {name}; add one to RULES")
 
 
-def _tensor_group(local: _Local, parallel: ParallelState) -> dist.ProcessGroup:
+def _tensor_group(local: Local, parallel: ParallelState) -> dist.ProcessGroup:
     return parallel.groups.expt_tp if local.is_expert else parallel.groups.tp
 
 
-def _all_tasks(model: Qwen3VLModel, local: list[_Local]) -> list[Task]:
+def _all_tasks(model: Qwen3VLModel, local: list[Local]) -> list[Task]:
     """Every task of the model, tied copies once, in the same order on every rank."""
     mine = [entry.task for entry in local]
     gathered: list[list[Task]] = [mine] * dist.get_world_size()
@@ -379,31 +406,37 @@ def load_hf_weights(model: Qwen3VLModel, tensors: Mapping[str, Tensor], source: 
     """Fill the model's parameters from full Hugging Face tensors; each rank reads what it holds.
 
     tensors: name -> tensor, read lazily; fused experts as [experts, 2 * ffn, hidden] and
-    [experts, hidden, ffn] (checkpoint_tools.hf_weights turns older layouts).
+    [experts, hidden, ffn] (checkpoint_tools.hf_directory turns older layouts).
 
     Raises:
         ValueError: a name is missing or surplus, or a shape differs; before anything is written.
     """
-    local = list(_local_tasks(model))
+    local = list(local_tasks(model))
     wanted = {name for task in _all_tasks(model, local) for name in task.hf}
-    found = set(tensors) - _droppable(model)
+    check_names(model, wanted, set(tensors), source)
+    shapes = _Shapes(tensors)
+    for entry in local:
+        _check_shape(entry, model, shapes, source)
+    with torch.no_grad():
+        for entry in local:
+            entry.parameter.copy_(_shard(entry, model, tensors))
+
+
+def check_names(model: Qwen3VLModel, wanted: set[str], given: set[str], source: str) -> None:
+    """ValueError if `source` gives other names than the model wants."""
+    found = given - unused_names(model.architecture, model.head)
     if wanted != found:
         raise ValueError(
             f"{source} does not fit the model: {_listing('missing', wanted - found)}"
             f"{_listing('surplus', found - wanted)}Check that the checkpoint is of this "
             "architecture and complete."
         )
-    shards = [_shard(entry, model, tensors, source) for entry in local]
-    with torch.no_grad():
-        for entry, shard in zip(local, shards, strict=True):
-            entry.parameter.copy_(shard)
 
 
-def _droppable(model: Qwen3VLModel) -> set[str]:
-    """Tensors that a checkpoint may carry and this model does not use: the language head of a
-    model that ties it or that scores instead."""
-    unused = model.head == "score" or model.architecture.tie_word_embeddings
-    return {"lm_head.weight"} if unused else set()
+def unused_names(config: Qwen3VLConfig, head: Head) -> set[str]:
+    """Tensors that a checkpoint may carry and its model does not use: the language head of a model
+    that ties it or that scores instead."""
+    return {"lm_head.weight"} if head == "score" or config.tie_word_embeddings else set()
 
 
 def _listing(what: str, names: set[str], most: int = 5) -> str:
@@ -414,28 +447,50 @@ def _listing(what: str, names: set[str], most: int = 5) -> str:
     return f"{len(names)} {what} ({shown}{more}). "
 
 
-def _shard(
-    entry: _Local, model: Qwen3VLModel, tensors: Mapping[str, Tensor], source: str
-) -> Tensor:
-    group = _tensor_group(entry, model.parallel)
-    parts = [tensors[name] for name in entry.task.hf]
-    if entry.is_expert:
-        parts = [part[entry.task.expert] for part in parts]
-    shapes = [tuple(part.shape) for part in parts]
+class _Shapes(Weights):
+    """The same names with meta tensors, to try a translation without reading anything."""
+
+    def __init__(self, weights: Mapping[str, Tensor]) -> None:
+        self._weights = weights
+
+    def like(self, name: str) -> Tensor:
+        weights = self._weights
+        return weights.like(name) if isinstance(weights, Weights) else weights[name].to("meta")
+
+    def expert(self, name: str, index: int) -> Tensor:
+        return self.like(name)[index]
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.like(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._weights)
+
+    def __len__(self) -> int:
+        return len(self._weights)
+
+
+def _check_shape(entry: Local, model: Qwen3VLModel, shapes: _Shapes, source: str) -> None:
+    found = [tuple(shapes.like(name).shape) for name in entry.task.hf]
     try:
-        full = entry.transform.to_megatron(parts, model.architecture)
-        shard = entry.transform.shards(full, group.size())[group.rank()]
+        shard = _shard(entry, model, shapes)
     except RuntimeError as error:
         raise ValueError(
-            f"{source}: {entry.task.hf} {shapes} can't be converted: {error}"
+            f"{source}: {entry.task.hf} {found} can't be converted: {error}"
         ) from error
     if tuple(shard.shape) != tuple(entry.parameter.shape):
         raise ValueError(
-            f"{source}: {', '.join(entry.task.hf)} with shape {shapes} gives a shard of "
+            f"{source}: {', '.join(entry.task.hf)} with shape {found} gives a shard of "
             f"{tuple(shard.shape)}, the model wants {tuple(entry.parameter.shape)}; config.json "
             "and weights are of different models"
         )
-    return shard
+
+
+def _shard(entry: Local, model: Qwen3VLModel, tensors: Mapping[str, Tensor]) -> Tensor:
+    """This rank's part of the parameter, from whole tensors."""
+    group = _tensor_group(entry, model.parallel)
+    full = entry.to_megatron(tensors, model.architecture)
+    return entry.transform.shards(full, group.size())[group.rank()]
 
 
 def iter_hf_weights(
@@ -448,7 +503,7 @@ def iter_hf_weights(
     All ranks iterate together. One parameter, or one layer's experts, is gathered at a time, so
     no rank ever holds the whole model. Tied weights come once, under the embedding's name.
     """
-    local = {entry.task.key: entry for entry in _local_tasks(model)}
+    local = {entry.task.key: entry for entry in local_tasks(model)}
     experts: dict[str, list[Tensor]] = {}
     for task in _all_tasks(model, list(local.values())):
         full = _gather(task, local.get(task.key), model, read)
@@ -475,7 +530,7 @@ def _transform_of(task: Task) -> Transform:
 
 def _gather(
     task: Task,
-    entry: _Local | None,
+    entry: Local | None,
     model: Qwen3VLModel,
     read: Callable[[nn.Parameter], Tensor],
 ) -> Tensor:

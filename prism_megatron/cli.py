@@ -13,12 +13,12 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-import traceback
 from collections.abc import Callable, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from checkpoint_tools.command import exit_status, rank
 from prism_megatron.config import load as configuration
 from prism_megatron.config.schema import Pairs, Section, Stage
 
@@ -37,8 +37,16 @@ ENTRY_POINTS = {
 }
 """Stage to the function that takes its configuration."""
 
-CHECKPOINT_TOOLS = ("hf-to-megatron", "megatron-to-hf", "upcycle")
-OUR_PACKAGES = ("prism_megatron", "checkpoint_tools", "model_providers")
+CHECKPOINT_TOOLS = (
+    "hf-to-megatron",
+    "megatron-to-hf",
+    "verify",
+    "inspect",
+    "reshard",
+    "merge",
+    "upcycle",
+    "hub",
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -48,17 +56,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(_overview())
         return 0 if arguments else 2
     name, *rest = arguments
-    try:
-        if name == "doctor":
-            return int(_function("prism_megatron.doctor:main")(rest))
-        if name == "checkpoint":
-            return _checkpoint(rest)
-        return _stage(name, rest)
-    except (ValueError, FileNotFoundError) as error:
-        if not _is_mistake_of_user(error):
-            raise
-        _report(error)
-        return 2
+    if name == "doctor":
+        return exit_status(_function("prism_megatron.doctor:main"), rest)
+    if name == "checkpoint":
+        return exit_status(_checkpoint, rest)
+    return exit_status(_stage, name, rest)
 
 
 def _stage(name: str, arguments: Sequence[str]) -> int:
@@ -70,7 +72,7 @@ def _stage(name: str, arguments: Sequence[str]) -> int:
     if not options.dry_run or "WORLD_SIZE" in os.environ:
         configuration.check_layouts(config, int(os.environ.get("WORLD_SIZE", "1")))
     if options.dry_run:
-        if _rank() == 0:
+        if rank() == 0:
             print(configuration.to_yaml(config), end="")
         return 0
     _save(config)
@@ -80,7 +82,7 @@ def _stage(name: str, arguments: Sequence[str]) -> int:
 
 def _save(config: Section) -> None:
     """Record the configuration of a stage that owns its run folder, once for all ranks."""
-    if isinstance(config, Stage | Pairs) and _rank() == 0:
+    if isinstance(config, Stage | Pairs) and rank() == 0:
         configuration.save(config, config.run.dir)
 
 
@@ -159,33 +161,3 @@ def _overview() -> str:
             f"  {'doctor':<12}Versions, active acceleration and known bad version pairs.",
         ]
     )
-
-
-def _is_mistake_of_user(error: Exception) -> bool:
-    """Whether our own code raised it on purpose, rather than a library because of a defect."""
-    return isinstance(error, FileNotFoundError) or _raised_in(error).startswith(OUR_PACKAGES)
-
-
-def _raised_in(error: Exception) -> str:
-    """Name of the module that raised."""
-    trace = error.__traceback__
-    assert trace is not None, "a caught exception has a traceback"
-    while trace.tb_next is not None:
-        trace = trace.tb_next
-    return str(trace.tb_frame.f_globals.get("__name__", ""))
-
-
-def _report(error: Exception) -> None:
-    """Print the message; once for a configuration, which every rank reads alike."""
-    rank = _rank()
-    if rank and _raised_in(error).startswith(("prism_megatron.config", __name__)):
-        return
-    if os.environ.get("PRISM_TRACEBACK") == "1":
-        traceback.print_exception(error)
-        return
-    prefix = f"prism-megatron (rank {rank})" if rank else "prism-megatron"
-    print(f"{prefix}: {error}", file=sys.stderr)
-
-
-def _rank() -> int:
-    return int(os.environ.get("RANK", "0"))

@@ -14,8 +14,8 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
+from checkpoint_tools.files import write_atomically
 from prism_megatron.config.load import provenance
-from prism_megatron.files import write_atomically
 
 STAGES = {
     "sft": "SFT",

@@ -20,10 +20,10 @@ from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
+from checkpoint_tools.files import write_atomically
 from prism_megatron import plots
 from prism_megatron.config import schema
 from prism_megatron.data.rows import ImageSource, read_prompts
-from prism_megatron.files import write_atomically
 
 METRICS = {
     "answer_accuracy": "answer",

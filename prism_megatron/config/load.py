@@ -26,9 +26,9 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
+from checkpoint_tools.files import write_atomically
 from prism_megatron.config import schema
 from prism_megatron.config.schema import Parallel, Section
-from prism_megatron.files import write_atomically
 
 STAGES: dict[str, type[Section]] = {
     "digit-sums": schema.DigitSums,

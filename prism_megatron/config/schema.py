@@ -313,18 +313,14 @@ class Evaluate(Section):
 
 
 class Convert(Section):
-    """Hugging Face directory to Megatron checkpoint."""
+    """Hugging Face directory to Megatron checkpoint, which loads at any layout."""
 
-    backend: Literal["cpu", "cuda"] = "cpu"
-    """Device and collectives of the conversion."""
     hf: Path
     """Hugging Face directory."""
     out: Path
     """Megatron checkpoint that is written."""
     value_head: Path | None = None
     """A discriminator's value_head.pt, as the reference writes it, where the shards lack v_head."""
-    parallel: Parallel = Parallel()
-    """Layout of the ranks that convert; the checkpoint loads at any layout."""
 
 
 class Upcycle(Section):
@@ -344,6 +340,8 @@ class Upcycle(Section):
     """Experts a token takes."""
     noise_std: float = Field(0.01, ge=0)
     """Standard deviation of the noise on every expert weight."""
+    relative_noise: bool = False
+    """Whether noise_std is in units of each tensor's own standard deviation."""
     router_std: float = Field(0.02, gt=0)
     """Standard deviation of the router's initial weights."""
     seed: int = 1234

@@ -28,8 +28,8 @@ import pyarrow.parquet as pq
 from PIL import Image
 from sklearn.datasets import load_digits
 
+from checkpoint_tools.files import write_atomically
 from prism_megatron.config import schema
-from prism_megatron.files import write_atomically
 
 DATA_SOURCE = "digit_sums"
 SCAN_PIXELS = 32

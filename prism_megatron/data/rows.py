@@ -24,7 +24,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from prism_megatron.files import write_atomically
+from checkpoint_tools.files import write_atomically
 
 CACHED_ROW_GROUPS = 4
 ROLES = {"human": "user", "gpt": "assistant"}

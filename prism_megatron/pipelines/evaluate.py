@@ -19,11 +19,11 @@ from rich.progress import track
 from transformers import Qwen3VLForConditionalGeneration
 from transformers.utils import logging as transformers_logging
 
+from checkpoint_tools.files import write_atomically
 from prism_megatron.config import load, schema
 from prism_megatron.data import digit_sums
 from prism_megatron.data.prompts import PromptEncoder
 from prism_megatron.data.rows import PromptRow, Quarantine, convert_all, read_prompts
-from prism_megatron.files import write_atomically
 from prism_megatron.objectives.rewards import response_reward
 from prism_megatron.rollout.collate import collate_prompts
 from prism_megatron.rollout.local import load_qwen3_vl

@@ -23,11 +23,11 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch.utils.tensorboard import SummaryWriter
 
-from checkpoint_tools import hf_directory, megatron_directory
+from checkpoint_tools import hf_writer, megatron_directory
+from checkpoint_tools.files import write_atomically
 from model_providers.weight_map import iter_hf_weights
 from prism_megatron.config.schema import Stage
 from prism_megatron.data.rows import BatchStream, Quarantine
-from prism_megatron.files import write_atomically
 from prism_megatron.training.runner import ModelRunner
 
 Metrics = dict[str, float]
@@ -96,7 +96,7 @@ class TrainingLoop:
     def export(self, name: str) -> None:
         """Write run.dir/hf: that model in Hugging Face format."""
         runner, source = self.runners[name]
-        hf_directory.write(
+        hf_writer.write(
             self.dir / "hf",
             iter_hf_weights(runner.model),
             config_from=megatron_directory.hf_directory(source),

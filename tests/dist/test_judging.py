@@ -100,10 +100,10 @@ def _discriminator(path: Path, variant: str) -> dict[str, Any]:
 def _warmup(root: Path, out: Path, variant: str) -> None:
     warmup.run(
         schema.Warmup.model_validate(
-            _stage(root, out, "pairs.jsonl", 8)
+            _stage(root, out, "pairs.jsonl", 16)
             | {
                 "model": _discriminator(root / VARIANTS[variant][0], variant),
-                "optimizer": {"lr": 3e-3},
+                "optimizer": {"lr": 1e-3},
                 "batch_size": 6,
             }
         )
@@ -119,7 +119,7 @@ def _align(root: Path, out: Path, judge: Path, variant: str) -> None:
                     "policy": {"path": root / "tiny", "parallel": {"tensor": 2}},
                     "policy_optimizer": {"lr": 1e-4},
                     "discriminator": _discriminator(judge, variant),
-                    "discriminator_optimizer": {"lr": 1e-3},
+                    "discriminator_optimizer": {"lr": 1e-4},
                     "prompts_per_step": 3,
                     "sampling": {"n": len(RESPONSES)},
                 }

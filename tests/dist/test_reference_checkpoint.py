@@ -117,7 +117,7 @@ def test_a_released_discriminator_scores_as_in_transformers(
 
 def _convert(path: Path, out: Path, value_head: Path | None) -> str:
     try:
-        hf_to_megatron.convert(path, out, Layout(), backends.create("cpu"), value_head)
+        hf_to_megatron.convert(path, out, value_head)
     except ValueError as error:
         return str(error)
     return "converted"

@@ -13,8 +13,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from checkpoint_tools import hf_directory
-from checkpoint_tools.hf_directory import INDEX, SINGLE, HFDirectory, write
+from checkpoint_tools import hf_writer
+from checkpoint_tools.hf_directory import INDEX, SINGLE, HFDirectory
+from checkpoint_tools.hf_writer import write
 from model_providers.config import Qwen3VLConfig
 from tests import tiny_models
 
@@ -30,7 +31,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def _copy(source: Path, target: Path, edit: Edit = lambda raw: None) -> Path:
-    hf_directory.copy_config(source, target)
+    hf_writer.copy_config(source, target)
     raw = json.loads((target / "config.json").read_text())
     edit(raw)
     (target / "config.json").write_text(json.dumps(raw))
@@ -237,7 +238,7 @@ def test_written_shards_are_bounded_and_complete(
 ) -> None:
     weights = load_file(saved["dense"] / SINGLE)
     most = max(t.numel() * 4 for t in weights.values())
-    monkeypatch.setattr(hf_directory, "MAX_SHARD_BYTES", most)
+    monkeypatch.setattr(hf_writer, "SHARD_BYTES", most)
     out = tmp_path / "out"
     write(out, iter(weights.items()), saved["dense"], writer=True)
     shards = sorted(out.glob("*.safetensors"))

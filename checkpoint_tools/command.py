@@ -1,0 +1,54 @@
+"""How a command ends: one message for a mistake of the user, a traceback for one of ours."""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+OUR_PACKAGES = ("prism_megatron", "checkpoint_tools", "model_providers")
+
+
+def exit_status(command: Callable[..., int | None], *args: Any) -> int:
+    """Run a command; its exit status, 2 if the user has to mend something."""
+    try:
+        return int(command(*args) or 0)
+    except (ValueError, FileNotFoundError) as error:
+        if not _is_mistake_of_user(error):
+            raise
+        _report(error)
+        return 2
+
+
+def _is_mistake_of_user(error: Exception) -> bool:
+    """Whether our own code raised it on purpose, rather than a library because of a defect."""
+    return isinstance(error, FileNotFoundError) or _raised_in(error).startswith(OUR_PACKAGES)
+
+
+def _raised_in(error: Exception) -> str:
+    """Name of the module that raised."""
+    trace = error.__traceback__
+    assert trace is not None, "a caught exception has a traceback"
+    while trace.tb_next is not None:
+        trace = trace.tb_next
+    name = str(trace.tb_frame.f_globals.get("__name__", ""))
+    # a tool that is run by its path or with -m
+    return "checkpoint_tools" if name == "__main__" else name
+
+
+def _report(error: Exception) -> None:
+    """Print the message; once for a configuration, which every rank reads alike."""
+    if rank() and _raised_in(error).startswith(("prism_megatron.config", "prism_megatron.cli")):
+        return
+    if os.environ.get("PRISM_TRACEBACK") == "1":
+        traceback.print_exception(error)
+        return
+    prefix = f"prism-megatron (rank {rank()})" if rank() else "prism-megatron"
+    print(f"{prefix}: {error}", file=sys.stderr)
+
+
+def rank() -> int:
+    """This process's rank in the world that a launcher started, before any is joined."""
+    return int(os.environ.get("RANK", "0"))

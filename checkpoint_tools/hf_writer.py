@@ -1,0 +1,254 @@
+"""Hugging Face directories, written shard by shard and never half there.
+
+    layout  configuration                      fused experts
+    4.57    rope_theta and rope_scaling        [experts, hidden, 2 * ffn], [experts, ffn, hidden]
+    5       rope_parameters                    [experts, 2 * ffn, hidden], [experts, hidden, ffn]
+
+4.57 is how the released checkpoints are and what SGLang, vLLM and every transformers since read.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import shutil
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from rich.progress import track
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from checkpoint_tools.files import (
+    prepare_staging,
+    publish,
+    replace_folder,
+    staging_of,
+    write_atomically,
+)
+from checkpoint_tools.hf_directory import INDEX, SINGLE, HFDirectory
+from checkpoint_tools.weights import EXPERTS, StoredWeights, compare
+from checkpoint_tools.world import barrier, first, rank_and_size
+from model_providers.config import Qwen3VLConfig
+
+TransformersLayout = Literal["4.57", "5"]
+LAYOUTS: tuple[TransformersLayout, ...] = ("4.57", "5")
+VERSIONS = {"4.57": "4.57.6", "5": "5.6.0"}
+SHARD_BYTES = 2**30
+
+
+def write(
+    out: Path,
+    tensors: Iterable[tuple[str, Tensor]],
+    config_from: Path,
+    writer: bool,
+    layout: TransformersLayout = "4.57",
+) -> None:
+    """Write what a model in training yields; `out` appears when complete, over an older one.
+
+    config_from: directory whose config, processor and tokenizer files go with the weights.
+    Every rank calls this, since producing tensors may need all of them; only the one with
+    writer=True touches the disk. Expert tensors come in the layout of transformers 5.
+    """
+    if not writer:
+        for _ in tensors:
+            pass
+        return
+    staging = staging_of(out)
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir(parents=True)
+    files, pending, held = [], {}, 0
+    for name, tensor in tensors:
+        if pending and held + tensor.nbytes > SHARD_BYTES:
+            files.append(_save(staging / f"shard-{len(files)}.safetensors", pending))
+            pending, held = {}, 0
+        pending[name], held = _copied(name, tensor.detach(), layout), held + tensor.nbytes
+    files.append(_save(staging / f"shard-{len(files)}.safetensors", pending))
+    finish(staging, files, config_from, layout)
+    replace_folder(staging, out)
+
+
+def _copied(name: str, tensor: Tensor, layout: TransformersLayout) -> Tensor:
+    """A tensor of a live model as the layout has it, in memory of its own."""
+    if not name.endswith(EXPERTS):
+        return tensor.cpu().clone()
+    stored = _empty_experts(name, tensor, layout)
+    for i, expert in enumerate(tensor):
+        stored[i].copy_(expert.T if layout == "4.57" else expert)
+    return stored
+
+
+def export(
+    out: Path,
+    weights: StoredWeights,
+    config_from: Path,
+    job: dict[str, Any],
+    layout: TransformersLayout = "4.57",
+    verify: bool = True,
+    check: Callable[[Path], None] | None = None,
+) -> None:
+    """Write `weights` shard by shard, shared out among the ranks; `out` appears when all is there
+    and, read back, equal bit by bit. All ranks of the world call this.
+
+    job: what this is made of; the shards that an equal job had finished when it was killed stay.
+    check: looks at the finished folder on all ranks, instead of that comparison.
+
+    Raises:
+        ValueError: no room, a weight that is NaN or infinite, or a difference.
+    """
+    shards = _plan(weights)
+    nbytes = sum(weights.like(name).nbytes for name in weights)
+    rank, size = rank_and_size()
+    job = job | {"layout": layout, "shards": len(shards)}
+    first(lambda: prepare_staging(out, job, nbytes))
+    staging = staging_of(out)
+    files = [
+        staging / f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))
+    ]
+    mine = range(rank, len(shards), size)
+    for i in track(mine, f"{out.name}: shards", disable=rank > 0, transient=True):
+        if not files[i].exists():
+            _save(files[i], {name: _stored(weights, name, layout) for name in shards[i]})
+    barrier()
+    first(lambda: finish(staging, files, config_from, layout))
+    if verify and check is not None:
+        check(staging)
+    elif verify:
+        compare(weights, HFDirectory(staging)).raise_if_different("its source", str(out))
+    first(lambda: publish(staging, out))
+
+
+def _stored(weights: StoredWeights, name: str, layout: TransformersLayout) -> Tensor:
+    """A tensor as the layout has it, without NaN and infinities; experts one by one, so that all of
+    a layer's are in memory once."""
+    if not name.endswith(EXPERTS):
+        tensor = weights[name]
+        check_finite(tensor, name, weights.file_of(name))
+        return tensor.contiguous()
+    like = weights.like(name)
+    stored = _empty_experts(name, like, layout)
+    for i in range(like.shape[0]):
+        expert = weights.expert(name, i)
+        check_finite(expert, f"{name}[{i}]", weights.file_of(name))
+        stored[i].copy_(expert.T if layout == "4.57" else expert)
+    return stored
+
+
+def _empty_experts(name: str, like: Tensor, layout: TransformersLayout) -> Tensor:
+    experts, rows, columns = like.shape
+    if rows == columns:
+        raise ValueError(
+            f"{name} is square {tuple(like.shape)}: readers tell the two layouts of experts by "
+            "their shape and would guess; choose another expert size"
+        )
+    shape = (experts, columns, rows) if layout == "4.57" else (experts, rows, columns)
+    return torch.empty(shape, dtype=like.dtype)
+
+
+def check_finite(tensor: Tensor, name: str, file: Path) -> None:
+    """ValueError naming tensor and file if an element is NaN or infinite."""
+    if tensor.element_size() == 1:
+        tensor = tensor.float()
+    # one pass without temporaries, 80 times as fast; a sum that overflows is looked at again
+    if math.isfinite(float(tensor.sum())):
+        return
+    if not bool(torch.isfinite(tensor).all()):
+        bad = int((~torch.isfinite(tensor)).sum())
+        raise ValueError(
+            f"{file}: {name} has {bad} of {tensor.numel()} elements that are NaN or infinite; the "
+            "checkpoint is spoilt, go back to an earlier one"
+        )
+
+
+def _plan(weights: StoredWeights) -> list[list[str]]:
+    """Names of each shard, in order."""
+    shards: list[list[str]] = [[]]
+    held = 0
+    for name in weights:
+        size = weights.like(name).nbytes
+        if shards[-1] and held + size > SHARD_BYTES:
+            shards.append([])
+            held = 0
+        shards[-1].append(name)
+        held += size
+    return shards
+
+
+def _save(file: Path, tensors: dict[str, Tensor]) -> Path:
+    """Under a temporary name, to the disk, then under its own."""
+    temporary = file.with_name(f".{file.name}")
+    try:
+        save_file(tensors, temporary, {"format": "pt"})
+        with temporary.open("rb") as stream:
+            os.fsync(stream.fileno())
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{file} could not be written: {error}") from error
+    os.replace(temporary, file)
+    return file
+
+
+def finish(staging: Path, files: list[Path], config_from: Path, layout: TransformersLayout) -> None:
+    """Name the shards, write their index, and add config, processor and tokenizer."""
+    listed: dict[str, str] = {}
+    total = 0
+    for i, file in enumerate(files):
+        final = SINGLE if len(files) == 1 else f"model-{i + 1:05d}-of-{len(files):05d}.safetensors"
+        os.replace(file, staging / final)
+        with safe_open(staging / final, "pt") as tensors:
+            listed |= dict.fromkeys(tensors.keys(), final)
+        # the header is no weight
+        with (staging / final).open("rb") as stream:
+            header = int.from_bytes(stream.read(8), "little")
+        total += (staging / final).stat().st_size - 8 - header
+    if len(files) > 1:
+        index = {"metadata": {"total_size": total}, "weight_map": listed}
+        write_atomically(staging / INDEX, json.dumps(index, indent=2))
+    copy_config(config_from, staging)
+    config = staging / "config.json"
+    raw = in_dialect(json.loads(config.read_text()), layout)
+    write_atomically(config, json.dumps(raw, indent=2) + "\n")
+    Qwen3VLConfig.from_hf(staging)
+
+
+def copy_config(source: Path, target: Path) -> None:
+    """Copy everything of a Hugging Face directory but weights: config, processor, tokenizer."""
+    target.mkdir(parents=True, exist_ok=True)
+    for file in source.iterdir():
+        weights = file.suffix in (".safetensors", ".pt", ".bin")
+        if file.is_file() and not weights and file.name not in (INDEX, "job.json"):
+            shutil.copyfile(file, target / file.name)
+
+
+def in_dialect(raw: dict[str, Any], layout: TransformersLayout) -> dict[str, Any]:
+    """config.json as that transformers writes it; unchanged if it is so already."""
+    if str(raw.get("transformers_version", "")).startswith(layout.partition(".")[0]):
+        return raw
+    text = dict(raw["text_config"])
+    if layout == "4.57":
+        rope = dict(text.pop("rope_parameters"))
+        text["rope_theta"] = rope.pop("rope_theta")
+        text["rope_scaling"] = rope
+        if "num_local_experts" in text:
+            text["num_experts"] = text.pop("num_local_experts")
+        # from the text's own default, which the top level overrules
+        text.pop("tie_word_embeddings", None)
+    else:
+        rope = dict(text.pop("rope_scaling"))
+        text["rope_parameters"] = rope | {"rope_theta": text.pop("rope_theta")}
+    return raw | {"text_config": text, "transformers_version": VERSIONS[layout]}
+
+
+def add_layout(parser: argparse.ArgumentParser) -> None:
+    """The option of every tool that writes a Hugging Face directory."""
+    parser.add_argument(
+        "--transformers-layout",
+        default="4.57",
+        choices=LAYOUTS,
+        help="configuration and fused experts as this transformers writes them; 4.57 (default) is "
+        "what the released checkpoints have and every engine reads",
+    )
