@@ -45,6 +45,7 @@ CHECKPOINT_TOOLS = (
     "reshard",
     "merge",
     "upcycle",
+    "quantize",
     "hub",
 )
 
