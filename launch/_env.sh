@@ -50,8 +50,10 @@ prepare_environment() {
     # whatever extras were installed, the package itself was too
     if ! grep -qs "^$hash .*$extras" "$stamp"; then
         echo "installing into .venv (once; about 5 GB, some minutes)"
-        .venv/bin/python -m pip install --disable-pip-version-check -c constraints.txt "setuptools>=77" &&
-            .venv/bin/python -m pip install --disable-pip-version-check --no-build-isolation \
+        # most of what torch brings is never imported; what is gets compiled then
+        .venv/bin/python -m pip install --disable-pip-version-check --no-compile -c constraints.txt "setuptools>=77" &&
+            .venv/bin/python -m pip install --disable-pip-version-check --no-compile \
+                --no-build-isolation \
                 -c constraints.txt -e ".${extras:+[$extras]}" || return 1
         echo "$hash $extras" >>"$stamp"
     fi

@@ -15,11 +15,23 @@ check() {
     "$@" || failed+=("$name")
 }
 
+# beside the tests, of which many wait for one another
+types=$(mktemp)
+mypy >"$types" 2>&1 &
+checking_types=$!
+report_types() {
+    wait "$checking_types"
+    local status=$?
+    cat "$types"
+    rm "$types"
+    return $status
+}
+
 check "ruff check" ruff check .
 check "ruff format" ruff format --check .
-check mypy mypy
 check "import direction" lint-imports
 check pytest python -m pytest tests/unit tests/dist tests/e2e "$@"
+check mypy report_types
 
 if ((${#failed[@]})); then
     printf 'FAILED: %s\n' "${failed[@]}"
