@@ -40,6 +40,8 @@ create_venv() {
 # Install the package and its extras at the tested versions, unless this has been done.
 prepare_environment() {
     cd "$REPO" || return 1
+    # containers often set it, and then each of many processes compiles everything it imports anew
+    unset PYTHONDONTWRITEBYTECODE
     if [[ ! -x .venv/bin/python ]]; then
         rm -rf .venv
         create_venv || return 1
@@ -50,10 +52,8 @@ prepare_environment() {
     # whatever extras were installed, the package itself was too
     if ! grep -qs "^$hash .*$extras" "$stamp"; then
         echo "installing into .venv (once; about 5 GB, some minutes)"
-        # most of what torch brings is never imported; what is gets compiled then
-        .venv/bin/python -m pip install --disable-pip-version-check --no-compile -c constraints.txt "setuptools>=77" &&
-            .venv/bin/python -m pip install --disable-pip-version-check --no-compile \
-                --no-build-isolation \
+        .venv/bin/python -m pip install --disable-pip-version-check -c constraints.txt "setuptools>=77" &&
+            .venv/bin/python -m pip install --disable-pip-version-check --no-build-isolation \
                 -c constraints.txt -e ".${extras:+[$extras]}" || return 1
         echo "$hash $extras" >>"$stamp"
     fi
