@@ -1,4 +1,4 @@
-"""Quantise an exported model for rollouts and serving; SGLang and vLLM read the result.
+"""Quantise an exported model for rollouts and serving, in layouts that engines load.
 
     prism-megatron checkpoint quantize --hf runs/rlvr/hf --out fp8 --format fp8-block
     prism-megatron checkpoint quantize --hf runs/rlvr/hf --out fp8 --format fp8 \\
