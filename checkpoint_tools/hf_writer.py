@@ -77,10 +77,7 @@ def _copied(name: str, tensor: Tensor, layout: TransformersLayout) -> Tensor:
     """A tensor of a live model as the layout has it, in memory of its own."""
     if not name.endswith(EXPERTS):
         return tensor.cpu().clone()
-    stored = _empty_experts(name, tensor, layout)
-    for i, expert in enumerate(tensor):
-        stored[i].copy_(expert.T if layout == "4.57" else expert)
-    return stored
+    return _experts(name, tensor, tensor, layout)
 
 
 def export(
@@ -131,23 +128,32 @@ def _stored(weights: StoredWeights, name: str, layout: TransformersLayout) -> Te
         check_finite(tensor, name, weights.file_of(name))
         return tensor.contiguous()
     like = weights.like(name)
-    stored = _empty_experts(name, like, layout)
-    for i in range(like.shape[0]):
-        expert = weights.expert(name, i)
-        check_finite(expert, f"{name}[{i}]", weights.file_of(name))
-        stored[i].copy_(expert.T if layout == "4.57" else expert)
-    return stored
+
+    def finite(index: int) -> Tensor:
+        expert = weights.expert(name, index)
+        check_finite(expert, f"{name}[{index}]", weights.file_of(name))
+        return expert
+
+    return _experts(name, like, map(finite, range(like.shape[0])), layout)
 
 
-def _empty_experts(name: str, like: Tensor, layout: TransformersLayout) -> Tensor:
-    experts, rows, columns = like.shape
+def _experts(
+    name: str, like: Tensor, experts: Iterable[Tensor], layout: TransformersLayout
+) -> Tensor:
+    """[experts, rows, columns] as the layout has it, filled one by one."""
+    count, rows, columns = like.shape
     if rows == columns:
         raise ValueError(
             f"{name} is square {tuple(like.shape)}: readers tell the two layouts of experts by "
             "their shape and would guess; choose another expert size"
         )
-    shape = (experts, columns, rows) if layout == "4.57" else (experts, rows, columns)
-    return torch.empty(shape, dtype=like.dtype)
+    turned = layout == "4.57"
+    stored = torch.empty(
+        (count, columns, rows) if turned else (count, rows, columns), dtype=like.dtype
+    )
+    for i, expert in enumerate(experts):
+        stored[i].copy_(expert.T if turned else expert)
+    return stored
 
 
 def check_finite(tensor: Tensor, name: str, file: Path) -> None:

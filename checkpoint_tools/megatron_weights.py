@@ -17,16 +17,13 @@ import torch
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from torch import Tensor
 
-from checkpoint_tools.torch_dist import Piece, TorchDistReader
+from checkpoint_tools.torch_dist import OPTIMIZER, Piece, TorchDistReader
 from checkpoint_tools.weights import StoredWeights
 from model_providers import backend as backends
 from model_providers.config import Qwen3VLConfig
 from model_providers.parallel import Layout, ParallelState
 from model_providers.qwen3_vl import Head, Qwen3VLModel
 from model_providers.weight_map import Local, Weights, check_names, local_tasks
-
-OPTIMIZER = "optimizer."
-EXTRA_STATE = "._extra_state/"
 
 
 @dataclass(frozen=True)

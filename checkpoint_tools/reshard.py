@@ -29,8 +29,8 @@ from checkpoint_tools.command import exit_status
 from checkpoint_tools.files import identity, new_folder, prepare_staging, staging_of
 from checkpoint_tools.hf_writer import copy_config
 from checkpoint_tools.megatron_directory import hf_directory
-from checkpoint_tools.megatron_weights import OPTIMIZER, Entry, MegatronWeights, box
-from checkpoint_tools.torch_dist import Piece, TorchDistReader, TorchDistWriter
+from checkpoint_tools.megatron_weights import Entry, MegatronWeights, box
+from checkpoint_tools.torch_dist import OPTIMIZER, Piece, TorchDistReader, TorchDistWriter
 from model_providers.config import Qwen3VLConfig
 from model_providers.parallel import Layout
 from model_providers.qwen3_vl import padded_vocab_size

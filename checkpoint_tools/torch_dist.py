@@ -49,6 +49,8 @@ from torch.distributed.checkpoint.storage import WriteResult
 
 from checkpoint_tools.files import publish, write_atomically
 
+OPTIMIZER = "optimizer."
+"""How the keys of optimizer state begin."""
 COMMON = "common_state/shard_0_1"
 """Where megatron.core keeps what is no tensor of the model or the optimizer."""
 
@@ -72,6 +74,7 @@ class TorchDistReader:
         found = metadata.state_dict_metadata
         self.tensors = {k: v for k, v in found.items() if isinstance(v, TensorStorageMetadata)}
         self.objects = {k for k, v in found.items() if isinstance(v, BytesStorageMetadata)}
+        self._by_row: dict[str, dict[int, list[ChunkStorageMetadata]]] = {}
         self.bytes = sum(info.length for info in metadata.storage_data.values())
 
     def file_of(self, key: str) -> Path:
@@ -84,7 +87,7 @@ class TorchDistReader:
 
         Raises ValueError naming the file if the box is not covered or the file can't be read.
         """
-        stored = self.tensors[key]
+        stored = self._near(key, offsets, sizes)
         box = ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes))
         items = create_read_items_for_chunk_list(key, stored, [box])
         covered = sum(math.prod(item.lengths) for item in items)
@@ -105,6 +108,23 @@ class TorchDistReader:
                 f"{error}"
             ) from error
         return target
+
+    def _near(
+        self, key: str, offsets: Sequence[int], sizes: Sequence[int]
+    ) -> TensorStorageMetadata:
+        """The tensor with the chunks that may hold the box. All layers are one tensor, and looking
+        at every layer's chunks for each of them would take time quadratic in depth."""
+        stored = self.tensors[key]
+        if not sizes or sizes[0] != 1:
+            return stored
+        if key not in self._by_row:
+            rows: dict[int, list[ChunkStorageMetadata]] = {}
+            for chunk in stored.chunks:
+                for row in range(chunk.offsets[0], chunk.offsets[0] + chunk.sizes[0]):
+                    rows.setdefault(row, []).append(chunk)
+            self._by_row[key] = rows
+        chunks = self._by_row[key].get(offsets[0], [])
+        return TensorStorageMetadata(stored.properties, stored.size, chunks)
 
     def object_bytes(self, key: str) -> bytes:
         """An object as it is stored."""
