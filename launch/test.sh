@@ -15,23 +15,38 @@ check() {
     "$@" || failed+=("$name")
 }
 
-# beside the tests, of which many wait for one another
-types=$(mktemp)
-mypy >"$types" 2>&1 &
-checking_types=$!
-report_types() {
-    wait "$checking_types"
+# beside NAME COMMAND...: a check that runs while the tests of several ranks wait for one another
+names=() logs=() pids=()
+beside() {
+    names+=("$1") logs+=("$(mktemp)")
+    shift
+    "$@" >"${logs[-1]}" 2>&1 &
+    pids+=($!)
+}
+report() {
+    wait "${pids[$1]}"
     local status=$?
-    cat "$types"
-    rm "$types"
+    cat "${logs[$1]}"
+    rm "${logs[$1]}"
     return $status
+}
+# a selection by arguments may leave nothing of one folder
+tests() {
+    python -m pytest "$@"
+    local status=$?
+    ((status == 5 && $# > 1)) || return $status
 }
 
 check "ruff check" ruff check .
 check "ruff format" ruff format --check .
 check "import direction" lint-imports
-check pytest python -m pytest tests/unit tests/dist tests/e2e "$@"
-check mypy report_types
+beside mypy mypy
+beside "tests/unit" tests tests/unit "$@"
+check "tests/dist" tests tests/dist "$@"
+check "tests/e2e" tests tests/e2e "$@"
+for i in "${!names[@]}"; do
+    check "${names[i]}" report "$i"
+done
 
 if ((${#failed[@]})); then
     printf 'FAILED: %s\n' "${failed[@]}"
