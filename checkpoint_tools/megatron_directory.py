@@ -8,6 +8,7 @@ and processor beside it in hf/, so that one path says everything about a model.
 from __future__ import annotations
 
 import queue
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,8 @@ from model_providers.qwen3_vl import Head, Qwen3VLModel
 from model_providers.weight_map import load_hf_weights
 
 SHARDING = "fully_reshardable"
-EXTRA_STATE = "._extra_state"
+EXTRA_STATE = re.compile(r".*\._extra_state\d*")
+"""Of a layer, or of one expert of several in a layer."""
 
 
 def hf_directory(path: Path) -> Path:
@@ -117,7 +119,7 @@ def load(path: Path, model: Qwen3VLModel, optimizer: Any = None, scheduler: Any 
         raise ValueError(f"{path} does not fit the model: {error}") from error
     for i, chunk in enumerate(model.chunks):
         lacking = chunk.load_state_dict(state["model"][i], strict=False)
-        missing = [key for key in lacking.missing_keys if not key.endswith(EXTRA_STATE)]
+        missing = [key for key in lacking.missing_keys if not EXTRA_STATE.fullmatch(key)]
         assert not missing and not lacking.unexpected_keys, lacking
     if optimizer is not None:
         _load_optimizer(optimizer, state["optimizer"])
@@ -129,7 +131,7 @@ def _drop_extra_state(weights: dict[int, Any], path: Path) -> None:
     has none, one from another backend other ones: without them the factors start anew."""
     stored = TorchDistReader(path).objects
     for chunk in weights.values():
-        for key in [key for key in chunk if key.endswith(EXTRA_STATE)]:
+        for key in [key for key in chunk if EXTRA_STATE.fullmatch(key)]:
             if chunk[key].unique_key not in stored:
                 del chunk[key]
 
