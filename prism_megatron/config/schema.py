@@ -150,6 +150,11 @@ class Optimizer(Section):
     """Adam's denominator offset."""
     clip_grad: float = Field(1.0, ge=0)
     """Global gradient-norm limit over all ranks; 0 turns clipping off."""
+    moments: Literal["float32", "bfloat16"] = "float32"
+    """Type of Adam's moments; bfloat16, with backend=cuda, takes 8 instead of 12 bytes a weight
+    together with the main weight, shared by the data-parallel ranks."""
+    offload: bool = False
+    """Main weights and moments lie in host memory except during the update, with backend=cuda."""
     warmup_steps: int = Field(0, ge=0)
     """Steps of linear learning-rate warm-up."""
     schedule: Literal["constant", "cosine"] = "constant"
@@ -211,6 +216,19 @@ class Stage(Section):
     """Device, collectives and layer kernels: cpu = gloo and plain torch in fp32."""
     data: Data
     train: Train
+
+    @model_validator(mode="after")
+    def _the_backend_has_the_optimizer(self) -> Self:
+        for name in type(self).model_fields:
+            section = getattr(self, name)
+            if self.backend == "cuda" or not isinstance(section, Optimizer):
+                continue
+            if section.moments != "float32" or section.offload:
+                raise ValueError(
+                    f"{name} asks for moments={section.moments}, offload={section.offload}, but "
+                    "backend=cpu keeps float32 moments in host memory anyway; leave them out"
+                )
+        return self
 
 
 class SFT(Stage):

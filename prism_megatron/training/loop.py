@@ -58,9 +58,7 @@ class TrainingLoop:
         if found:
             state = json.loads((found[-1] / "state.json").read_text())
             for name, (runner, _) in self.runners.items():
-                megatron_directory.load(
-                    found[-1] / name, runner.model, runner.optimizer, runner.scheduler
-                )
+                runner.load(found[-1] / name)
             self.step, self.stream.position = state["step"], state["position"]
         if self.is_writer:
             self._drop_metrics_after(self.step)
@@ -113,13 +111,7 @@ class TrainingLoop:
             staging.mkdir(parents=True)
         dist.barrier()
         for name, (runner, source) in self.runners.items():
-            megatron_directory.save(
-                staging / name,
-                runner.model,
-                megatron_directory.hf_directory(source),
-                runner.optimizer,
-                runner.scheduler,
-            )
+            runner.save(staging / name, megatron_directory.hf_directory(source))
         if self.is_writer:
             state = {"step": self.step, "position": self.stream.position}
             (staging / "state.json").write_text(json.dumps(state))

@@ -38,7 +38,7 @@ def policy_update(
     trained = [[i for i in part if advantages[i] != 0] or [part[0]] for part in parts]
     sequences = {i: _sequence(*samples[i], advantages[i]) for part in trained for i in part}
     if mini_batches > 1:
-        old = model.infer(list(sequences.values()), _response_logprobs)
+        old = model.infer(list(sequences.values()), response_logprobs)
         for sequence, logprobs in zip(sequences.values(), old, strict=True):
             sequence.per_token["old_logprobs"] = logprobs
     total: dict[str, float] = {}
@@ -88,7 +88,7 @@ def _sequence(prompt: Prompt, rollout: Rollout, advantage: Tensor) -> Sequence:
     return rollout_sequence(prompt, rollout.ids, values)
 
 
-def _response_logprobs(output: Tensor, batch: PackedBatch) -> list[Tensor]:
+def response_logprobs(output: Tensor, batch: PackedBatch) -> list[Tensor]:
     """Log-probability of every token of each sequence, at the token; 0 on its first."""
     bounds = batch.cu_seqlens[: batch.num_sequences + 1].tolist()
     shifted = torch.cat([output.new_zeros(1), output[:-1]]).cpu()

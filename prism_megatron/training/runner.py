@@ -13,8 +13,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import tee
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,14 +26,6 @@ from megatron.core.distributed import (
     DistributedDataParallelConfig,
     finalize_model_grads,
 )
-from megatron.core.optimizer import (
-    OptimizerConfig,
-    ParamKey,
-    get_megatron_optimizer,
-    get_standard_config_overrides,
-)
-from megatron.core.optimizer.optimizer_config import ParamPredicate
-from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler, ParamGroupOverride
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 from megatron.core.transformer.moe.moe_logging import (
@@ -40,11 +34,13 @@ from megatron.core.transformer.moe.moe_logging import (
 )
 from torch import Tensor
 
+from checkpoint_tools import megatron_directory
 from model_providers import context
 from model_providers.qwen3_vl import Qwen3VLModel
 from prism_megatron.config.schema import Optimizer
 from prism_megatron.data.packing import pack, packed_length, plan_micro_batches
 from prism_megatron.training.gradient_overlap import reduce_in_order
+from prism_megatron.training.optimizer import HostState, build_optimizer, build_scheduler
 from prism_megatron.types import PackedBatch, Sequence
 
 LossFn = Callable[[Tensor, PackedBatch], tuple[Tensor, dict[str, Tensor]]]
@@ -90,8 +86,9 @@ class ModelRunner:
             model.requires_grad_(False)
             return
         self.ddp = _wrap(model)
-        self.optimizer = _optimizer(optimizer, self.ddp, model)
-        self.scheduler = _scheduler(optimizer, self.optimizer, steps)
+        self.optimizer = build_optimizer(optimizer, self.ddp, model)
+        self.scheduler = build_scheduler(optimizer, self.optimizer, steps)
+        self._state = HostState(self.optimizer).on_device if optimizer.offload else nullcontext
 
     def train_step(self, sequences: list[Sequence], loss_fn: LossFn) -> StepResult:
         """One optimizer step over all sequences of the step, which every rank passes alike."""
@@ -104,7 +101,8 @@ class ModelRunner:
         # before the update, so that a warm-up does not begin with a step at rate zero
         self.scheduler.step(increment=1)
         rate = float(self.optimizer.param_groups[0]["lr"])
-        updated, grad_norm, _ = self.optimizer.step()
+        with self._state():
+            updated, grad_norm, _ = self.optimizer.step()
         if not updated or grad_norm is None or not math.isfinite(grad_norm):
             raise FloatingPointError(
                 f"gradient norm is {grad_norm}, so the weights are spoilt: go on from the last "
@@ -112,6 +110,19 @@ class ModelRunner:
                 "before, so a layer overflowed on the way back"
             )
         return StepResult(sums, float(grad_norm), rate)
+
+    def save(self, path: Path, hf: Path) -> None:
+        """Write a training checkpoint; hf: directory whose config and processor go with it."""
+        with self._state():
+            megatron_directory.save(path, self.model, hf, self.optimizer, self.scheduler)
+
+    def load(self, path: Path) -> None:
+        """Go on from a training checkpoint, of this layout or another.
+
+        Raises ValueError if it does not fit the model.
+        """
+        with self._state():
+            megatron_directory.load(path, self.model, self.optimizer, self.scheduler)
 
     @torch.no_grad()
     def infer(self, sequences: list[Sequence], extract: ExtractFn) -> list[Tensor]:
@@ -318,70 +329,3 @@ def _wrap(model: Qwen3VLModel) -> list[DistributedDataParallel]:
             reduce_in_order(chunk.bucket_groups)
             reduce_in_order(chunk.expert_parallel_bucket_groups)
     return wrapped
-
-
-def _optimizer(section: Optimizer, ddp: list[DistributedDataParallel], model: Qwen3VLModel) -> Any:
-    config = OptimizerConfig(
-        optimizer="adam",
-        lr=section.lr,
-        min_lr=0.0,
-        weight_decay=section.weight_decay,
-        adam_beta1=section.betas[0],
-        adam_beta2=section.betas[1],
-        adam_eps=section.eps,
-        clip_grad=section.clip_grad,
-        bf16=model.backend.dtype is torch.bfloat16,
-        params_dtype=model.backend.dtype,
-        use_distributed_optimizer=True,
-    )
-    # The fp32 head of a BF16 model gets a parameter group of its own, which any override makes,
-    # even of the rate by itself. DistributedOptimizer numbers a group's parameters buffer by buffer
-    # (_build_optimizer_group_ranges) and hands them to Adam fp32 first
-    # (_build_model_and_main_param_groups), so in a group of two dtypes a checkpoint would mix up
-    # whose moments are whose.
-    other_dtype = ParamPredicate("other_dtype", lambda p: p.dtype != model.backend.dtype)
-    overrides = get_standard_config_overrides(config)
-    overrides[ParamKey(predicate=other_dtype)] = ParamGroupOverride(max_lr=section.lr)
-    optimizer = get_megatron_optimizer(
-        config,
-        ddp,
-        config_overrides=overrides,
-        use_gloo_process_groups=False,
-        pg_collection=model.parallel.groups,
-    )
-    for part in optimizer.chained_optimizers:
-        if isinstance(part.optimizer, torch.optim.Adam | torch.optim.AdamW):
-            _allocate_moments(part.optimizer)
-    return optimizer
-
-
-def _allocate_moments(optimizer: torch.optim.Optimizer) -> None:
-    """torch's Adam allocates its state at the first step, but megatron.core wants to find it when a
-    checkpoint is loaded before that (DistributedOptimizer.state_dict), and a step count even on a
-    rank that has nothing to train."""
-    if not any(group["params"] for group in optimizer.param_groups):
-        optimizer.state["nothing"] = {"step": torch.zeros(())}
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            optimizer.state[parameter] = {
-                "step": torch.zeros(()),
-                "exp_avg": torch.zeros_like(parameter),
-                "exp_avg_sq": torch.zeros_like(parameter),
-            }
-
-
-def _scheduler(section: Optimizer, optimizer: Any, steps: int) -> OptimizerParamScheduler:
-    return OptimizerParamScheduler(
-        optimizer,
-        init_lr=0.0,
-        max_lr=section.lr,
-        min_lr=0.0,
-        lr_warmup_steps=section.warmup_steps,
-        # one more, so that a cosine's last step still moves
-        lr_decay_steps=max(steps, section.warmup_steps) + 1,
-        lr_decay_style=section.schedule,
-        start_wd=section.weight_decay,
-        end_wd=section.weight_decay,
-        wd_incr_steps=0,
-        wd_incr_style="constant",
-    )

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import pytest
 import torch
 import torch.distributed as dist
+from megatron.core.dist_checkpointing.mapping import ShardedObject
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import Qwen3VLForConditionalGeneration
@@ -104,17 +106,19 @@ def _train(
     separate_steps: bool = True,
     dtype: torch.dtype = torch.float32,
     freeze: tuple[str, ...] = (),
+    offload: bool = False,
 ) -> Training:
     """(Loss, gradient norm) of each step and the weights after them. Starts from `ckpt` where there
     is one, and leaves one there after two steps where there is none."""
-    runner = checks.make_runner(path, layout, head, optimizer=ADAM, freeze=freeze, dtype=dtype)
+    settings = ADAM.model_copy(update={"offload": offload})
+    runner = checks.make_runner(path, layout, head, optimizer=settings, freeze=freeze, dtype=dtype)
     if ckpt is not None and ckpt.exists():
         with mock.patch.object(
             megatron_directory,
             "_separate_steps",
             megatron_directory._separate_steps if separate_steps else lambda optimizer: None,
         ):
-            megatron_directory.load(ckpt, runner.model, runner.optimizer, runner.scheduler)
+            runner.load(ckpt)
         ckpt = None
     losses = []
     batch = checks.mixed_batch()
@@ -124,7 +128,15 @@ def _train(
         result = runner.train_step(batch, loss)
         losses.append((result.sums["loss"], result.grad_norm))
         if step == 1 and ckpt is not None:
-            megatron_directory.save(ckpt, runner.model, path, runner.optimizer, runner.scheduler)
+            runner.save(ckpt, path)
+    moments = [
+        moment
+        for part in runner.optimizer.chained_optimizers
+        for state in part.optimizer.state.values()
+        for moment in (state["exp_avg"], state["exp_avg_sq"])
+    ]
+    assert len(moments) > 30
+    assert all((moment.untyped_storage().nbytes() == 0) == offload for moment in moments)
     return losses, _weights(runner)
 
 
@@ -165,6 +177,25 @@ def test_resumed_training_is_bit_equal_at_the_same_layout(
     resumed, found = ranks(world).run(_train, hf_models[kind], layout, head, 2, ckpt)[0]
     assert resumed == losses[2:]
     assert all(torch.equal(found[name], weight) for name, weight in weights.items())
+
+
+def test_state_in_host_memory_changes_no_bit(
+    ranks: Worlds, hf_models: dict[str, Path], tmp_path: Path
+) -> None:
+    """In BF16, where main weights are not the model's own."""
+    ckpt = tmp_path / "ckpt"
+
+    def train(steps: int, path: Path | None, offload: bool) -> Training:
+        arguments = (hf_models["moe"], TP2EP2, "score", steps, path, True, torch.bfloat16, ())
+        found: Training = ranks(2).run(_train, *arguments, offload)[0]
+        return found
+
+    losses, weights = train(4, None, offload=False)
+    whole, moved = train(4, ckpt, offload=True)
+    resumed, found = train(2, ckpt, offload=True)
+    assert whole == losses and resumed == losses[2:]
+    for name, weight in weights.items():
+        assert torch.equal(moved[name], weight) and torch.equal(found[name], weight), name
 
 
 def test_training_goes_on_alike_at_other_layouts(
@@ -268,6 +299,21 @@ def test_a_step_counter_shared_by_all_parameters_would_be_seen(
     head, world, layout = CASES[kind]
     _, found = ranks(world).run(_train, hf_models[kind], layout, head, 2, ckpt, False)[0]
     assert max((found[name] - weight).abs().max() for name, weight in weights.items()) > 1e-3
+
+
+def test_a_converted_checkpoint_lacks_what_layers_keep_for_fp8(
+    ranks: Worlds, hf_models: dict[str, Path], tmp_path: Path
+) -> None:
+    """Of whole layers and, in Transformer Engine's grouped linear, of each expert."""
+    ranks(1).run(hf_to_megatron.convert, hf_models["moe"], tmp_path / "ckpt")
+    prefix = "language_model.decoder.layers.0.mlp.experts.linear_fc1."
+    wanted = {
+        f"{prefix}_extra_state{i or ''}": ShardedObject(f"{prefix}_extra_state", None, (4,), (i,))
+        for i in range(4)
+    }
+    chunk: dict[str, Any] = wanted | {f"{prefix}weight1": "kept"}
+    megatron_directory._drop_extra_state({0: chunk}, tmp_path / "ckpt")
+    assert list(chunk) == [f"{prefix}weight1"]
 
 
 @pytest.mark.parametrize(

@@ -54,7 +54,7 @@ def build(options: argparse.Namespace) -> ModelRunner:
         model,
         micro_batch_tokens=options.micro_batch_tokens,
         pad_id=0,
-        optimizer=Optimizer(lr=1e-5),
+        optimizer=Optimizer(lr=1e-5, moments=options.moments, offload=options.offload),
         steps=100,
     )
 
@@ -67,6 +67,8 @@ def main() -> None:
     parser.add_argument("--pipeline", type=int, default=1)
     parser.add_argument("--expert", type=int, default=1)
     parser.add_argument("--fp8", default="off")
+    parser.add_argument("--moments", default="float32")
+    parser.add_argument("--offload", action="store_true", help="optimizer state in host memory")
     parser.add_argument("--recompute-vision", action="store_true")
     parser.add_argument("--rows", type=int, default=4, help="rows a GPU and step")
     parser.add_argument("--micro-batch-tokens", type=int, default=8192)
@@ -112,6 +114,8 @@ def main() -> None:
             "gpus": world,
             "layout": asdict(runner.parallel.layout),
             "fp8": options.fp8,
+            "moments": options.moments,
+            "offload": options.offload,
             "recompute_vision": options.recompute_vision,
             "rows_per_gpu": options.rows,
             "micro_batch_tokens": options.micro_batch_tokens,

@@ -1,11 +1,12 @@
-"""A training checkpoint on GPUs: three steps, save, three more against load and three more.
+r"""A training checkpoint on GPUs: three steps, save, three more against load and three more.
 
-    torchrun --nproc-per-node N -m tests.gpu.check_resume [--tensor T --expert E] --out FILE
+    torchrun --nproc-per-node N -m tests.gpu.check_resume [--tensor T --expert E] \
+        [--moments bfloat16] [--offload] --out FILE
 
 Dense language model, and a Mixture-of-Experts discriminator whose fp32 head stands among BF16
-weights. Kernels add in no fixed order, so losses may differ
-in the last bits (TOLERANCE); a model that gets its weights back and not its moments is ten times as
-far off, which shows that the comparison sees a loss of state.
+weights. Kernels add in no fixed order, so losses may differ in the last bits (TOLERANCE); a model
+that gets its weights back and not its moments is ten times as far off, which shows that the
+comparison sees a loss of state.
 """
 
 from __future__ import annotations
@@ -28,13 +29,15 @@ from tests.gpu import workload
 TOLERANCE = 2e-3
 
 
-def resumed(backend: Any, layout: Layout, folder: Path, head: Any) -> dict[str, Any]:
+def resumed(
+    backend: Any, layout: Layout, folder: Path, head: Any, **optimizer: Any
+) -> dict[str, Any]:
     loss = check.loss_of(head)
 
     def train(runner: Any) -> list[float]:
         return [runner.train_step(check.batch(), loss).sums["loss"] for _ in range(3)]
 
-    first = check.build(backend, layout, folder, head)
+    first = check.build(backend, layout, folder, head, **optimizer)
     before = train(first)
     hf = folder / f"hf-{head}"
     if dist.get_rank() == 0:
@@ -42,10 +45,10 @@ def resumed(backend: Any, layout: Layout, folder: Path, head: Any) -> dict[str, 
         (hf / "config.json").write_text(json.dumps(check.raw_config(head == "score")))
     dist.barrier()
     path = folder / f"checkpoint-{head}"
-    megatron_directory.save(path, first.model, hf, first.optimizer, first.scheduler)
+    first.save(path, hf)
     undisturbed = train(first)
-    second = check.build(backend, layout, folder, head)
-    megatron_directory.load(path, second.model, second.optimizer, second.scheduler)
+    second = check.build(backend, layout, folder, head, **optimizer)
+    second.load(path)
     third = check.build(backend, layout, folder, head)
     megatron_directory.load(path, third.model)
     third.optimizer.reload_model_params()
@@ -65,6 +68,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tensor", type=int, default=1)
     parser.add_argument("--expert", type=int, default=1)
+    parser.add_argument("--moments", default="float32")
+    parser.add_argument("--offload", action="store_true")
     parser.add_argument("--backend", default="cuda")
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
@@ -72,14 +77,15 @@ def main() -> None:
     backend.init_process_group()
     box = [tempfile.mkdtemp()]
     dist.broadcast_object_list(box)
-    result: dict[str, Any] = {"tensor": options.tensor, "expert": options.expert}
+    optimizer = {"moments": options.moments, "offload": options.offload}
+    result: dict[str, Any] = {"tensor": options.tensor, "expert": options.expert} | optimizer
     for head in ("language", "score"):
         layout = Layout(
             tensor=options.tensor,
             expert=options.expert if head == "score" else 1,
             sequence_parallel=options.tensor > 1,
         )
-        result[head] = resumed(backend, layout, Path(box[0]), head)
+        result[head] = resumed(backend, layout, Path(box[0]), head, **optimizer)
     result["world"] = dist.get_world_size()
     if dist.get_rank() == 0:
         if torch.accelerator.is_available():

@@ -24,7 +24,6 @@ from megatron.core.tensor_parallel.random import (
     model_parallel_cuda_manual_seed,
 )
 
-from checkpoint_tools import megatron_directory
 from model_providers import megatron_cpu
 from model_providers.config import TrainingOptions
 from model_providers.parallel import Layout
@@ -38,10 +37,10 @@ def _train(path: Path, head: Head, folder: Path) -> None:
     runner = checks.make_runner(path, Layout(), head, training=TrainingOptions(aux_loss_coef=0.1))
     _step(runner, head)
     ckpt = folder / "ckpt"
-    megatron_directory.save(ckpt, runner.model, path, runner.optimizer, runner.scheduler)
+    runner.save(ckpt, path)
     wanted = _step(runner, head)
     runner = checks.make_runner(path, Layout(), head, training=TrainingOptions(aux_loss_coef=0.1))
-    megatron_directory.load(ckpt, runner.model, runner.optimizer, runner.scheduler)
+    runner.load(ckpt)
     assert _step(runner, head) == wanted, "resumed training differs"
 
 

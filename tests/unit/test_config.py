@@ -180,6 +180,15 @@ def test_a_wrong_precision_is_refused(write: Write, override: str, wanted: str) 
     assert wanted in message(write("sft.yaml", SFT), f"model.{override}")
 
 
+@pytest.mark.parametrize("override", ["moments=bfloat16", "offload=true"])
+def test_what_the_cpu_backend_cannot_do_with_optimizer_state_is_refused(
+    write: Write, override: str
+) -> None:
+    own, key = write("sft.yaml", SFT), f"optimizer.{override}"
+    assert "but backend=cpu keeps float32 moments in host memory" in message(own, key)
+    assert load_sft(own, key, "backend=cuda").backend == "cuda"
+
+
 def test_every_problem_is_listed_with_the_file_it_is_in(write: Write) -> None:
     base = write("base.yaml", "train: {save_every: -1}\n")
     own = write("sft.yaml", "base: base.yaml\nmodle: {path: x}\n" + SFT.replace("lr: 1e-3", ""))

@@ -1,0 +1,151 @@
+"""AdamW over one model's shards, its learning-rate schedule, and where its state lies."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.optimizer import (
+    OptimizerConfig,
+    ParamKey,
+    get_megatron_optimizer,
+    get_standard_config_overrides,
+)
+from megatron.core.optimizer.optimizer_config import ParamPredicate
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler, ParamGroupOverride
+from torch import Tensor
+
+from model_providers.qwen3_vl import Qwen3VLModel
+from prism_megatron.config.schema import Optimizer
+
+
+def build_optimizer(
+    section: Optimizer, ddp: list[DistributedDataParallel], model: Qwen3VLModel
+) -> Any:
+    """megatron.core's distributed AdamW: main weights in fp32 and moments, each rank its shard."""
+    config = OptimizerConfig(
+        optimizer="adam",
+        lr=section.lr,
+        min_lr=0.0,
+        weight_decay=section.weight_decay,
+        adam_beta1=section.betas[0],
+        adam_beta2=section.betas[1],
+        adam_eps=section.eps,
+        clip_grad=section.clip_grad,
+        bf16=model.backend.dtype is torch.bfloat16,
+        params_dtype=model.backend.dtype,
+        use_distributed_optimizer=True,
+        **(_HALF_MOMENTS if section.moments == "bfloat16" else {}),
+    )
+    # The fp32 head of a BF16 model gets a parameter group of its own, which any override makes,
+    # even of the rate by itself. DistributedOptimizer numbers a group's parameters buffer by buffer
+    # (_build_optimizer_group_ranges) and hands them to Adam fp32 first
+    # (_build_model_and_main_param_groups), so in a group of two dtypes a checkpoint would mix up
+    # whose moments are whose.
+    other_dtype = ParamPredicate("other_dtype", lambda p: p.dtype != model.backend.dtype)
+    overrides = get_standard_config_overrides(config)
+    overrides[ParamKey(predicate=other_dtype)] = ParamGroupOverride(max_lr=section.lr)
+    optimizer = get_megatron_optimizer(
+        config,
+        ddp,
+        config_overrides=overrides,
+        use_gloo_process_groups=False,
+        pg_collection=model.parallel.groups,
+    )
+    for part in optimizer.chained_optimizers:
+        if isinstance(part.optimizer, torch.optim.Adam | torch.optim.AdamW):
+            _allocate_moments(part.optimizer)
+    return optimizer
+
+
+def _allocate_moments(optimizer: torch.optim.Optimizer) -> None:
+    """torch's Adam allocates its state at the first step, but megatron.core wants to find it when a
+    checkpoint is loaded before that (DistributedOptimizer.state_dict), and a step count even on a
+    rank that has nothing to train."""
+    if not any(group["params"] for group in optimizer.param_groups):
+        optimizer.state["nothing"] = {"step": torch.zeros(())}
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            optimizer.state[parameter] = {
+                "step": torch.zeros(()),
+                "exp_avg": torch.zeros_like(parameter),
+                "exp_avg_sq": torch.zeros_like(parameter),
+            }
+
+
+_HALF_MOMENTS = dict(
+    use_precision_aware_optimizer=True,
+    exp_avg_dtype=torch.bfloat16,
+    exp_avg_sq_dtype=torch.bfloat16,
+    # Any name but "delayed" leaves the main weights to megatron.core, as with fp32 moments;
+    # otherwise Transformer Engine keeps them, as remainders, which a checkpoint does not restore.
+    # Nothing else reads it.
+    fp8_recipe="tensorwise",
+)
+
+
+class HostState:
+    """Main weights and moments that are on the device only while they are used.
+
+    Between two updates they lie in pinned host memory, so that activations have the device's; the
+    tensors stay the same objects, without storage. Copies are ordered with the stream's other work
+    and nobody waits for them.
+    """
+
+    def __init__(self, optimizer: Any) -> None:
+        self._optimizer = optimizer
+        self._host: dict[Tensor, Tensor] = {}
+        self._to_host()
+
+    @contextmanager
+    def on_device(self) -> Iterator[None]:
+        """What reads or changes the state runs inside."""
+        for tensor, host in self._host.items():
+            tensor.untyped_storage().resize_(host.nbytes)
+            tensor.copy_(host, non_blocking=True)
+        yield
+        self._to_host()
+
+    def _to_host(self) -> None:
+        # a checkpoint that was loaded brought new tensors
+        state = self._tensors()
+        self._host = {
+            tensor: self._host[tensor]
+            if tensor in self._host
+            else torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+            for tensor in state
+        }
+        for tensor, host in self._host.items():
+            host.copy_(tensor, non_blocking=True)
+            tensor.untyped_storage().resize_(0)
+
+    def _tensors(self) -> list[Tensor]:
+        """All but main weights that are the model's own, as a discriminator's fp32 head is."""
+        found: list[Tensor] = []
+        for part in self._optimizer.chained_optimizers:
+            for group in part.shard_fp32_from_float16_groups:
+                found += group
+            for moments in part.optimizer.state.values():
+                found += [m for m in moments.values() if isinstance(m, Tensor) and m.dim()]
+        return [tensor for tensor in found if tensor.nbytes]
+
+
+def build_scheduler(section: Optimizer, optimizer: Any, steps: int) -> OptimizerParamScheduler:
+    """Warm-up, then constant or cosine over `steps` updates."""
+    return OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0,
+        max_lr=section.lr,
+        min_lr=0.0,
+        lr_warmup_steps=section.warmup_steps,
+        # one more, so that a cosine's last step still moves
+        lr_decay_steps=max(steps, section.warmup_steps) + 1,
+        lr_decay_style=section.schedule,
+        start_wd=section.weight_decay,
+        end_wd=section.weight_decay,
+        wd_incr_steps=0,
+        wd_incr_style="constant",
+    )
