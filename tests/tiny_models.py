@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ from transformers import (
     Qwen3VLMoeConfig,
     Qwen3VLMoeForConditionalGeneration,
 )
+
+from checkpoint_tools import hf_writer
 
 IMAGE, VIDEO, VISION_START, VISION_END, VOCAB = 200, 201, 198, 199, 203
 
@@ -90,4 +93,51 @@ def build(kind: str, tied: bool = False, seed: int = 0, layers: int = 4) -> PreT
 def save(directory: Path, kind: str, tied: bool = False, layers: int = 4) -> Path:
     """Write the model as a Hugging Face directory and return it."""
     build(kind, tied, layers=layers).save_pretrained(directory)
+    return directory
+
+
+# multiples of the blocks and heads that engines and their kernels take, all distinct
+SERVED_TEXT = dict(
+    hidden_size=256,
+    intermediate_size=640,
+    num_attention_heads=8,
+    num_key_value_heads=2,
+    head_dim=64,
+    num_hidden_layers=2,
+    rope_parameters=dict(
+        rope_theta=5e6, rope_type="default", mrope_section=[16, 8, 8], mrope_interleaved=True
+    ),
+)
+SERVED_VISION = dict(hidden_size=288, intermediate_size=608, out_hidden_size=256)
+SERVED_EXPERTS = dict(num_experts=6, moe_intermediate_size=384)
+
+
+def save_served(directory: Path, processor: Path, kind: str) -> Path:
+    """A random BF16 model that an engine can serve and quantised formats fit, with the processor
+    and the token ids of the Hugging Face directory `processor`.
+
+    kind: "dense" or "moe".
+    """
+    torch.manual_seed(0)
+    ours = json.loads((processor / "config.json").read_text())
+    ids = {key: value for key, value in ours.items() if key.endswith("_token_id")}
+    text = TEXT | SERVED_TEXT | {"vocab_size": ours["text_config"]["vocab_size"]}
+    text["max_position_embeddings"] = ours["text_config"]["max_position_embeddings"]
+    vision = VISION | SERVED_VISION
+    for key in ("patch_size", "temporal_patch_size", "spatial_merge_size"):
+        vision[key] = ours["vision_config"][key]
+    model: PreTrainedModel
+    if kind == "moe":
+        experts = EXPERTS | SERVED_EXPERTS
+        config = Qwen3VLMoeConfig(text_config=text | experts, vision_config=vision, **ids)
+        model = Qwen3VLMoeForConditionalGeneration(config)
+    else:
+        model = Qwen3VLForConditionalGeneration(
+            Qwen3VLConfig(text_config=text, vision_config=vision, **ids)
+        )
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            parameter.data.normal_(0, 0.05)
+    hf_writer.copy_config(processor, directory)
+    model.bfloat16().save_pretrained(directory)
     return directory

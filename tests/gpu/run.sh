@@ -3,15 +3,16 @@
 #
 #   bash tests/gpu/run.sh OUT [PART ...]
 #
-# Parts: parity resume curves dense fp8 moe baseline; all of them by default. A part that wants more
-# GPUs than there are is skipped and says so. Ends with a table, and with 1 if any part failed.
+# Parts: logits parity resume curves dense fp8 moe baseline served; all of them by default. A part
+# that wants more GPUs than there are is skipped and says so, and so is `served` where SGLang is not
+# installed. Ends with a table, and with 1 if any part failed.
 # CPU_PYTHONPATH: packages without Transformer Engine, for the fp32 reference on a host where
 # megatron.core must not find it.
 set -uo pipefail
 out=${1:?usage: run.sh OUT [PART ...]}
 shift
 parts=("$@")
-((${#parts[@]})) || parts=(parity resume curves dense fp8 moe baseline)
+((${#parts[@]})) || parts=(logits parity resume curves dense fp8 moe baseline served)
 mkdir -p "$out"
 out=$(cd "$out" && pwd)
 cd "$(dirname "${BASH_SOURCE[0]}")/../.." || exit 1
@@ -59,6 +60,7 @@ parity() {
 resume() {
     job resume-1 0 1 check_resume &
     job resume-tp2-ep2 1 2 check_resume --tensor 2 --expert 2 &
+    job resume-bf16-moments 3 1 check_resume --moments bfloat16 --offload &
     wait
 }
 
@@ -78,19 +80,46 @@ dense() { job dense-bf16 0 4 bench_training --model qwen3-vl-8b --rows 8 --profi
 fp8() {
     local recipe
     for recipe in tensorwise blockwise delayed; do
-        job "dense-$recipe" 0 4 bench_training --model qwen3-vl-8b --rows 8 --fp8 $recipe
+        job "dense-$recipe" 0 4 bench_training --model qwen3-vl-8b --rows 8 --fp8 $recipe \
+            --profile "$out/dense-$recipe.txt"
     done
 }
 moe() {
-    job moe-bf16 0 4 bench_training --model qwen3-vl-30b-a3b --expert 4 --rows 8 \
-        --micro-batch-tokens 4096 --recompute-vision --profile "$out/moe-bf16.txt"
+    local flags=(--model qwen3-vl-30b-a3b --expert 4 --rows 8 --recompute-vision)
+    job moe-bf16 0 4 bench_training "${flags[@]}" --moments bfloat16 --micro-batch-tokens 4096 \
+        --profile "$out/moe-bf16.txt"
 }
 baseline() { job baseline-fsdp2 0 4 bench_hf_fsdp2 --model qwen3-vl-8b --rows 8 --steps 3; }
+
+# checkpoints to ask about: $CHECKPOINTS, or made here
+checkpoints=${CHECKPOINTS:-$out/checkpoints}
+made() {
+    [[ -e $checkpoints/questions.json ]] && return
+    PYTHONPATH=${CPU_PYTHONPATH:-${PYTHONPATH:-}} CUDA_VISIBLE_DEVICES="" \
+        python3 -m tests.gpu.served_models make "$checkpoints" >"$out/made.log" 2>&1 ||
+        { echo "making checkpoints: FAILED"; tail -n 3 "$out/made.log"; touch "$out/failed"; return 1; }
+}
+logits() { made && job logits 0 1 served_models logprobs "$checkpoints"; }
+served() {
+    local engine
+    for engine in sglang vllm; do
+        if ! python3 -c "import $engine" 2>/dev/null; then
+            echo "served-$engine: skipped, $engine is not installed"
+        elif made && CUDA_VISIBLE_DEVICES=0 python3 -m tests.gpu.check_served "$checkpoints" \
+            --engine $engine --out "$out/served-$engine.json" >"$out/served-$engine.log" 2>&1; then
+            echo "served-$engine: passed"
+        else
+            echo "served-$engine: FAILED"
+            tail -n 5 "$out/served-$engine.log"
+            touch "$out/failed"
+        fi
+    done
+}
 
 rm -f "$out/failed"
 for part in "${parts[@]}"; do
     case $part in
-        parity | resume | curves | dense | fp8 | moe | baseline) "$part" ;;
+        logits | parity | resume | curves | dense | fp8 | moe | baseline | served) "$part" ;;
         *) echo "run.sh: unknown part $part" >&2; exit 2 ;;
     esac
 done
