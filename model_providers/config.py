@@ -14,12 +14,16 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
+from megatron.core.transformer.moe.fused_a2a import HAVE_DEEP_EP, HAVE_HYBRIDEP
 from megatron.core.transformer.transformer_block import get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
 from model_providers.backend import Backend
 from model_providers.parallel import Layout
+
+Dispatcher = Literal["alltoall", "deepep", "hybridep"]
+"""How tokens get to experts on other ranks: NCCL's all-to-all, or kernels of their own."""
 
 SECTIONS = ("perception", "reasoning")
 """What a discriminator judges: captions; thinking and answers."""
@@ -222,6 +226,28 @@ class Qwen3VLConfig:
                 "not have; remove it"
             )
 
+    def check_dispatcher(self, dispatcher: Dispatcher, layout: Layout, backend: Backend) -> None:
+        """ValueError if tokens can't be sent to this model's experts so."""
+        if dispatcher == "alltoall":
+            return
+        if backend.moe_dispatcher != "alltoall":
+            raise ValueError(
+                f"dispatcher={dispatcher!r} needs GPUs; backend {backend.name!r} gathers all "
+                "tokens on every rank, so leave it out or choose backend=cuda"
+            )
+        if layout.expert * layout.expert_tensor == 1 or not self.num_experts:
+            raise ValueError(
+                f"dispatcher={dispatcher!r} sends tokens to experts on other ranks, but there are "
+                f"{self.num_experts} experts at expert={layout.expert}, expert_tensor="
+                f"{layout.expert_tensor}; leave it out or spread experts over ranks"
+            )
+        if not {"deepep": HAVE_DEEP_EP, "hybridep": HAVE_HYBRIDEP}[dispatcher]:
+            raise ValueError(
+                f"dispatcher={dispatcher!r} needs DeepEP with its kernels for it, which can't be "
+                "imported; install it from github.com/deepseek-ai/DeepEP (branch hybrid-ep for "
+                "hybridep) or leave dispatcher out"
+            )
+
     def _check_stages(self, layout: Layout) -> None:
         """megatron.core's rules for spreading layers over stages, before it meets them itself."""
         ends = {
@@ -402,6 +428,7 @@ class TrainingOptions:
     z_loss_coef: float = 0.0
     recompute: Recompute = Recompute()
     precision: Precision = Precision()
+    dispatcher: Dispatcher = "alltoall"
 
 
 DEFAULT_OPTIONS = TrainingOptions()
@@ -436,6 +463,12 @@ class TextTransformerConfig(TransformerConfig):
     """Sections that the experts are divided among."""
 
 
+def _dispatch(dispatcher: Dispatcher, backend: Backend) -> dict[str, Any]:
+    if dispatcher == "alltoall":
+        return dict(moe_token_dispatcher_type=backend.moe_dispatcher)
+    return dict(moe_token_dispatcher_type="flex", moe_flex_dispatcher_backend=dispatcher)
+
+
 def text_transformer_config(
     config: Qwen3VLConfig, layout: Layout, backend: Backend, options: TrainingOptions
 ) -> TextTransformerConfig:
@@ -454,7 +487,7 @@ def text_transformer_config(
             moe_aux_loss_coeff=options.aux_loss_coef * config.top_k / config.num_layers,
             moe_z_loss_coeff=_z_loss_coef(config, layout, options) or None,
             moe_router_dtype="fp32",
-            moe_token_dispatcher_type=backend.moe_dispatcher,
+            **_dispatch(options.dispatcher, backend),
             moe_grouped_gemm=backend.grouped_gemm,
             moe_permute_fusion=backend.fused_kernels,
             moe_router_fusion=backend.fused_kernels,

@@ -144,6 +144,8 @@ def _problem(stage: str, details: ErrorDetails, layers: Sequence[tuple[str, Dict
     key = ".".join(map(str, details["loc"]))
     where = _where(layers, key)
     given = details["input"]
+    if reason := schema.NOT_SUPPORTED.get(key.rpartition(".")[2]):
+        return f"{key}: not supported: {reason}{where}"
     if details["type"] == "extra_forbidden":
         return f"{key}: unknown key{_nearest_key(stage, key)}{where}"
     if details["type"] == "missing":

@@ -7,6 +7,22 @@ from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+NOT_SUPPORTED = {
+    "cuda_graph_impl": "packed micro-batches differ in length, so no graph fits the next one",
+    "overlap_moe_expert_parallel_comm": (
+        "megatron.core overlaps two micro-batches in the layers of its own GPTModel alone, which "
+        "has no deepstack; dispatcher=deepep is what is left"
+    ),
+    "fine_grained_activation_offloading": (
+        "megatron.core plans it once, for as many micro-batches in every step, which packing does "
+        "not give; use recompute, or optimizer.offload"
+    ),
+    "fp8_param_gather": (
+        "weights stay in BF16, from which every sync to the rollout engine and every export is made"
+    ),
+}
+"""What megatron.core has under these names and this system has not, and why."""
+
 
 class Section(BaseModel):
     """Base of all configuration sections: frozen, and a misspelt key fails."""
@@ -126,6 +142,9 @@ class Model(Section):
     """Decoder layers at the start that stay in BF16, with fp8 tensorwise or blockwise."""
     bf16_last_layers: int = Field(0, ge=0)
     """Decoder layers at the end that stay in BF16, with fp8 tensorwise or blockwise."""
+    dispatcher: Literal["alltoall", "deepep", "hybridep"] = "alltoall"
+    """How tokens get to experts on other ranks: NCCL's all-to-all, or DeepEP's kernels where they
+    are installed."""
 
 
 class Discriminator(Model):

@@ -34,6 +34,7 @@ def options_of(
         z_loss_coef,
         Recompute(**model.recompute.model_dump()),
         Precision(model.fp8, model.bf16_first_layers, model.bf16_last_layers),
+        model.dispatcher,
     )
 
 
@@ -48,6 +49,7 @@ def start(backend_name: str, *models: Model) -> Backend:
         architecture.check_layout(layout)
         options = options_of(model)
         architecture.check_recompute(options.recompute, backend)
+        architecture.check_dispatcher(options.dispatcher, layout, backend)
         options.precision.check(backend, architecture, layout, options.recompute)
         if isinstance(model, Discriminator) and model.streams == "response":
             _check_whole_response(architecture, model)

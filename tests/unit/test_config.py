@@ -189,6 +189,14 @@ def test_what_the_cpu_backend_cannot_do_with_optimizer_state_is_refused(
     assert load_sft(own, key, "backend=cuda").backend == "cuda"
 
 
+@pytest.mark.parametrize("key", schema.NOT_SUPPORTED)
+def test_what_megatron_has_and_we_have_not_is_refused_with_the_reason(
+    write: Write, key: str
+) -> None:
+    text = message(write("sft.yaml", SFT), f"model.{key}=true")
+    assert f"model.{key}: not supported: {schema.NOT_SUPPORTED[key]} (in " in text
+
+
 def test_every_problem_is_listed_with_the_file_it_is_in(write: Write) -> None:
     base = write("base.yaml", "train: {save_every: -1}\n")
     own = write("sft.yaml", "base: base.yaml\nmodle: {path: x}\n" + SFT.replace("lr: 1e-3", ""))

@@ -6,11 +6,13 @@ import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from model_providers import backend as backends
+from model_providers import config as model_config
 from model_providers.config import (
     Precision,
     Qwen3VLConfig,
@@ -303,6 +305,43 @@ def test_modules_that_can_not_be_recomputed_are_refused(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         configs[kind].check_recompute(Recompute("selective", modules), backends.create("cpu"))
+
+
+@pytest.mark.parametrize(
+    "kind, name, expert, dispatcher, message",
+    [
+        ("moe", "cpu", 2, "deepep", "'cpu' gathers all tokens on every rank, so leave it out"),
+        ("moe", "cuda", 1, "hybridep", "but there are 4 experts at expert=1, expert_tensor=1"),
+        ("dense", "cuda", 2, "deepep", "but there are 0 experts at expert=2, expert_tensor=1"),
+        ("moe", "cuda", 2, "deepep", "needs DeepEP with its kernels .* install it from"),
+        ("moe", "cuda", 2, "hybridep", "needs DeepEP with its kernels .* hybrid-ep for"),
+    ],
+)
+def test_a_dispatcher_that_can_not_be_had_is_refused(
+    configs: dict[str, Qwen3VLConfig],
+    kind: str,
+    name: str,
+    expert: int,
+    dispatcher: Any,
+    message: str,
+) -> None:
+    dispatches = "allgather" if name == "cpu" else "alltoall"
+    backend = replace(backends.create("cpu"), name=name, moe_dispatcher=dispatches)
+    layout = Layout(expert=expert)
+    configs[kind].check_dispatcher("alltoall", layout, backend)
+    with pytest.raises(ValueError, match=message):
+        configs[kind].check_dispatcher(dispatcher, layout, backend)
+
+
+def test_an_installed_dispatcher_reaches_megatron(configs: dict[str, Qwen3VLConfig]) -> None:
+    backend = replace(backends.create("cpu"), name="cuda", moe_dispatcher="alltoall")
+    layout = Layout(expert=2)
+    with mock.patch.object(model_config, "HAVE_DEEP_EP", True):
+        configs["moe"].check_dispatcher("deepep", layout, backend)
+    options = TrainingOptions(dispatcher="deepep")
+    found = text_transformer_config(configs["moe"], layout, backend, options)
+    assert found.moe_token_dispatcher_type == "flex"
+    assert found.moe_flex_dispatcher_backend == "deepep"
 
 
 FP8_BACKEND = replace(backends.create("cpu"), name="fp8", fp8=True)
