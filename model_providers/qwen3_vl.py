@@ -209,6 +209,7 @@ class Qwen3VLModel(nn.Module):
         backend.check(parallel.layout)
         config.check_layout(parallel.layout)
         config.check_recompute(options.recompute, backend)
+        config.check_dispatcher(options.dispatcher, parallel.layout, backend)
         options.precision.check(backend, config, parallel.layout, options.recompute)
         super().__init__()
         self.architecture, self.parallel, self.backend, self.head = config, parallel, backend, head
@@ -237,6 +238,18 @@ class Qwen3VLModel(nn.Module):
             for name, part in self.vision_model.named_children():
                 if mergers if "merger" in name else vision:
                     part.requires_grad_(False)
+
+    def lacks_gradient_scales(self) -> bool:
+        """Whether fp8="delayed" has seen no gradient yet, neither here nor before a checkpoint."""
+        if self.precision.fp8 != "delayed":
+            return False
+        # Transformer Engine's, which a layer has after its first forward pass
+        histories = [
+            module.fp8_meta["scaling_bwd"].amax_history
+            for module in self.modules()
+            if "scaling_bwd" in getattr(module, "fp8_meta", ())
+        ]
+        return not any(bool(history.any()) for history in histories)
 
     def forward(self, batch: Batch, output: Literal["head", "logits"] = "head") -> Tensor:
         """Without pipeline parallelism, what Qwen3VLChunk gives; stages run in a schedule."""

@@ -82,6 +82,7 @@ class ModelRunner:
         self.micro_batch_tokens, self.pad_id = micro_batch_tokens, pad_id
         self.parallel = model.parallel
         self.ddp: list[DistributedDataParallel] = []
+        self._has_scales = False
         if optimizer is None:
             model.requires_grad_(False)
             return
@@ -94,6 +95,12 @@ class ModelRunner:
         """One optimizer step over all sequences of the step, which every rank passes alike."""
         assert self.ddp, "this runner has no optimizer"
         self.model.train()
+        if not self._has_scales:
+            # Gradients are far below what FP8 holds without a scale, so the first update would be
+            # lost; a pass without one finds the scales.
+            if self.model.lacks_gradient_scales():
+                self.forward_backward(sequences, loss_fn)
+            self._has_scales = True
         for chunk in self.ddp:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
