@@ -114,7 +114,7 @@ def _cpu() -> Backend:
         process_group_backend="gloo",
         layers=TorchSpecProvider(),
         cross_entropy=cross_entropy,
-        # alltoall wants CUDA streams, and gloo has no uneven all-to-all
+        # alltoall wants CUDA streams
         moe_dispatcher="allgather",
         grouped_gemm=False,
         fp8=False,
