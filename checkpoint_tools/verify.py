@@ -75,6 +75,7 @@ class _Example:
     feature_index: Tensor
     pixel_values: Tensor
     grids: tuple[tuple[int, int, int], ...]
+    exchange: None = None
 
 
 GRID = (1, 6, 4)

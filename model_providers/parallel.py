@@ -75,6 +75,10 @@ class ParallelState:
     groups: ProcessGroupCollection
     alone: dist.ProcessGroup
     """The group of this rank only."""
+    features: dist.ProcessGroup
+    """The ranks of dp_cp, context parallel fastest, to exchange image features among. A group of
+    its own, since dp_cp reduces gradients beside the backward pass: where the exchange of a
+    backward pass comes between these reductions differs from rank to rank."""
 
     @classmethod
     def create(cls, layout: Layout) -> ParallelState:
@@ -115,7 +119,9 @@ class ParallelState:
         groups.embd = _embedding_group(groups.pp)
         groups.pos_embd = None
         alone, _ = dist.new_subgroups(group_size=1)
-        return cls(layout, groups, alone)
+        features, _ = dist.new_subgroups_by_enumeration(grid.get_rank_enum(["cp", "dp"]))
+        assert features.rank() == groups.dp.rank() * layout.context + groups.cp.rank()
+        return cls(layout, groups, alone, features)
 
     @property
     def groups_of_one_stage(self) -> ProcessGroupCollection:

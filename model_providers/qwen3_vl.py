@@ -1,6 +1,6 @@
 """Qwen3-VL composed from megatron.core: vision tower, decoder with deepstack, one of two heads.
 
-    pixel_values --> VisionModel --> features [1 + F, V, h]   (first chunk only)
+    pixel_values --> VisionModel --exchange--> features [1 + F, V, h]   (first chunk only)
                                         |  row 0 replaces the placeholder embeddings
     input_ids --> embedding ------------+--> hidden [T, 1, h]
                                         |
@@ -47,7 +47,7 @@ from model_providers.config import (
     vision_transformer_config,
 )
 from model_providers.context import ContextShare
-from model_providers.image_shares import encode_once
+from model_providers.image_shares import FeatureExchange, exchange
 from model_providers.layers import decoder_block
 from model_providers.packed import packed_seq_params
 from model_providers.parallel import ParallelState
@@ -70,6 +70,7 @@ class Batch(Protocol):
     feature_index: Tensor
     pixel_values: Tensor | None
     grids: Sequence[Grid]
+    exchange: FeatureExchange | None
 
 
 class ScoreHead(nn.Module):
@@ -311,7 +312,7 @@ class Qwen3VLChunk(MegatronModule):
         if self.pre_process:
             hidden, features = self._embed(batch, share, rows)
         else:
-            hidden, features = self._unpack(batch, rows, size)
+            hidden, features = self._unpack(rows, size)
             self.language_model.decoder.set_input_tensor(hidden)
         local = slice(first, first + size)
         section = share.take(batch.section, 0)[local]
@@ -375,17 +376,13 @@ class Qwen3VLChunk(MegatronModule):
             self.backend.to_device(batch.feature_index[mine]),
         )
 
-    def _embed(
-        self, batch: Batch, share: ContextShare, rows: _VisualRows
-    ) -> tuple[Tensor, Tensor | None]:
+    def _embed(self, batch: Batch, share: ContextShare, rows: _VisualRows) -> tuple[Tensor, Tensor]:
         """-> hidden [T_local, 1, h] with the images in place, deepstack features [F, V, h]."""
         ids = share.take(batch.input_ids, 0)
         hidden = self.language_model.embedding.word_embeddings(ids.unsqueeze(0))
         if not self.config.sequence_parallel:
             hidden = hidden.transpose(0, 1).contiguous()
-        if batch.pixel_values is None:
-            return hidden, None
-        features = self._image_features(batch.pixel_values, batch.grids)
+        features = self._image_features(batch)
         if self.config.sequence_parallel:
             features = tensor_parallel.copy_to_tensor_model_parallel_region(
                 features, group=self.parallel.groups.tp
@@ -394,25 +391,24 @@ class Qwen3VLChunk(MegatronModule):
         hidden = hidden.index_copy(0, rows.local, features[0].unsqueeze(1))
         return hidden, features[1:]
 
-    def _image_features(self, pixel_values: Tensor, grids: Sequence[Grid]) -> Tensor:
-        """Features [1 + F, V, h] of all images, each encoded on one context-parallel rank."""
-        vision = self.architecture.vision
-        trained = any(parameter.requires_grad for parameter in self.vision_model.parameters())
-        nothing = torch.zeros(
-            (1 + self.architecture.num_deepstack, 0, vision.out_hidden_size),
-            dtype=self.backend.dtype,
-            device=self.backend.device,
-            requires_grad=trained,
-        )
-        return encode_once(
-            self.vision_model,
-            pixel_values,
-            grids,
-            costs=[vision.work(*grid) for grid in grids],
-            rows=[t * h * w // vision.spatial_merge_size**2 for t, h, w in grids],
-            nothing=nothing,
-            group=self.parallel.groups.cp,
-        )
+    def _image_features(self, batch: Batch) -> Tensor:
+        """Features [1 + F, V, h] of the images that the batch shows; see image_shares.py.
+
+        Those of no image require a gradient, too, if the tower is trained: ranks that wait for
+        each other in the backward pass all have one.
+        """
+        if batch.pixel_values is not None:
+            features = self.vision_model(batch.pixel_values, batch.grids)
+        else:
+            features = torch.zeros(
+                (1 + self.architecture.num_deepstack, 0, self.architecture.vision.out_hidden_size),
+                dtype=self.backend.dtype,
+                device=self.backend.device,
+                requires_grad=any(p.requires_grad for p in self.vision_model.parameters()),
+            )
+        if batch.exchange is None:
+            return features
+        return exchange(features, batch.exchange, self.parallel.features, self.backend)
 
     def _pack(self, hidden: Tensor, features: Tensor | None) -> Tensor:
         """[hidden ; features that later chunks add], along the token dimension."""
@@ -421,11 +417,11 @@ class Qwen3VLChunk(MegatronModule):
             return hidden
         return torch.cat([hidden, features[-left:].flatten(0, 1).unsqueeze(1)])
 
-    def _unpack(self, batch: Batch, rows: _VisualRows, size: int) -> tuple[Tensor, Tensor | None]:
+    def _unpack(self, rows: _VisualRows, size: int) -> tuple[Tensor, Tensor | None]:
         payload = self._payload
         assert payload is not None, "a later chunk runs through the schedule"
         left = self.architecture.deepstack_left(self.language_model.layers.start)
-        if batch.pixel_values is None or not left:
+        if not left:
             assert payload.shape[0] == size
             return payload, None
         features = payload[size:].squeeze(1).unflatten(0, (left, rows.local.numel()))

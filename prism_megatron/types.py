@@ -1,7 +1,7 @@
 """The data that flows between the parts: prompts, rollouts, sequences and packed micro-batches.
 
 Shapes use: T packed tokens of one micro-batch, S sequences in it, V visual tokens, P image
-patches, D values a patch, N distinct images and videos.
+patches, D values a patch.
 """
 
 from __future__ import annotations
@@ -75,6 +75,35 @@ class Sequence:
         return int(self.input_ids.numel())
 
 
+@dataclass(frozen=True)
+class FeatureExchange:
+    """What one rank sends and receives of a micro-batch's image features, in rows.
+
+    send [R] int64   rows of the features that this rank encodes: those for rank 0, then those for
+                     rank 1, ...; an image that several ranks show comes several times
+    send_counts      rows for each rank, this one included
+    receive_counts   rows from each rank
+    """
+
+    send: Tensor
+    send_counts: tuple[int, ...]
+    receive_counts: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class ImageShare:
+    """Which images and videos of a micro-batch one rank encodes, and where it finds features.
+
+    encoded: the images that this rank encodes, whichever rank shows them
+    first: by key, the first feature row of each image that this rank shows
+    exchange: None if no feature travels, on any rank
+    """
+
+    encoded: tuple[VisualInputs, ...]
+    first: dict[str, int]
+    exchange: FeatureExchange | None = None
+
+
 ON_HOST = ("cu_seqlens", "visual_index", "feature_index")
 
 
@@ -89,15 +118,17 @@ class PackedBatch:
     loss_mask    [T] float     1 where labels[t] is trained, i.e. the *predicted* token is response
     padding_mask [T] bool      True on padding tokens
     section      [T] int64     the sequence's section (see Sequence), 0 on padding
-    pixel_values [P, D]        patches of the N distinct images and videos, each once; None if none
-    grids                      (t, h, w) in patches of each of them, in the same order
     visual_index [V] int64     positions in [0, T) of the visual tokens, ascending
-    feature_index[V] int64     for each of them its row among the features of all N
+    feature_index[V] int64     for each of them its row among the features that this rank gets; 0
+                               where another context-parallel rank holds the token and gets them
+    pixel_values [P, D]        patches of the images and videos that this rank encodes; None if none
+    grids                      (t, h, w) in patches of each of them, in the same order
+    exchange                   how features come to the ranks that show them; None if none travels
     per_token    name -> [T]   values aligned with *labels* (shifted left by one, like loss_mask)
     num_sequences              S without the padding sequence
 
-    cu_seqlens, grids, visual_index and feature_index stay on the host: a forward plans by them,
-    and none shall wait for the device.
+    cu_seqlens, visual_index, feature_index, grids and exchange stay on the host: a forward plans by
+    them, and none shall wait for the device.
 
     Example: two sequences "A B | c d" and "E | f", response after the bar, no padding:
     input_ids = [A B c d E f], labels = [B c d 0 f 0], loss_mask = [0 1 1 0 1 0],
@@ -115,6 +146,7 @@ class PackedBatch:
     feature_index: Tensor
     pixel_values: Tensor | None
     grids: tuple[tuple[int, int, int], ...]
+    exchange: FeatureExchange | None
     num_sequences: int
     per_token: dict[str, Tensor] = field(default_factory=dict)
 

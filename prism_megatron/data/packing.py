@@ -1,20 +1,21 @@
 """Sequences into packed micro-batches: which go together, and the one row they make.
 
 lengths -> plan_micro_batches -> indices per data-parallel rank and micro-batch
-those sequences -> pack -> PackedBatch (one row of T tokens, THD layout)
+those sequences, this rank's ImageShare (image_plan.py) -> pack -> PackedBatch (one row of T tokens,
+THD layout)
 """
 
 from __future__ import annotations
 
 import heapq
-import math
 from collections.abc import Sequence as Ordered
 
 import torch
 from torch import Tensor
 
+from prism_megatron.data.image_plan import feature_rows, first_rows
 from prism_megatron.data.mrope import mrope_positions
-from prism_megatron.types import PackedBatch, Sequence, VisualInputs
+from prism_megatron.types import ImageShare, PackedBatch, Sequence, VisualInputs
 
 
 def plan_micro_batches(
@@ -84,6 +85,7 @@ def pack(
     sequence_multiple: int = 1,
     pad_to: int | None = None,
     per_token: Ordered[str] = (),
+    images: ImageShare | None = None,
 ) -> PackedBatch:
     """One packed micro-batch of the sequences in the given order.
 
@@ -91,8 +93,9 @@ def pack(
     `pad_multiple`; padding is a sequence of its own at the end. No sequences make a row of padding
     alone, for a rank that has none.
     per_token: names of the sequences' values to carry; each sequence must have every one of them.
-    An image or video that several sequences show (same key) is in pixel_values once. ValueError if
-    a sequence's placeholder tokens and its images or videos do not match.
+    images: this rank's share of what all ranks show; without it, what the sequences show is encoded
+    here, once where several show it (same key). ValueError if a sequence's placeholder tokens and
+    its images or videos do not match.
     """
     if pad_to is None:
         pad_to = packed_length(sequences, pad_multiple, sequence_multiple)
@@ -123,7 +126,10 @@ def pack(
         image_token_id: [image for sequence in sequences for image in sequence.images],
         video_token_id: [video for sequence in sequences for video in sequence.videos],
     }
-    visuals = {visual.key: visual for kind in shown.values() for visual in kind}
+    if images is None:
+        visuals = {visual.key: visual for kind in shown.values() for visual in kind}
+        images = ImageShare(tuple(visuals.values()), first_rows(visuals.values(), merge_size))
+    encoded = images.encoded
     visual_index = torch.isin(input_ids, torch.tensor([*shown])).nonzero().flatten()
     return PackedBatch(
         input_ids=input_ids,
@@ -133,10 +139,11 @@ def pack(
         loss_mask=_shifted([s.response_mask for s in sequences], length, torch.float32),
         padding_mask=torch.arange(length) >= total,
         section=torch.cat([torch.full_like(p, k) for p, k in zip(parts, sections, strict=True)]),
-        pixel_values=torch.cat([v.pixel_values for v in visuals.values()]) if visuals else None,
-        grids=tuple(visual.grid_thw for visual in visuals.values()),
         visual_index=visual_index,
-        feature_index=_feature_index(input_ids[visual_index], shown, visuals, merge_size),
+        feature_index=_feature_index(input_ids[visual_index], shown, images.first, merge_size),
+        pixel_values=torch.cat([v.pixel_values for v in encoded]) if encoded else None,
+        grids=tuple(visual.grid_thw for visual in encoded),
+        exchange=images.exchange,
         num_sequences=len(sequences),
         per_token={
             name: _shifted([s.per_token[name] for s in sequences], length, torch.float32)
@@ -158,15 +165,18 @@ def _shifted(values: Ordered[Tensor], length: int, dtype: torch.dtype) -> Tensor
 def _feature_index(
     placeholders: Tensor,
     shown: dict[int, list[VisualInputs]],
-    visuals: dict[str, VisualInputs],
+    first: dict[str, int],
     merge_size: int,
 ) -> Tensor:
-    """[V] int64: row among the features of the distinct `visuals`, for the row's placeholder
-    tokens [V] in turn. shown: placeholder token -> what its tokens show, in order."""
-    counts = [math.prod(visual.grid_thw) // merge_size**2 for visual in visuals.values()]
-    rows = dict(zip(visuals, torch.split(torch.arange(sum(counts)), counts), strict=True))
+    """[V] int64: feature row of each of the row's placeholder tokens [V]. shown: placeholder token
+    -> what its tokens show, in order; first: see ImageShare."""
     index = torch.empty_like(placeholders)
     for token, kind in shown.items():
         if kind:
-            index[placeholders == token] = torch.cat([rows[visual.key] for visual in kind])
+            index[placeholders == token] = torch.cat(
+                [
+                    torch.arange(feature_rows(visual, merge_size)) + first.get(visual.key, 0)
+                    for visual in kind
+                ]
+            )
     return index

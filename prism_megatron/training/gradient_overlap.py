@@ -12,7 +12,7 @@ def reduce_in_order(bucket_groups: list[Any]) -> None:
     """Let megatron.core's gradient buckets start their reduction in the order of the list only.
 
     megatron.core starts a bucket's reduction when the last of its gradients is there. Ranks whose
-    last micro-batches use different parts of the model, as where one shows no image, would start
+    last micro-batches use different parts of the model, as where one encodes no image, would start
     in different orders or not at all, and hang. Here a bucket waits for the ones before it; what
     the backward pass left over is started at its end (finish_grad_sync), in the same order.
     """

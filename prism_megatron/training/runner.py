@@ -1,6 +1,7 @@
 """One model in training: forward-backward over packed micro-batches, optimizer step, inference.
 
-    sequences --plan--> micro-batches of each data-parallel rank --> megatron.core schedule
+    sequences --plan--> micro-batches of each data-parallel rank, and who encodes which image
+        --> megatron.core schedule
         --> loss_fn(output, batch) -> (loss already divided by global counts, metric sums)
         --> gradients summed over data-parallel ranks --> clip --> AdamW
 
@@ -14,7 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import tee
 from pathlib import Path
 from typing import Any
@@ -38,10 +39,11 @@ from checkpoint_tools import megatron_directory
 from model_providers import context
 from model_providers.qwen3_vl import Qwen3VLModel
 from prism_megatron.config.schema import Optimizer
+from prism_megatron.data.image_plan import feature_rows, plan_images
 from prism_megatron.data.packing import pack, packed_length, plan_micro_batches
 from prism_megatron.training.gradient_overlap import reduce_in_order
 from prism_megatron.training.optimizer import HostState, build_optimizer, build_scheduler
-from prism_megatron.types import PackedBatch, Sequence
+from prism_megatron.types import ImageShare, PackedBatch, Sequence, VisualInputs
 
 LossFn = Callable[[Tensor, PackedBatch], tuple[Tensor, dict[str, Tensor]]]
 """(model output [T], micro-batch) -> (loss, sums to add up over the step)."""
@@ -190,13 +192,11 @@ class ModelRunner:
         sequence_multiple = context.sequence_multiple(layout.context)
         multiple = self.model.precision.row_multiple * sequence_multiple
         multiple *= layout.tensor if layout.sequence_parallel else 1
-        for i, members in enumerate(plan[self.parallel.data_rank]):
-            longest = max(
-                packed_length([sequences[j] for j in r[i]], multiple, sequence_multiple)
-                for r in plan
-            )
+        for i in range(len(plan[self.parallel.data_rank])):
+            rows = [[sequences[j] for j in members[i]] for members in plan]
+            longest = max(packed_length(row, multiple, sequence_multiple) for row in rows)
             yield pack(
-                [sequences[j] for j in members],
+                rows[self.parallel.data_rank],
                 image_token_id=architecture.image_token_id,
                 video_token_id=architecture.video_token_id,
                 merge_size=architecture.vision.spatial_merge_size,
@@ -205,7 +205,40 @@ class ModelRunner:
                 sequence_multiple=sequence_multiple,
                 pad_to=longest if layout.expert * layout.expert_tensor > 1 else None,
                 per_token=tuple(sequences[0].per_token),
+                images=self._image_share(rows),
             ).to(self.model.backend.device)
+
+    def _image_share(self, rows: list[list[Sequence]]) -> ImageShare:
+        """This rank's share in the images of the data-parallel ranks' `rows`."""
+        vision = self.model.architecture.vision
+        share = plan_images(
+            [shown for row in rows for shown in self._shown(row)],
+            self.parallel.features.rank(),
+            work=vision.work,
+            merge_size=vision.spatial_merge_size,
+        )
+        # later stages get the features with the hidden states
+        return share if self.parallel.is_first_stage else replace(share, encoded=())
+
+    def _shown(self, row: list[Sequence]) -> list[list[VisualInputs]]:
+        """The images and videos of which each context-parallel rank holds a token."""
+        ranks, architecture = self.parallel.layout.context, self.model.architecture
+        if ranks == 1:
+            return [[visual for s in row for visual in (*s.images, *s.videos)]]
+        shown: list[list[VisualInputs]] = [[] for _ in range(ranks)]
+        for s in row:
+            chunk = torch.tensor(-(-len(s) // context.sequence_multiple(ranks)))
+            for token, visuals in (
+                (architecture.image_token_id, s.images),
+                (architecture.video_token_id, s.videos),
+            ):
+                holders, _ = context.owner((s.input_ids == token).nonzero()[:, 0], chunk, ranks)
+                for visual in visuals:
+                    rows = feature_rows(visual, architecture.vision.spatial_merge_size)
+                    for rank in set(holders[:rows].tolist()):
+                        shown[rank].append(visual)
+                    holders = holders[rows:]
+        return shown
 
     def _set_router_loss_scale(self, tokens: int) -> None:
         """The load-balancing loss of a micro-batch counts by its share of the step's tokens.

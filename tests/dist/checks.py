@@ -98,7 +98,39 @@ def video_batch() -> list[Sequence]:
     ]
 
 
-BATCHES = {"images": mixed_batch, "videos": video_batch}
+def spread_batch() -> list[Sequence]:
+    """Seven sequences with images where SPREAD wants them."""
+    wide, tall, square = image("wide", 4, 6), image("tall", 8, 2), image("square", 2, 2)
+    return [
+        sequence(1, 9, tall, square),
+        sequence(2, 13),
+        sequence(3, 7, wide),
+        sequence(4, 11, wide),
+        sequence(5, 6),
+        sequence(6, 10),
+        sequence(7, 8, square, wide),
+    ]
+
+
+def text_batch() -> list[Sequence]:
+    """The same without images."""
+    return [sequence(seed, 5 + seed) for seed in range(1, 8)]
+
+
+SPREAD = {
+    2: [[[0], [2], [4], []], [[1], [3], [5], [6]]],
+    4: [[[0], [2], [], []], [[1], [3], [4], []], [[], [], [], [6]], [[], [], [5], []]],
+}
+"""By data-parallel size, the sequences of spread_batch in each rank's micro-batches: all images on
+the first rank, the same one on two ranks, none at all, all on a rank beside one without tokens."""
+
+
+BATCHES = {
+    "images": mixed_batch,
+    "videos": video_batch,
+    "spread": spread_batch,
+    "text": text_batch,
+}
 
 
 def weighted_loss(tokens: float) -> Any:

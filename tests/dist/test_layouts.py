@@ -13,6 +13,8 @@ from typing import Any
 from unittest import mock
 
 import pytest
+import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook
 
@@ -21,7 +23,7 @@ from model_providers.config import Qwen3VLConfig, Recompute, TrainingOptions
 from model_providers.config import TextTransformerConfig as TextConfig
 from model_providers.parallel import Layout
 from model_providers.qwen3_vl import Head
-from model_providers.vision import Grid
+from model_providers.vision import Grid, VisionModel
 from model_providers.weight_map import GatedUp, Split
 from prism_megatron.data.packing import pack
 from prism_megatron.training import runner
@@ -450,12 +452,10 @@ def _with_the_other_backward(path: Path, name: str) -> Gradients:
 @pytest.mark.parametrize(
     "module, name",
     [
-        (image_shares, "model.visual.deepstack_merger_list.1.linear_fc2.weight"),
-        (image_shares, "model.visual.pos_embed.weight"),
         (context, "lm_head.weight"),
         (cpu_layers, "model.language_model.layers.2.self_attn.v_proj.weight"),
     ],
-    ids=["images", "positions", "head", "keys and values"],
+    ids=["head", "keys and values"],
 )
 def test_the_comparison_sees_a_gather_with_the_wrong_backward(
     ranks: Worlds, hf_models: dict[str, Path], one_rank: OneRank, module: ModuleType, name: str
@@ -480,31 +480,133 @@ def test_the_comparison_sees_features_that_stay_behind(
     assert abs(loss - one_rank("deep", "language", {})[0]) > 1e-2
 
 
-def _encoded(path: Path, layout: Layout) -> list[list[int]]:
-    """Patches of the images that this rank encodes in each micro-batch with images."""
-    runner = checks.make_runner(path, layout, micro_batch_tokens=33)
-    encode, encoded = runner.model.vision_model.forward, []
+Vision = tuple[list[list[int]], list[int]]
+"""Of one rank, in each micro-batch where there are some: patches of each image that it encodes, and
+rows of features that it gets from an exchange."""
 
-    def count(pixels: Tensor, grids: list[Grid]) -> Tensor:
+
+SPREAD = {"shown": "spread"}
+
+
+def _spread(
+    path: Path, layout: Layout, head: Head, options: dict[str, Any]
+) -> tuple[Gradients, Vision]:
+    """Gradients with the images where checks.SPREAD has them."""
+    encode, exchange = VisionModel.forward, qwen3_vl.exchange
+    encoded, received = [], []
+
+    def count(model: VisionModel, pixels: Tensor, grids: list[Grid]) -> Tensor:
         encoded.append([prod(grid) for grid in grids])
-        return encode(pixels, grids)
+        return encode(model, pixels, grids)
 
-    with mock.patch.object(runner.model.vision_model, "forward", count):
-        runner.train_step(checks.mixed_batch(), checks.weighted_loss(30))
-    return encoded
+    def measure(*args: Any) -> Tensor:
+        features = exchange(*args)
+        assert features.requires_grad == ("vision" not in options.get("freeze", ()))
+        received.append(features.shape[1])
+        return features
+
+    plan = checks.SPREAD[layout.data(dist.get_world_size())]
+    with (
+        mock.patch.object(runner, "plan_micro_batches", lambda *args, **options: plan),
+        mock.patch.object(VisionModel, "forward", count),
+        mock.patch.object(qwen3_vl, "exchange", measure),
+    ):
+        found = checks.gradients(path, layout, head, **options)
+    return found, (encoded, received)
 
 
-@pytest.mark.parametrize("world", [2, 4])
-def test_context_parallel_ranks_encode_each_image_once(
-    ranks: Worlds, hf_models: dict[str, Path], world: int
+DP2_VISION = [([[16], [24], [4]], [5, 6, 0]), ([[4], [24]], [0, 6, 7])]
+DP4_VISION = [
+    ([[16], [24], [4]], [5, 6, 0]),
+    ([[4]], [0, 6, 0]),
+    ([[24]], [0, 0, 7]),
+    ([], [0, 0, 0]),
+]
+# the first rank of two has the first and the last quarter of each sequence, so that the last
+# micro-batch has an image for either and nothing travels
+CP2_DP2_VISION = [
+    ([[16], [24]], [4, 6]),
+    ([[4]], [5, 6]),
+    ([[4]], [0, 6]),
+    ([[24]], [0, 6]),
+]
+
+
+@pytest.mark.parametrize(
+    "world, layout, vision",
+    [
+        (2, DP, DP2_VISION),
+        (4, DP, DP4_VISION),
+        (4, TP2SP, [DP2_VISION[0]] * 2 + [DP2_VISION[1]] * 2),
+        (4, Layout(pipeline=2, virtual_pipeline=2), [*DP2_VISION, ([], []), ([], [])]),
+        (4, CP2, CP2_DP2_VISION),
+    ],
+    ids=["dp2", "dp4", "tp2-sp-dp2", "pp2-vpp2-dp2", "cp2-dp2"],
+)
+def test_each_image_is_encoded_once_and_its_features_go_where_it_is_shown(
+    ranks: Worlds,
+    hf_models: dict[str, Path],
+    one_rank: OneRank,
+    world: int,
+    layout: Layout,
+    vision: list[Vision],
 ) -> None:
-    [wanted] = ranks(1).run(_encoded, hf_models["dense"], Layout())
-    found = ranks(world).run(_encoded, hf_models["dense"], Layout(context=world))
-    together = [size for rank in found for batch in rank for size in batch]
-    assert sorted(together) == sorted(size for batch in wanted for size in batch)
-    # some rank has no image somewhere, and one has something to do
-    assert min(map(len, found)) < len(wanted)
-    assert max(map(len, found)) > 0
+    answers = ranks(world).run(_spread, hf_models["dense"], layout, "language", SPREAD)
+    _compare([found for found, _ in answers], one_rank("dense", "language", SPREAD))
+    assert [counted for _, counted in answers] == vision
+
+
+@pytest.mark.parametrize(
+    "kind, layout, options",
+    [
+        ("dense", "dp2", {"freeze": ("vision", "mergers")}),
+        ("dense", "dp2", {"shown": "text"}),
+        ("dense", "cp2-dp2", {"freeze": ("language",), "recompute": True}),
+        # other ranks' tokens ask this rank's experts for gradients, whatever its own row shows
+        ("moe", "ep2", {"freeze": ("language",)}),
+        ("moe", "ep2", {"shown": "text", "freeze": ("language",)}),
+    ],
+)
+def test_ranks_without_images_neither_wait_nor_dilute_gradients(
+    ranks: Worlds,
+    hf_models: dict[str, Path],
+    one_rank: OneRank,
+    kind: str,
+    layout: str,
+    options: dict[str, Any],
+) -> None:
+    head: Head = "score" if kind == "moe" else "language"
+    world, split = (DENSE | EXPERTS)[layout]
+    same = SPREAD | {k: v for k, v in options.items() if k != "recompute"}
+    training = TrainingOptions(recompute=FULL if "recompute" in options else Recompute())
+    answers = ranks(world).run(_spread, hf_models[kind], split, head, same | {"training": training})
+    _compare([found for found, _ in answers], one_rank(kind, head, same))
+
+
+def _without_the_gradients_of_other_ranks(path: Path) -> Gradients:
+    exchange = image_shares.all_to_all
+
+    def own(group: Any, sent: Tensor, receive: list[int], send: list[int]) -> Tensor:
+        def keep(gradient: Tensor) -> Tensor:
+            ranks = torch.repeat_interleave(torch.tensor(send))
+            return gradient * (ranks == group.rank())[:, None, None]
+
+        sent.register_hook(keep)
+        return exchange(group, sent, receive, send)
+
+    with mock.patch.object(image_shares, "all_to_all", own):
+        return _spread(path, DP, "language", SPREAD)[0]
+
+
+@pytest.mark.parametrize("name", ["deepstack_merger_list.1.linear_fc2.weight", "pos_embed.weight"])
+def test_the_comparison_sees_an_exchange_without_the_gradients_of_other_ranks(
+    ranks: Worlds, hf_models: dict[str, Path], one_rank: OneRank, name: str
+) -> None:
+    wanted = one_rank("dense", "language", SPREAD)
+    loss, _, gradients = ranks(2).run(_without_the_gradients_of_other_ranks, hf_models["dense"])[0]
+    assert loss == pytest.approx(wanted[0], rel=1e-5)
+    name = f"model.visual.{name}"
+    assert distance(gradients[name], wanted[2][name]) > 1e-2
 
 
 def _with_gate_and_up_in_one_piece(path: Path) -> Gradients:

@@ -7,7 +7,13 @@ import torch
 
 from prism_megatron.data.mrope import mrope_positions
 from prism_megatron.data.packing import pack, packed_length, plan_micro_batches
-from prism_megatron.types import PackedBatch, Sequence, VisualInputs
+from prism_megatron.types import (
+    FeatureExchange,
+    ImageShare,
+    PackedBatch,
+    Sequence,
+    VisualInputs,
+)
 
 IMAGE, VIDEO, PAD, MERGE, PATCH_VALUES = 50, 51, 9, 2, 5
 TOKENS = {"image_token_id": IMAGE, "video_token_id": VIDEO, "merge_size": MERGE}
@@ -135,6 +141,17 @@ def test_shared_image_is_packed_once_and_every_token_finds_its_feature() -> None
     shown = [A, B, A, A]
     want = torch.cat([picture.pixel_values[:: MERGE**2] for picture in shown])
     assert torch.equal(feature_rows(batch)[batch.feature_index], want)
+
+
+def test_a_share_says_what_is_encoded_here_and_where_features_come_from() -> None:
+    """B, which nothing here shows, is encoded for others; A comes from a rank after CLIP's."""
+    exchange = FeatureExchange(torch.arange(4), (0, 4), (4, 3))
+    share = ImageShare((B,), {CLIP.key: 0, A.key: 4}, exchange)
+    batch = pack([clip_sequence(CLIP, [2, 2], True), sequence([5, 6], 1)], images=share, **SETTINGS)
+    assert batch.pixel_values is not None and torch.equal(batch.pixel_values, B.pixel_values)
+    assert batch.grids == (B.grid_thw,)
+    assert batch.feature_index.tolist() == [4, 5, 6, 0, 1, 2, 3]
+    assert batch.exchange is exchange
 
 
 def clip_sequence(clip: VisualInputs, frames: list[int], picture_first: bool) -> Sequence:
