@@ -98,9 +98,10 @@ class ModelRunner:
         assert self.ddp, "this runner has no optimizer"
         self.model.train()
         if not self._has_scales:
-            # Gradients are far below what FP8 holds without a scale, so the first update would be
-            # lost; a pass without one finds the scales.
-            if self.model.lacks_gradient_scales():
+            # Gradients are far below what FP8 holds without a scale, so the first updates would be
+            # lost. One pass finds the scales of the last products of attention and MLP, a second
+            # those of the products before, which get no gradient until then.
+            for _ in range(2 if self.model.lacks_gradient_scales() else 0):
                 self.forward_backward(sequences, loss_fn)
             self._has_scales = True
         for chunk in self.ddp:
