@@ -9,7 +9,7 @@ import torch.distributed as dist
 
 from model_providers import backend as backends
 
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
 """Of glibc's malloc.h."""
 
 
@@ -18,8 +18,8 @@ def join() -> None:
     # glibc gives every freed tensor back to the kernel, which zeroes the next one page by page:
     # a third of a conversion's time
     libc = ctypes.CDLL(None)
-    libc.mallopt(M_TRIM_THRESHOLD, 2**29)
-    libc.mallopt(M_MMAP_THRESHOLD, 2**25)
+    libc.mallopt(M_TRIM_THRESHOLD, -1)
+    libc.mallopt(M_MMAP_MAX, 0)
     backends.create("cpu").init_process_group()
 
 
