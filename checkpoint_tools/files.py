@@ -6,6 +6,8 @@ import argparse
 import json
 import os
 import shutil
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,49 @@ def write_atomically(path: Path, content: str | bytes) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     temporary.write_bytes(content.encode() if isinstance(content, str) else content)
     os.replace(temporary, path)
+
+
+def sync(file: Path) -> None:
+    """Wait until a file is on the disk; ValueError if that refuses it."""
+    try:
+        with file.open("rb") as stream:
+            os.fsync(stream.fileno())
+    except OSError as error:
+        raise ValueError(f"{file} could not be written: {error}") from error
+
+
+class WriteBehind:
+    """Syncs a finished file to the disk while the next one is made."""
+
+    def __init__(self) -> None:
+        self._thread = ThreadPoolExecutor(1)
+        self._last: tuple[Future[None], Callable[[], object]] | None = None
+
+    def add(self, file: Path, check: Callable[[], object], commit: Callable[[], object]) -> None:
+        """Run `check` now, and `commit` when `file` is on the disk too: at the next `add` or at
+        `wait`. If the check raises, that never happens."""
+        synced = self._thread.submit(sync, file)
+        check()
+        self.wait()
+        self._last = synced, commit
+
+    def wait(self) -> None:
+        """Commit what is not yet; ValueError if the disk refused it."""
+        if self._last is not None:
+            (synced, commit), self._last = self._last, None
+            synced.result()
+            commit()
+
+
+def forget(file: Path, start: int = 0, length: int = 0) -> None:
+    """Take these bytes (default: all) of a file that is not read again out of the page cache.
+
+    A conversion goes through many times the memory of a machine once. Left alone, its pages push
+    out everybody else's, and each is a new one: a virtual machine, which has to ask its host for
+    it, then takes most of its time for that.
+    """
+    with file.open("rb") as stream:
+        os.posix_fadvise(stream.fileno(), start, length, os.POSIX_FADV_DONTNEED)
 
 
 def new_folder(name: str) -> Path:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from checkpoint_tools.files import forget
 from checkpoint_tools.weights import EXPERTS, StoredWeights
 from model_providers.config import Qwen3VLConfig
 
@@ -22,70 +24,102 @@ DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 QUANTISED = {"F8_E4M3": torch.float8_e4m3fn, "U8": torch.uint8}
 
 
+@dataclass(frozen=True)
+class Place:
+    """Where a tensor lies and what it is, as the header of its shard says."""
+
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    """In bytes from the beginning of the file."""
+    length: int
+
+
+def read_header(file: Path) -> dict[str, Place]:
+    """The tensors of a shard by name; ValueError if it is truncated or no safetensors file."""
+    with _open(file):
+        # safetensors has checked it now, but does not tell where tensors lie
+        pass
+    with file.open("rb") as stream:
+        size = int.from_bytes(stream.read(8), "little")
+        header = json.loads(stream.read(size))
+    found = {}
+    for name, entry in header.items():
+        if name != "__metadata__":
+            start, end = entry["data_offsets"]
+            shape = tuple(entry["shape"])
+            found[name] = Place(file, entry["dtype"], shape, 8 + size + start, end - start)
+    return found
+
+
 class SafetensorsDirectory(StoredWeights):
     """The tensors of a directory's shards by name, as they are stored."""
 
     dtypes = DTYPES | QUANTISED
 
-    def __init__(self, path: Path) -> None:
-        """Raises ValueError naming the file if an index or a shard is missing or unreadable."""
+    def __init__(self, path: Path, shards: Sequence[Path] | None = None) -> None:
+        """shards: these alone, of a directory that is not finished.
+
+        Raises ValueError naming the file if an index or a shard is missing or unreadable.
+        """
         self.path = path
-        self._file_of = self._read_index()
+        self._places = self._read_index() if shards is None else self._read_shards(shards)
 
     def __getitem__(self, name: str) -> Tensor:
-        with self._reading(name) as tensors:
+        with _open(self.file_of(name)) as tensors:
             tensor: Tensor = tensors.get_tensor(name)
         return tensor
 
     def expert(self, name: str, index: int) -> Tensor:
-        with self._reading(name) as tensors:
+        with _open(self.file_of(name)) as tensors:
             tensor: Tensor = tensors.get_slice(name)[index]
         return tensor
 
     def like(self, name: str) -> Tensor:
-        with self._reading(name) as tensors:
-            stored = tensors.get_slice(name)
-        shape, dtype = stored.get_shape(), self.dtypes.get(stored.get_dtype())
+        place = self._places[name]
+        dtype = self.dtypes.get(place.dtype)
         if dtype is None:
             raise ValueError(
-                f"{self._file_of[name]}: {name} is {stored.get_dtype()}; weights in "
+                f"{place.file}: {name} is {place.dtype}; weights in "
                 f"{', '.join(self.dtypes)} can be read. Quantised checkpoints have to be restored "
                 "first"
             )
-        return torch.empty(shape, dtype=dtype, device="meta")
+        return torch.empty(place.shape, dtype=dtype, device="meta")
 
     def file_of(self, name: str) -> Path:
         """The file that holds the tensor."""
-        return self._file_of[name]
+        return self._places[name].file
 
-    def _reading(self, name: str) -> Any:
-        return _open(self._file_of[name])
+    def forget(self, name: str) -> None:
+        place = self._places[name]
+        forget(place.file, place.start, place.length)
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._file_of)
+        return iter(self._places)
 
     def __len__(self) -> int:
-        return len(self._file_of)
+        return len(self._places)
 
-    def _read_index(self) -> dict[str, Path]:
+    def _read_index(self) -> dict[str, Place]:
         index = self.path / INDEX
-        files = [self.path / SINGLE]
-        listed: dict[str, str] | None = None
-        if index.exists():
-            listed = json.loads(index.read_text())["weight_map"]
-            files = [self.path / file for file in sorted(set(listed.values()))]
-        found: dict[str, Path] = {}
+        if not index.exists():
+            return self._read_shards([self.path / SINGLE])
+        listed = json.loads(index.read_text())["weight_map"]
+        found = self._read_shards([self.path / file for file in sorted(set(listed.values()))])
+        if wrong := sorted(set(listed) ^ set(found)):
+            raise ValueError(f"{index} and its shards disagree on {len(wrong)} names: {wrong[:5]}")
+        return found
+
+    def _read_shards(self, files: Sequence[Path]) -> dict[str, Place]:
+        found: dict[str, Place] = {}
         for file in files:
             if not file.exists():
                 raise ValueError(f"{file} is missing; {_why_missing(self.path)}")
-            with _open(file) as tensors:
-                for name in tensors.keys():
-                    if name in found:
-                        raise ValueError(f"{name} is in {found[name]} and in {file}")
-                    found[name] = file
-        if listed is not None and set(listed) != set(found):
-            wrong = sorted(set(listed) ^ set(found))
-            raise ValueError(f"{index} and its shards disagree on {len(wrong)} names: {wrong[:5]}")
+            for name, place in read_header(file).items():
+                if name in found:
+                    raise ValueError(f"{name} is in {found[name].file} and in {file}")
+                found[name] = place
         return found
 
 
@@ -98,18 +132,21 @@ class HFDirectory(SafetensorsDirectory):
 
     dtypes = DTYPES
 
-    def __init__(self, path: Path, value_head: Path | None = None) -> None:
+    def __init__(
+        self, path: Path, value_head: Path | None = None, shards: Sequence[Path] | None = None
+    ) -> None:
         """value_head: the reference's value_head.pt, read too; only on request, since the same
         weights usually are in the shards.
+        shards: these alone, of a directory that is not finished.
 
         Raises ValueError naming the file if an index or a shard is missing or unreadable.
         """
         self.config = Qwen3VLConfig.from_hf(path)
         self.raw_config: dict[str, Any] = json.loads((path / "config.json").read_text())
-        super().__init__(path)
+        super().__init__(path, shards)
         self._head = _value_head(value_head) if value_head else {}
         self._head_file = value_head or path
-        if found := sorted(set(self._head) & set(self._file_of)):
+        if found := sorted(set(self._head) & set(self._places)):
             raise ValueError(f"{found[0]} is in {value_head} and in {path}; leave the former out")
 
     def __getitem__(self, name: str) -> Tensor:
@@ -130,20 +167,24 @@ class HFDirectory(SafetensorsDirectory):
         return tensor.transpose(1, 2) if self._is_transposed(name, tensor.shape) else tensor
 
     def file_of(self, name: str) -> Path:
-        return self._file_of.get(name, self._head_file)
+        return self._head_file if name in self._head else super().file_of(name)
+
+    def forget(self, name: str) -> None:
+        if name not in self._head:
+            super().forget(name)
 
     def __iter__(self) -> Iterator[str]:
-        return iter([*self._file_of, *self._head])
+        return iter([*self._places, *self._head])
 
     def __len__(self) -> int:
-        return len(self._file_of) + len(self._head)
+        return len(self._places) + len(self._head)
 
     def _is_transposed(self, name: str, shape: Sequence[int]) -> bool:
         """Whether these are experts in the layout of transformers 4.57. The writer
         (transformers_version) decides and the shape has to agree."""
         if not name.endswith(EXPERTS):
             return False
-        c, file, shape = self.config, self._file_of[name], tuple(shape)
+        c, file, shape = self.config, self.file_of(name), tuple(shape)
         inner = 2 * c.moe_intermediate_size if "gate_up" in name else c.moe_intermediate_size
         rows, columns = (inner, c.hidden_size) if "gate_up" in name else (c.hidden_size, inner)
         version = str(self.raw_config.get("transformers_version", ""))

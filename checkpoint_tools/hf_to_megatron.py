@@ -4,8 +4,8 @@
     torchrun --nproc-per-node 8 -m checkpoint_tools.hf_to_megatron --hf ... --out ...
 
 The result loads at any parallel layout. A layer passes through memory at a time; ranks share the
-layers, and a run that was killed goes on after those it had finished. What was written is read back
-and compared with the source bit by bit before it appears under its name.
+layers. Each is read back and compared with the source bit by bit as soon as it is written, and a
+run that was killed goes on after those that it had finished and compared.
 """
 
 from __future__ import annotations
@@ -23,10 +23,21 @@ from checkpoint_tools.command import exit_status
 from checkpoint_tools.files import identity, new_folder, prepare_staging, staging_of
 from checkpoint_tools.hf_directory import HFDirectory
 from checkpoint_tools.hf_writer import check_finite, copy_config
-from checkpoint_tools.megatron_weights import Entry, MegatronWeights, Structure, head_of
-from checkpoint_tools.torch_dist import COMMON, Piece, TorchDistWriter, packed
-from checkpoint_tools.verify import ignored_names
-from checkpoint_tools.weights import compare
+from checkpoint_tools.megatron_weights import (
+    Entry,
+    Structure,
+    TorchDistWeights,
+    head_of,
+    ignored_names,
+)
+from checkpoint_tools.torch_dist import (
+    COMMON,
+    Piece,
+    TorchDistReader,
+    TorchDistWriter,
+    packed,
+)
+from checkpoint_tools.weights import compare_headers, compare_tensors
 
 
 def convert(hf: Path, out: Path, value_head: Path | None = None, verify: bool = True) -> None:
@@ -41,30 +52,45 @@ def convert(hf: Path, out: Path, value_head: Path | None = None, verify: bool = 
     source = HFDirectory(hf, value_head)
     structure = Structure(source.config, head_of(source))
     structure.check(source, str(hf))
-    unused = ignored_names(hf, source)
+    unused = ignored_names(source, hf)
     layers = structure.layers()
     rank, size = world.rank_and_size()
-    job = {"from": identity(hf), "head": identity(value_head) if value_head else None}
+    head = identity(value_head) if value_head else None
+    job = {"from": identity(hf), "head": head, "verify": verify}
     nbytes = sum(source.like(name).nbytes for name in structure.by_name)
     world.first(lambda: prepare_staging(out, job, nbytes))
     staging = staging_of(out)
     writer = TorchDistWriter(staging)
     mine = range(rank, len(layers), size)
     for i in track(mine, f"{out.name}: layers", disable=rank > 0, transient=True):
-        if not writer.has(i):
-            writer.write(i, [piece for entry in layers[i] for piece in _pieces(entry, source)])
+        if writer.has(i):
+            continue
+        names = list(dict.fromkeys(name for entry in layers[i] for name in entry.names))
+
+        def check(written: TorchDistReader, names: Sequence[str] = names) -> None:
+            if verify:
+                found = compare_tensors(source, TorchDistWeights(written, structure), names)
+                found.raise_if_different(str(hf), str(out))
+
+        pieces = [piece for entry in layers[i] for piece in _pieces(entry, source)]
+        writer.write(i, pieces, check=check)
+        for name in names:
+            source.forget(name)
+    writer.wait()
     dist.barrier()
 
     def finish() -> None:
         if not writer.has(len(layers)):
             writer.write(len(layers), [], {COMMON: packed([{}])})
+            writer.wait()
         writer.finish(len(layers) + 1)
         copy_config(hf, staging / "hf")
+        written = TorchDistWeights(TorchDistReader(staging), structure)
+        written.check()
+        compare_headers(source, written, unused).raise_if_different(str(hf), str(out))
+        writer.publish(out)
 
     world.first(finish)
-    if verify:
-        compare(source, MegatronWeights(staging), unused).raise_if_different(str(hf), str(out))
-    world.first(lambda: writer.publish(out))
 
 
 def _pieces(entry: Entry, source: HFDirectory) -> list[Piece]:

@@ -14,25 +14,34 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from rich.progress import track
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
 from checkpoint_tools.files import (
+    WriteBehind,
+    forget,
     prepare_staging,
     publish,
     replace_folder,
     staging_of,
+    sync,
     write_atomically,
 )
-from checkpoint_tools.hf_directory import INDEX, SINGLE, HFDirectory
-from checkpoint_tools.weights import EXPERTS, StoredWeights, compare
+from checkpoint_tools.hf_directory import (
+    INDEX,
+    SINGLE,
+    HFDirectory,
+    SafetensorsDirectory,
+    read_header,
+)
+from checkpoint_tools.weights import EXPERTS, StoredWeights, compare_headers, compare_tensors
 from checkpoint_tools.world import barrier, first, rank_and_size
 from model_providers.config import Qwen3VLConfig
 
@@ -62,14 +71,24 @@ def write(
     staging = staging_of(out)
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir(parents=True)
-    files, pending, held = [], {}, 0
+    files: list[Path] = []
+    pending: dict[str, Tensor] = {}
+    held = 0
+
+    def save() -> None:
+        files.append(staging / f"shard-{len(files)}.safetensors")
+        _save(files[-1], pending)
+        sync(files[-1])
+        pending.clear()
+
     for name, tensor in tensors:
         if pending and held + tensor.nbytes > SHARD_BYTES:
-            files.append(_save(staging / f"shard-{len(files)}.safetensors", pending))
-            pending, held = {}, 0
+            save()
+            held = 0
         pending[name], held = _copied(name, tensor.detach(), layout), held + tensor.nbytes
-    files.append(_save(staging / f"shard-{len(files)}.safetensors", pending))
-    finish(staging, files, config_from, layout)
+    save()
+    write_config(staging, config_from, layout)
+    write_index(staging, files)
     replace_folder(staging, out)
 
 
@@ -87,13 +106,16 @@ def export(
     job: dict[str, Any],
     layout: TransformersLayout = "4.57",
     verify: bool = True,
+    directory: type[SafetensorsDirectory] = HFDirectory,
     check: Callable[[Path], None] | None = None,
 ) -> None:
-    """Write `weights` shard by shard, shared out among the ranks; `out` appears when all is there
-    and, read back, equal bit by bit. All ranks of the world call this.
+    """Write `weights` shard by shard, shared out among the ranks; each one is read back and
+    compared bit by bit as soon as it is written. `out` appears when all is there. All ranks of the
+    world call this.
 
     job: what this is made of; the shards that an equal job had finished when it was killed stay.
-    check: looks at the finished folder on all ranks, instead of that comparison.
+    directory: what reads them back.
+    check: looks at the finished folder on all ranks before it appears.
 
     Raises:
         ValueError: no room, a weight that is NaN or infinite, or a difference.
@@ -101,22 +123,47 @@ def export(
     shards = _plan(weights)
     nbytes = sum(weights.like(name).nbytes for name in weights)
     rank, size = rank_and_size()
-    job = job | {"layout": layout, "shards": len(shards)}
-    first(lambda: prepare_staging(out, job, nbytes))
-    staging = staging_of(out)
+    job = job | {"layout": layout, "shards": len(shards), "verify": verify}
+    staging, behind = staging_of(out), WriteBehind()
+
+    def prepare() -> None:
+        prepare_staging(out, job, nbytes)
+        write_config(staging, config_from, layout)
+
+    first(prepare)
     files = [
         staging / f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))
     ]
     mine = range(rank, len(shards), size)
     for i in track(mine, f"{out.name}: shards", disable=rank > 0, transient=True):
-        if not files[i].exists():
-            _save(files[i], {name: _stored(weights, name, layout) for name in shards[i]})
+        if files[i].exists():
+            continue
+        part = files[i].with_name(f".{files[i].name}")
+        _save(part, {name: _stored(weights, name, layout) for name in shards[i]})
+
+        def compare(part: Path = part, names: Sequence[str] = shards[i]) -> None:
+            if verify:
+                found = compare_tensors(weights, directory(staging, shards=[part]), names)
+                found.raise_if_different("its source", str(out))
+
+        def commit(part: Path = part, file: Path = files[i]) -> None:
+            forget(part)
+            os.replace(part, file)
+
+        behind.add(part, compare, commit)
+        for name in shards[i]:
+            weights.forget(name)
+    behind.wait()
     barrier()
-    first(lambda: finish(staging, files, config_from, layout))
-    if verify and check is not None:
+
+    def finish() -> None:
+        write_index(staging, files)
+        found = compare_headers(weights, directory(staging))
+        found.raise_if_different("its source", str(out))
+
+    first(finish)
+    if check is not None:
         check(staging)
-    elif verify:
-        compare(weights, HFDirectory(staging)).raise_if_different("its source", str(out))
     first(lambda: publish(staging, out))
 
 
@@ -185,35 +232,30 @@ def _plan(weights: StoredWeights) -> list[list[str]]:
     return shards
 
 
-def _save(file: Path, tensors: dict[str, Tensor]) -> Path:
-    """Under a temporary name, to the disk, then under its own."""
-    temporary = file.with_name(f".{file.name}")
+def _save(file: Path, tensors: dict[str, Tensor]) -> None:
     try:
-        save_file(tensors, temporary, {"format": "pt"})
-        with temporary.open("rb") as stream:
-            os.fsync(stream.fileno())
+        save_file(tensors, file, {"format": "pt"})
     except (OSError, SafetensorError) as error:
         raise ValueError(f"{file} could not be written: {error}") from error
-    os.replace(temporary, file)
-    return file
 
 
-def finish(staging: Path, files: list[Path], config_from: Path, layout: TransformersLayout) -> None:
-    """Name the shards, write their index, and add config, processor and tokenizer."""
+def write_index(staging: Path, files: list[Path]) -> None:
+    """Name the shards and write their index."""
     listed: dict[str, str] = {}
     total = 0
     for i, file in enumerate(files):
         final = SINGLE if len(files) == 1 else f"model-{i + 1:05d}-of-{len(files):05d}.safetensors"
         os.replace(file, staging / final)
-        with safe_open(staging / final, "pt") as tensors:
-            listed |= dict.fromkeys(tensors.keys(), final)
-        # the header is no weight
-        with (staging / final).open("rb") as stream:
-            header = int.from_bytes(stream.read(8), "little")
-        total += (staging / final).stat().st_size - 8 - header
+        places = read_header(staging / final)
+        listed |= dict.fromkeys(places, final)
+        total += sum(place.length for place in places.values())
     if len(files) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": listed}
         write_atomically(staging / INDEX, json.dumps(index, indent=2))
+
+
+def write_config(staging: Path, config_from: Path, layout: TransformersLayout) -> None:
+    """Config, processor and tokenizer, as that transformers writes them."""
     copy_config(config_from, staging)
     config = staging / "config.json"
     raw = in_dialect(json.loads(config.read_text()), layout)

@@ -2,9 +2,9 @@
 
     prism-megatron checkpoint megatron-to-hf --ckpt runs/sft/checkpoints/step_000400/model --out hf
 
-A shard passes through memory at a time; under torchrun the ranks share the shards, and a run that
-was killed goes on after those it had finished. Training may go on meanwhile. What was written is
-compared with the checkpoint bit by bit before it appears under its name.
+A shard passes through memory at a time; under torchrun the ranks share the shards. Each is read
+back and compared with the checkpoint bit by bit as soon as it is written, and a run that was killed
+goes on after those that it had finished and compared. Training may go on meanwhile.
 """
 
 from __future__ import annotations

@@ -17,13 +17,14 @@ import torch
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from torch import Tensor
 
+from checkpoint_tools.hf_directory import HFDirectory
 from checkpoint_tools.torch_dist import OPTIMIZER, Piece, TorchDistReader
 from checkpoint_tools.weights import StoredWeights
 from model_providers import backend as backends
 from model_providers.config import Qwen3VLConfig
 from model_providers.parallel import Layout, ParallelState
 from model_providers.qwen3_vl import Head, Qwen3VLModel
-from model_providers.weight_map import Local, Weights, check_names, local_tasks
+from model_providers.weight_map import Local, Weights, check_names, local_tasks, unused_names
 
 
 @dataclass(frozen=True)
@@ -166,23 +167,30 @@ def head_of(names: Weights | dict[str, Any]) -> Head:
     )
 
 
-class MegatronWeights(StoredWeights):
-    """The weights of a Megatron checkpoint under their Hugging Face names.
+def ignored_names(weights: HFDirectory | TorchDistWeights, path: Path) -> set[str]:
+    """What one side may have alone: a language head that is tied, or that a discriminator has not.
+
+    Raises ValueError if a tied head is not the embedding after all.
+    """
+    head, embedding = "lm_head.weight", "model.language_model.embed_tokens.weight"
+    is_language, is_tied = head_of(weights) == "language", weights.config.tie_word_embeddings
+    if is_tied and is_language and head in weights:
+        if not torch.equal(weights[head], weights[embedding]):
+            raise ValueError(
+                f"{path}: config.json ties {head} to {embedding}, but they differ, so one of them "
+                "would be lost; set tie_word_embeddings to false"
+            )
+    return unused_names(weights.config, head_of(weights))
+
+
+class TorchDistWeights(StoredWeights):
+    """The weights of a torch_dist folder, or of a part of one, under their Hugging Face names.
 
     Optimizer state and what layers keep for FP8 are no weights and left alone.
     """
 
-    def __init__(self, path: Path) -> None:
-        """Every rank of the world calls this.
-
-        Raises:
-            ValueError: config.json wants other tensors or shapes than the folder has.
-        """
-        self.path = path
-        self.reader = TorchDistReader(path)
-        self.config = Qwen3VLConfig.from_hf(path / "hf")
-        self.structure = Structure(self.config, head_of(self.reader.tensors))
-        self._check()
+    def __init__(self, reader: TorchDistReader, structure: Structure) -> None:
+        self.reader, self.structure, self.config = reader, structure, structure.config
         self._last: tuple[Entry, list[Tensor]] | None = None
 
     def like(self, name: str) -> Tensor:
@@ -195,6 +203,11 @@ class MegatronWeights(StoredWeights):
 
     def file_of(self, name: str) -> Path:
         return self.reader.file_of(self.structure.by_name[name][0].places[0].key)
+
+    def forget(self, name: str) -> None:
+        for entry in self.structure.by_name[name]:
+            for place in entry.places:
+                self.reader.forget(place.key, place.global_offset, self._sizes(place))
 
     def __getitem__(self, name: str) -> Tensor:
         entries = self.structure.by_name[name]
@@ -227,20 +240,39 @@ class MegatronWeights(StoredWeights):
             return tuple(self.reader.tensors[place.key].size)
         return box(place)
 
-    def _check(self) -> None:
-        wanted = {place.key: place for e in self.structure.entries for place in e.places}
+    def check(self) -> None:
+        """ValueError if keys or shapes are not the structure's, or not all of one is stored."""
+        path = self.reader.path
+        places = [place for entry in self.structure.entries for place in entry.places]
+        wanted = {place.key: place for place in places}
         found = {key for key in self.reader.tensors if not key.startswith(OPTIMIZER)}
         if missing := sorted(wanted.keys() - found):
-            raise ValueError(f"{self.path} lacks {len(missing)} tensors: {missing[:5]}")
+            raise ValueError(f"{path} lacks {len(missing)} tensors: {missing[:5]}")
         if surplus := sorted(found - wanted.keys()):
             raise ValueError(
-                f"{self.path} has {len(surplus)} tensors that its config.json knows nothing of: "
+                f"{path} has {len(surplus)} tensors that its config.json knows nothing of: "
                 f"{surplus[:5]}"
             )
         for key, place in wanted.items():
             shape = tuple(self.reader.tensors[key].size)
             if not place.allow_shape_mismatch and shape != tuple(place.global_shape):
                 raise ValueError(
-                    f"{self.path}: {key} has shape {shape}, its config.json wants "
+                    f"{path}: {key} has shape {shape}, its config.json wants "
                     f"{tuple(place.global_shape)}"
                 )
+        for place in places:
+            self.reader.items(place.key, place.global_offset, self._sizes(place))
+
+
+class MegatronWeights(TorchDistWeights):
+    """The weights of a complete Megatron checkpoint under their Hugging Face names."""
+
+    def __init__(self, path: Path) -> None:
+        """Every rank of the world calls this.
+
+        Raises:
+            ValueError: config.json wants other tensors or shapes than the folder has.
+        """
+        reader, config = TorchDistReader(path), Qwen3VLConfig.from_hf(path / "hf")
+        super().__init__(reader, Structure(config, head_of(reader.tensors)))
+        self.check()

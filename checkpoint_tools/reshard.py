@@ -9,13 +9,14 @@ a layer, so that each reads its own bytes and no others. Data, context and exper
 cut tensors, and pipeline stages take whole layers, so only the two tensor-parallel sizes are asked
 for. Pieces pass through memory one at a time; under torchrun the ranks share the layers, and a run
 that was killed goes on after those it had finished. What was written is compared with the source
-bit by bit before it appears under its name.
+bit by bit as soon as it is written.
 """
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -31,6 +32,7 @@ from checkpoint_tools.hf_writer import copy_config
 from checkpoint_tools.megatron_directory import hf_directory
 from checkpoint_tools.megatron_weights import Entry, MegatronWeights, box
 from checkpoint_tools.torch_dist import OPTIMIZER, Piece, TorchDistReader, TorchDistWriter
+from checkpoint_tools.weights import unequal
 from model_providers.config import Qwen3VLConfig
 from model_providers.parallel import Layout
 from model_providers.qwen3_vl import padded_vocab_size
@@ -59,19 +61,20 @@ def reshard(ckpt: Path, out: Path, layout: Layout) -> None:
     mine = range(rank, len(layers), size)
     for i in track(mine, f"{out.name}: layers", disable=rank > 0, transient=True):
         if not writer.has(i):
-            writer.write(i, plans[i])
+            writer.write(i, plans[i], check=partial(_compare, plans[i], out))
+    writer.wait()
     dist.barrier()
 
     def finish() -> None:
         if not writer.has(len(layers)):
             objects = {key: reader.object_bytes(key) for key in sorted(reader.objects)}
             writer.write(len(layers), [], objects)
+            writer.wait()
         writer.finish(len(layers) + 1)
         copy_config(ckpt / "hf", staging / "hf")
+        writer.publish(out)
 
     world.first(finish)
-    _compare(plans, TorchDistReader(staging), out)
-    world.first(lambda: writer.publish(out))
 
 
 def _pieces(entry: Entry, reader: TorchDistReader, layout: Layout) -> Iterator[Piece]:
@@ -140,23 +143,16 @@ def _check_complete(reader: TorchDistReader, plans: list[list[Piece]]) -> None:
         )
 
 
-def _compare(plans: list[list[Piece]], written: TorchDistReader, out: Path) -> None:
-    """ValueError naming the tensors of which a piece differs; on all ranks."""
-    pieces = [piece for plan in plans for piece in plan]
-    rank, size = world.rank_and_size()
-    mine = track(pieces[rank::size], "comparing", disable=rank > 0, transient=True)
-    wrong = [
+def _compare(pieces: list[Piece], out: Path, written: TorchDistReader) -> None:
+    """ValueError naming the tensors of which a piece differs."""
+    wrong = {
         piece.key
-        for piece in mine
-        if not torch.equal(
-            written.read(piece.key, piece.offsets, piece.sizes).view(torch.uint8),
-            piece.load().view(torch.uint8),
-        )
-    ]
-    gathered: list[list[str]] = [wrong] * size
-    dist.all_gather_object(gathered, wrong)
-    if keys := sorted({key for keys in gathered for key in keys}):
-        raise ValueError(f"{out}: {len(keys)} tensors differ from their source: {keys[:5]}")
+        for piece in pieces
+        if unequal(written.read(piece.key, piece.offsets, piece.sizes), piece.load())
+    }
+    if wrong:
+        shown = sorted(wrong)[:5]
+        raise ValueError(f"{out}: {len(wrong)} tensors differ from their source: {shown}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

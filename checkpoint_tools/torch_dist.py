@@ -24,8 +24,7 @@ from typing import Any, cast
 import torch
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
 from torch import Tensor
-from torch.distributed.checkpoint import DefaultSavePlanner, FileSystemReader, FileSystemWriter
-from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+from torch.distributed.checkpoint import DefaultSavePlanner, FileSystemWriter
 from torch.distributed.checkpoint.filesystem import _StorageInfo, _StoragePrefix
 from torch.distributed.checkpoint.metadata import (
     BytesStorageMetadata,
@@ -37,7 +36,6 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.planner import (
     BytesIOWriteData,
-    LoadPlan,
     ReadItem,
     SavePlan,
     TensorWriteData,
@@ -46,8 +44,9 @@ from torch.distributed.checkpoint.planner import (
 )
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 from torch.distributed.checkpoint.storage import WriteResult
+from torch.distributed.checkpoint.utils import _create_file_view
 
-from checkpoint_tools.files import publish, write_atomically
+from checkpoint_tools.files import WriteBehind, forget, publish, write_atomically
 
 OPTIMIZER = "optimizer."
 """How the keys of optimizer state begin."""
@@ -65,28 +64,54 @@ def packed(value: Any) -> bytes:
 class TorchDistReader:
     """The tensors and objects of a folder by key."""
 
-    def __init__(self, path: Path) -> None:
-        """Raises ValueError if the folder's metadata is missing or unreadable."""
+    def __init__(self, path: Path, metadata: Metadata | None = None) -> None:
+        """metadata: of a folder that has none yet.
+
+        Raises ValueError if the folder's metadata is missing or unreadable.
+        """
         self.path = path
-        metadata = _read_metadata(path / ".metadata")
-        self._files = FileSystemReader(path)
-        self._files.set_up_storage_reader(metadata, is_coordinator=True)
+        metadata = metadata or _read_metadata(path / ".metadata")
+        self._chunks: dict[MetadataIndex, _StorageInfo] = metadata.storage_data
         found = metadata.state_dict_metadata
         self.tensors = {k: v for k, v in found.items() if isinstance(v, TensorStorageMetadata)}
         self.objects = {k for k, v in found.items() if isinstance(v, BytesStorageMetadata)}
-        self._by_row: dict[str, dict[int, list[ChunkStorageMetadata]]] = {}
+        self._by_place: dict[str, tuple[int, dict[tuple[int, ...], list[ChunkStorageMetadata]]]]
+        self._by_place = {}
         self.bytes = sum(info.length for info in metadata.storage_data.values())
 
     def file_of(self, key: str) -> Path:
         """The first file that holds part of `key`."""
-        chunks = self._files.storage_data
-        return self.path / next(chunks[i].relative_path for i in chunks if i.fqn == key)
+        found = next(info for index, info in self._chunks.items() if index.fqn == key)
+        return self.path / found.relative_path
 
     def read(self, key: str, offsets: Sequence[int], sizes: Sequence[int]) -> Tensor:
         """A box of tensor `key`, however it is cut into chunks.
 
         Raises ValueError naming the file if the box is not covered or the file can't be read.
         """
+        items = self.items(key, offsets, sizes)
+        if len(items) == 1:
+            return self._part_of_chunk(items[0])
+        target = torch.empty(tuple(sizes), dtype=self.tensors[key].properties.dtype)
+        for item in items:
+            _box(target, item.dest_offsets, item.lengths).copy_(self._part_of_chunk(item))
+        return target
+
+    def _part_of_chunk(self, item: ReadItem) -> Tensor:
+        info = self._chunks[item.storage_index]
+        file = self.path / info.relative_path
+        try:
+            with file.open("rb") as stream:
+                view = _create_file_view(stream, info.offset, info.length)
+                chunk = torch.load(view, map_location="cpu", weights_only=True)
+            return _box(chunk, item.storage_offsets, item.lengths)
+        except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
+            raise ValueError(
+                f"{file} with {item.storage_index.fqn} is missing, truncated or corrupt: {error}"
+            ) from error
+
+    def items(self, key: str, offsets: Sequence[int], sizes: Sequence[int]) -> list[ReadItem]:
+        """What has to be read for a box; ValueError if not all of it is stored."""
         stored = self._near(key, offsets, sizes)
         box = ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes))
         items = create_read_items_for_chunk_list(key, stored, [box])
@@ -96,61 +121,50 @@ class TorchDistReader:
                 f"{self.path}: {covered} of {math.prod(sizes)} elements of {key} are stored; the "
                 "checkpoint is incomplete"
             )
-        target = torch.empty(tuple(sizes), dtype=stored.properties.dtype)
-        planner = _Into(lambda item: _box(target, item.dest_offsets, item.lengths))
-        try:
-            self._files.read_data(LoadPlan(items), planner).wait()
-        except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
-            chunks = self._files.storage_data
-            files = sorted({chunks[item.storage_index].relative_path for item in items})
-            raise ValueError(
-                f"{self.path}: {', '.join(files)} with {key} is missing, truncated or corrupt: "
-                f"{error}"
-            ) from error
-        return target
+        return items
+
+    def forget(self, key: str, offsets: Sequence[int], sizes: Sequence[int]) -> None:
+        """Take the chunks of a box out of the page cache."""
+        for item in self.items(key, offsets, sizes):
+            info = self._chunks[item.storage_index]
+            forget(self.path / info.relative_path, info.offset, info.length)
 
     def _near(
         self, key: str, offsets: Sequence[int], sizes: Sequence[int]
     ) -> TensorStorageMetadata:
-        """The tensor with the chunks that may hold the box. All layers are one tensor, and looking
-        at every layer's chunks for each of them would take time quadratic in depth."""
+        """The tensor with the chunks that may hold the box. All layers and experts are one tensor,
+        and looking at everyone's chunks for each of them would take time quadratic in their number.
+        """
         stored = self.tensors[key]
-        if not sizes or sizes[0] != 1:
-            return stored
-        if key not in self._by_row:
-            rows: dict[int, list[ChunkStorageMetadata]] = {}
+        if key not in self._by_place:
+            # the axes on which layers and experts are stacked: no chunk has two of them
+            depth = min(_leading_ones(chunk.sizes) for chunk in stored.chunks)
+            places: dict[tuple[int, ...], list[ChunkStorageMetadata]] = {}
             for chunk in stored.chunks:
-                for row in range(chunk.offsets[0], chunk.offsets[0] + chunk.sizes[0]):
-                    rows.setdefault(row, []).append(chunk)
-            self._by_row[key] = rows
-        chunks = self._by_row[key].get(offsets[0], [])
+                places.setdefault(tuple(chunk.offsets[:depth]), []).append(chunk)
+            self._by_place[key] = depth, places
+        depth, places = self._by_place[key]
+        if _leading_ones(sizes) < depth:
+            return stored
+        chunks = places.get(tuple(offsets[:depth]), [])
         return TensorStorageMetadata(stored.properties, stored.size, chunks)
 
     def object_bytes(self, key: str) -> bytes:
         """An object as it is stored."""
-        info = next(v for k, v in self._files.storage_data.items() if k.fqn == key)
-        with (self.path / info.relative_path).open("rb") as file:
+        info = next(info for index, info in self._chunks.items() if index.fqn == key)
+        with self.file_of(key).open("rb") as file:
             file.seek(info.offset)
             return file.read(info.length)
+
+
+def _leading_ones(sizes: Sequence[int]) -> int:
+    return next((axis for axis, size in enumerate(sizes) if size != 1), len(sizes))
 
 
 def _box(tensor: Tensor, offsets: Sequence[int], sizes: Sequence[int]) -> Tensor:
     for dim, (offset, size) in enumerate(zip(offsets, sizes, strict=True)):
         tensor = tensor.narrow(dim, offset, size)
     return tensor
-
-
-class _Into(DefaultLoadPlanner):
-    """Reads go to what `target` says."""
-
-    def __init__(self, target: Callable[[ReadItem], Tensor]) -> None:
-        super().__init__()
-        self._target = target
-
-    def resolve_tensor(self, read_item: ReadItem) -> Tensor:
-        return self._target(read_item)
-
-    def commit_tensor(self, read_item: ReadItem, tensor: Tensor) -> None: ...
 
 
 _METADATA = (
@@ -213,21 +227,30 @@ class Piece:
 
 class TorchDistWriter:
     """Writes a folder part by part, each one a file and a record beside it. What has a record is
-    complete, so whoever goes on after a kill skips it, and several processes can share the parts.
+    complete, on the disk and checked, so whoever goes on after a kill skips it, and several
+    processes can share the parts.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._files = FileSystemWriter(path, single_file_per_rank=True, thread_count=1)
+        self._files = FileSystemWriter(path, thread_count=1, sync_files=False)
         self._records = path / "parts"
+        self._behind = WriteBehind()
 
     def has(self, part: int) -> bool:
         return self._record(part).exists()
 
     def write(
-        self, part: int, pieces: Sequence[Piece], objects: dict[str, bytes] | None = None
+        self,
+        part: int,
+        pieces: Sequence[Piece],
+        objects: dict[str, bytes] | None = None,
+        check: Callable[[TorchDistReader], object] = lambda written: None,
     ) -> None:
-        """Write one file; pieces are loaded one at a time, objects are as `packed` makes them.
+        """Write one file, whose record follows at the next `write` or at `wait`; pieces are loaded
+        one at a time, objects are as `packed` makes them.
+
+        check: looks at what was written, while it is in memory; nothing is recorded if it raises.
 
         Raises ValueError if the disk is full.
         """
@@ -255,20 +278,26 @@ class TorchDistWriter:
                 {"key": key, **_place(stored[MetadataIndex(key)])} for key in objects or {}
             ],
         }
-        write_atomically(self._record(part), json.dumps(record))
+        file = self.path / f"__{part}_0.distcp"
+
+        def commit() -> None:
+            forget(file)
+            write_atomically(self._record(part), json.dumps(record))
+
+        self._behind.add(
+            file, lambda: check(TorchDistReader(self.path, _metadata([record]))), commit
+        )
+
+    def wait(self) -> None:
+        """Wait until everything that this process wrote has its record."""
+        self._behind.wait()
 
     def finish(self, parts: int) -> None:
         """Make one folder of all parts; one process calls this when every part has a record. The
         records stay until `publish`, so that a kill up to then loses nothing."""
-        metadata = Metadata({}, storage_data={})
-        results: list[WriteResult] = []
-        for part in range(parts):
-            record = json.loads(self._record(part).read_text())
-            for entry in record["tensors"]:
-                results.append(_add_chunk(metadata, entry))
-            for entry in record["objects"]:
-                metadata.state_dict_metadata[entry["key"]] = BytesStorageMetadata()
-                results.append(_result(MetadataIndex(entry["key"]), entry))
+        metadata = _metadata(json.loads(self._record(part).read_text()) for part in range(parts))
+        stored = metadata.storage_data
+        results = [WriteResult(index, info.length, info) for index, info in stored.items()]
         self._files.finish(metadata, [results])
         save_config(CheckpointingConfig("torch_dist", 1), str(self.path))
 
@@ -285,12 +314,24 @@ def _place(info: _StorageInfo) -> dict[str, Any]:
     return {"file": info.relative_path, "start": info.offset, "length": info.length}
 
 
-def _result(index: MetadataIndex, entry: dict[str, Any]) -> WriteResult:
-    info = _StorageInfo(entry["file"], entry["start"], entry["length"])
-    return WriteResult(index=index, size_in_bytes=info.length, storage_data=info)
+def _metadata(records: Iterable[dict[str, Any]]) -> Metadata:
+    """Of a folder with the parts that have these records."""
+    metadata = Metadata({}, storage_data={})
+    for record in records:
+        for entry in record["tensors"]:
+            index = _add_chunk(metadata, entry)
+            metadata.storage_data[index] = _info(entry)
+        for entry in record["objects"]:
+            metadata.state_dict_metadata[entry["key"]] = BytesStorageMetadata()
+            metadata.storage_data[MetadataIndex(entry["key"])] = _info(entry)
+    return metadata
 
 
-def _add_chunk(metadata: Metadata, entry: dict[str, Any]) -> WriteResult:
+def _info(entry: dict[str, Any]) -> _StorageInfo:
+    return _StorageInfo(entry["file"], entry["start"], entry["length"])
+
+
+def _add_chunk(metadata: Metadata, entry: dict[str, Any]) -> MetadataIndex:
     key, shape = entry["key"], torch.Size(entry["shape"])
     properties = TensorProperties(dtype=getattr(torch, entry["dtype"]))
     stored = metadata.state_dict_metadata.setdefault(
@@ -304,7 +345,7 @@ def _add_chunk(metadata: Metadata, entry: dict[str, Any]) -> WriteResult:
         )
     offsets = torch.Size(entry["offsets"])
     stored.chunks.append(ChunkStorageMetadata(offsets, torch.Size(entry["sizes"])))
-    return _result(MetadataIndex(key, offsets, len(stored.chunks) - 1), entry)
+    return MetadataIndex(key, offsets, len(stored.chunks) - 1)
 
 
 class _From(DefaultSavePlanner):

@@ -28,37 +28,19 @@ from checkpoint_tools import hub, world
 from checkpoint_tools.command import exit_status
 from checkpoint_tools.hf_directory import HFDirectory
 from checkpoint_tools.megatron_directory import hf_directory, load_model
-from checkpoint_tools.megatron_weights import MegatronWeights, head_of
-from checkpoint_tools.weights import Difference, StoredWeights, compare
+from checkpoint_tools.megatron_weights import MegatronWeights, head_of, ignored_names
+from checkpoint_tools.weights import Difference, compare
 from model_providers import backend as backends
 from model_providers.config import Qwen3VLConfig
 from model_providers.parallel import Layout, ParallelState
-from model_providers.weight_map import unused_names
 
 LOGITS_TOLERANCE = 1e-4
 """Largest difference of fp32 results, in units of the largest one."""
 
 
-def open_weights(path: Path) -> StoredWeights:
+def open_weights(path: Path) -> HFDirectory | MegatronWeights:
     """The weights at `path`, whichever of the two formats it is in."""
     return HFDirectory(path) if hf_directory(path) == path else MegatronWeights(path)
-
-
-def ignored_names(path: Path, weights: StoredWeights) -> set[str]:
-    """What one side may have alone: a language head that is tied, or that a discriminator has not.
-
-    Raises ValueError if a tied head is not the embedding after all.
-    """
-    config = Qwen3VLConfig.from_hf(hf_directory(path))
-    names = unused_names(config, head_of(weights))
-    head, embedding = "lm_head.weight", "model.language_model.embed_tokens.weight"
-    if config.tie_word_embeddings and head in weights and head_of(weights) == "language":
-        if not torch.equal(weights[head], weights[embedding]):
-            raise ValueError(
-                f"{path}: config.json ties {head} to {embedding}, but they differ, so one of them "
-                "would be lost; set tie_word_embeddings to false"
-            )
-    return names
 
 
 @dataclass(frozen=True)
@@ -158,7 +140,7 @@ def why_no_logits(config: Qwen3VLConfig, nbytes: int) -> str | None:
 def verify(first: Path, second: Path, logits: bool = True) -> dict[str, Any]:
     """Everything that the table shows. `second` may be of either format."""
     a, b = open_weights(first), open_weights(second)
-    found = compare(a, b, ignored_names(first, a) | ignored_names(second, b))
+    found = compare(a, b, ignored_names(a, first) | ignored_names(b, second))
     report: dict[str, Any] = {
         "first": str(first),
         "second": str(second),

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
@@ -26,6 +27,17 @@ class StoredWeights(Weights):
     @abstractmethod
     def file_of(self, name: str) -> Path:
         """Where the tensor comes from, for messages."""
+
+    @cached_property
+    def _names(self) -> frozenset[str]:
+        return frozenset(self)
+
+    def __contains__(self, name: object) -> bool:
+        # a Mapping's own reads the tensor
+        return name in self._names
+
+    def forget(self, name: str) -> None:
+        """Take it out of the page cache, if it came from there: it is not read again."""
 
 
 Kind = Literal["missing", "surplus", "shape", "dtype", "value", "logits"]
@@ -62,23 +74,14 @@ def compare(first: Weights, second: Weights, ignored: Iterable[str] = ()) -> Com
 
     ignored: names that one side may have alone.
     """
-    ignored = set(ignored)
-    found = Comparison()
-    for name in sorted(set(first) ^ set(second)):
-        if name not in ignored:
-            kind: Kind = "surplus" if name in second else "missing"
-            found.differences.append(Difference(name, kind, f"{kind} in the second"))
     common = [name for name in first if name in second]
     rank, size = rank_and_size()
-    mine = Comparison()
-    for name in track(common[rank::size], "comparing", disable=rank > 0, transient=True):
-        mine.tensors += 1
-        mine.bytes += first.like(name).nbytes
-        if difference := _difference(name, first, second):
-            mine.differences.append(difference)
+    names = track(common[rank::size], "comparing", disable=rank > 0, transient=True)
+    mine = compare_tensors(first, second, names)
     gathered: list[Comparison] = [mine] * size
     if size > 1:
         dist.all_gather_object(gathered, mine)
+    found = Comparison(differences=_of_names(first, second, ignored))
     for part in gathered:
         found.tensors += part.tensors
         found.bytes += part.bytes
@@ -86,27 +89,74 @@ def compare(first: Weights, second: Weights, ignored: Iterable[str] = ()) -> Com
     return found
 
 
-def _difference(name: str, first: Weights, second: Weights) -> Difference | None:
+def compare_headers(first: Weights, second: Weights, ignored: Iterable[str] = ()) -> Comparison:
+    """Like `compare`, but of names, shapes and types alone, and without other ranks."""
+    common = [name for name in first if name in second]
+    found = _compare(first, second, common, _of_header)
+    found.differences += _of_names(first, second, ignored)
+    return found
+
+
+def compare_tensors(first: Weights, second: Weights, names: Iterable[str]) -> Comparison:
+    """Shape, type and every bit of tensors that both have; without other ranks."""
+    return _compare(first, second, names, lambda *of: _of_header(*of) or _of_values(*of))
+
+
+def _compare(
+    first: Weights,
+    second: Weights,
+    names: Iterable[str],
+    difference: Callable[[str, Weights, Weights], Difference | None],
+) -> Comparison:
+    found = Comparison()
+    for name in names:
+        found.tensors += 1
+        found.bytes += first.like(name).nbytes
+        if different := difference(name, first, second):
+            found.differences.append(different)
+    return found
+
+
+def _of_names(first: Weights, second: Weights, ignored: Iterable[str]) -> list[Difference]:
+    found: list[Difference] = []
+    for name in sorted((set(first) ^ set(second)) - set(ignored)):
+        kind: Kind = "surplus" if name in second else "missing"
+        found.append(Difference(name, kind, f"{kind} in the second"))
+    return found
+
+
+def _of_header(name: str, first: Weights, second: Weights) -> Difference | None:
     a, b = first.like(name), second.like(name)
     if a.shape != b.shape:
         return Difference(name, "shape", f"shape {tuple(a.shape)} and {tuple(b.shape)}")
     if a.dtype != b.dtype:
         return Difference(name, "dtype", f"{a.dtype} and {b.dtype}")
+    return None
+
+
+def _of_values(name: str, first: Weights, second: Weights) -> Difference | None:
     # expert by expert, since all of a layer's can be most of it
     if name.endswith(EXPERTS):
-        unequal = [
-            i for i in range(a.shape[0]) if _unequal(first.expert(name, i), second.expert(name, i))
+        wrong = [
+            i
+            for i in range(first.like(name).shape[0])
+            if unequal(first.expert(name, i), second.expert(name, i))
         ]
-        if unequal:
-            return Difference(name, "value", f"experts {unequal[:8]} have other values")
+        if wrong:
+            return Difference(name, "value", f"experts {wrong[:8]} have other values")
         return None
-    if count := _unequal(first[name], second[name]):
+    a, b = first[name], second[name]
+    if count := unequal(a, b):
         return Difference(name, "value", f"{count} of {a.numel()} elements have other values")
     return None
 
 
-def _unequal(a: Tensor, b: Tensor) -> int:
+def unequal(a: Tensor, b: Tensor) -> int:
     """How many elements differ in their bits."""
-    bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32}[a.element_size()]
-    first, second = a.contiguous().view(bits), b.contiguous().view(bits)
-    return 0 if torch.equal(first, second) else int((first != second).sum())
+    a, b = a.contiguous().flatten(), b.contiguous().flatten()
+    # eight bytes at a time, four times as fast as two
+    if all((t.nbytes | t.storage_offset() * t.element_size()) % 8 == 0 for t in (a, b)):
+        if torch.equal(a.view(torch.int64), b.view(torch.int64)):
+            return 0
+    bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[a.element_size()]
+    return int((a.view(bits) != b.view(bits)).sum())
