@@ -56,12 +56,14 @@ class RandomWeights(StoredWeights):
         return self.structure.like(name).to(torch.bfloat16)
 
     def __getitem__(self, name: str) -> Tensor:
-        like = self.like(name)
-        repeats = -(-like.numel() // self.block.numel())
-        return self.block.repeat(repeats)[: like.numel()].reshape(like.shape)
+        return self._of_shape(self.like(name).shape)
 
     def expert(self, name: str, index: int) -> Tensor:
-        return self[name][index]
+        return self._of_shape(self.like(name).shape[1:])
+
+    def _of_shape(self, shape: torch.Size) -> Tensor:
+        repeats = -(-shape.numel() // self.block.numel())
+        return self.block.repeat(repeats)[: shape.numel()].reshape(shape)
 
     def file_of(self, name: str) -> Path:
         return Path("random")
