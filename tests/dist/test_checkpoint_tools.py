@@ -392,6 +392,74 @@ def test_a_conversion_that_changes_a_bit_says_so(
     assert not (tmp_path / "ckpt").exists()
 
 
+def _corrupted_disk(tool: Callable[..., Any], source: Path, out: Path) -> str:
+    """A disk that flips a bit of the first file that it is given."""
+    add, seen = files.WriteBehind.add, list[Path]()
+
+    def flipped(self: Any, file: Path, *args: Any) -> None:
+        if not seen:
+            content = bytearray(file.read_bytes())
+            content[len(content) // 2] ^= 1
+            file.write_bytes(content)
+        seen.append(file)
+        add(self, file, *args)
+
+    with mock.patch.object(files.WriteBehind, "add", flipped):
+        return _refusal(tool, source, out)
+
+
+@pytest.mark.parametrize("kind", ["import", "export"])
+@pytest.mark.parametrize("model", ["dense", "moe"])
+def test_a_disk_that_changes_a_bit_is_noticed_before_the_file_counts(
+    ranks: Worlds, sources: dict[str, Path], tmp_path: Path, kind: str, model: str
+) -> None:
+    source, out = sources[model], tmp_path / "out"
+    tool: Callable[..., Any] = hf_to_megatron.convert
+    if kind == "export":
+        source, tool = tmp_path / "ckpt", megatron_to_hf.export
+        ranks(1).run(hf_to_megatron.convert, sources[model], source)
+    [message] = ranks(1).run(_corrupted_disk, tool, source, out)
+    assert "differs from" in message and "1 tensors" in message, message
+    assert not out.exists() and not _finished_parts(kind, files.staging_of(out))
+    ranks(1).run(tool, source, out)
+    assert out.exists()
+
+
+def _unpublished(source: Path, out: Path, verify: bool) -> dict[str, int]:
+    """Conversion up to the last step: when each file was written."""
+    with mock.patch.object(torch_dist, "publish", side_effect=ValueError("killed")):
+        assert _refusal(hf_to_megatron.convert, source, out, None, verify) == "killed"
+    return _finished_parts("import", files.staging_of(out))
+
+
+def test_what_was_not_compared_is_written_again_when_asked_to(
+    ranks: Worlds, sources: dict[str, Path], tmp_path: Path
+) -> None:
+    runs = [
+        ranks(1).run(_unpublished, sources["dense"], tmp_path / "ckpt", verify)[0]
+        for verify in (False, True, True)
+    ]
+    assert runs[0].keys() == runs[1].keys() and len(runs[0]) > 10
+    assert not runs[0].items() & runs[1].items()
+    assert runs[1] == runs[2]
+
+
+def test_a_part_that_lost_a_tensor_is_noticed_at_the_end(
+    ranks: Worlds, sources: dict[str, Path], tmp_path: Path
+) -> None:
+    ranks(1).run(_unpublished, sources["dense"], tmp_path / "ckpt", True)
+    key = "decoder.layers.self_attention.linear_qkv.weight"
+    for file in files.staging_of(tmp_path / "ckpt").glob("parts/*.json"):
+        record = json.loads(file.read_text())
+        kept = [entry for entry in record["tensors"] if not entry["key"].endswith(key)]
+        if len(kept) < len(record["tensors"]):
+            file.write_text(json.dumps(record | {"tensors": kept}))
+            break
+    [message] = ranks(1).run(_refusal, hf_to_megatron.convert, sources["dense"], tmp_path / "ckpt")
+    assert f"elements of language_model.{key} are stored" in message
+    assert not (tmp_path / "ckpt").exists()
+
+
 @pytest.mark.parametrize("kind", ["dense", "tied", "moe", "judge"])
 def test_verify_compares_what_both_compute(
     ranks: Worlds, sources: dict[str, Path], tmp_path: Path, kind: str
@@ -472,5 +540,6 @@ def _bytes_read(ckpt: Path) -> int:
         return original(tensor, *args)
 
     with mock.patch.object(torch_dist, "_box", counted):
+        assert LAYER + "mlp.up_proj.weight" in weights
         weights[LAYER + "mlp.down_proj.weight"]
     return read
