@@ -155,7 +155,7 @@ def unequal(a: Tensor, b: Tensor) -> int:
     """How many elements differ in their bits."""
     a, b = a.contiguous().flatten(), b.contiguous().flatten()
     # eight bytes at a time, four times as fast as two
-    if all((t.nbytes | t.storage_offset() * t.element_size()) % 8 == 0 for t in (a, b)):
+    if all(t.nbytes % 8 == t.storage_offset() * t.element_size() % 8 == 0 for t in (a, b)):
         if torch.equal(a.view(torch.int64), b.view(torch.int64)):
             return 0
     bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[a.element_size()]
