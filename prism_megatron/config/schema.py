@@ -240,7 +240,7 @@ class Stage(Section):
     def _the_backend_has_the_optimizer(self) -> Self:
         for name in type(self).model_fields:
             section = getattr(self, name)
-            if self.backend == "cuda" or not isinstance(section, Optimizer):
+            if self.backend != "cpu" or not isinstance(section, Optimizer):
                 continue
             if section.moments != "float32" or section.offload:
                 raise ValueError(
