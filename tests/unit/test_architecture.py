@@ -12,7 +12,9 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("prism_megatron", "checkpoint_tools", "model_providers")
 DEVICE_FILES = {"model_providers/backend.py", "model_providers/megatron_cpu.py"}
-DEVICE_NAMES = re.compile(r"torch\.cuda|[\"']cuda|[\"']nccl[\"']|parallel_state\.get_|\.cuda\(\)")
+DEVICE_NAMES = re.compile(
+    r"torch\.cuda|[\"']cuda[:\"']|[\"']nccl[\"']|parallel_state\.get_|\.cuda\(\)"
+)
 # a backend is chosen by name, in the configuration and on the command line
 CHOICE_OF_BACKEND = re.compile(r"(Literal\[|choices=\()\"cpu\", \"cuda\"[\])]")
 LONGEST_FILE = 700
