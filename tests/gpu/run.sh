@@ -20,17 +20,19 @@ export PYTHONUNBUFFERED=1 PYTHONWARNINGS=ignore PYTORCH_CUDA_ALLOC_CONF=expandab
 gpus=$(python3 -c 'import torch; print(torch.cuda.device_count())')
 ((gpus)) || { echo "no GPU is visible" >&2; exit 1; }
 
-port=29600
+port=29500
 # job NAME FIRST_GPU COUNT MODULE [ARGUMENT ...]: run it on these GPUs, its log beside its result
 job() {
     local name=$1 first=$2 count=$3 module=$4 started=$SECONDS
     shift 4
+    # one of its own by name, since several jobs run at once
+    local own=$((port + $(cksum <<<"$name" | cut -d' ' -f1) % 1000))
     if ((first + count > gpus)); then
         echo "$name: skipped, wants GPUs $first to $((first + count - 1)) of $gpus"
         return
     fi
     if CUDA_VISIBLE_DEVICES=$(seq -s, "$first" $((first + count - 1))) timeout 300 \
-        python3 -m torch.distributed.run --nproc-per-node "$count" --master-port $((port + first)) \
+        python3 -m torch.distributed.run --nproc-per-node "$count" --master-port $own \
         -m "tests.gpu.$module" "$@" --out "$out/$name.json" >"$out/$name.log" 2>&1; then
         echo "$name: passed in $((SECONDS - started)) s"
     else
@@ -40,6 +42,9 @@ job() {
     fi
 }
 
+# from FIRST COUNT: FIRST, or 0 where there are not COUNT more, for models that can share a GPU
+from() { echo $(($1 + $2 <= gpus ? $1 : 0)); }
+
 parity() {
     local reference
     reference=$(mktemp -d)
@@ -47,10 +52,14 @@ parity() {
         python3 -m tests.gpu.check_cuda_backend reference "$reference" >"$out/reference.log" 2>&1 ||
         { echo "reference: FAILED"; tail -n 3 "$out/reference.log"; touch "$out/failed"; return; }
     job parity-1 0 1 check_cuda_backend compare "$reference" &
-    job parity-cp2 1 2 check_cuda_backend compare "$reference" --context 2 &
+    job parity-cp2 "$(from 1 2)" 2 check_cuda_backend compare "$reference" --context 2 &
+    wait
+    job parity-dp2 0 2 check_cuda_backend compare "$reference" &
+    job parity-ep2 "$(from 2 2)" 2 check_cuda_backend compare "$reference" --expert 2 &
     wait
     job parity-tp2-ep2 0 2 check_cuda_backend compare "$reference" --tensor 2 --expert 2 &
-    job parity-pp2-vpp2 2 2 check_cuda_backend compare "$reference" --pipeline 2 --virtual-pipeline 2 &
+    job parity-pp2-vpp2 "$(from 2 2)" 2 check_cuda_backend compare "$reference" --pipeline 2 \
+        --virtual-pipeline 2 &
     wait
     job parity-tp2-cp2 0 4 check_cuda_backend compare "$reference" --tensor 2 --context 2
     job parity-ep4 0 4 check_cuda_backend compare "$reference" --expert 4
@@ -59,8 +68,8 @@ parity() {
 
 resume() {
     job resume-1 0 1 check_resume &
-    job resume-tp2-ep2 1 2 check_resume --tensor 2 --expert 2 &
-    job resume-bf16-moments 3 1 check_resume --moments bfloat16 --offload &
+    job resume-tp2-ep2 "$(from 1 2)" 2 check_resume --tensor 2 --expert 2 &
+    job resume-bf16-moments "$(from 3 1)" 1 check_resume --moments bfloat16 --offload &
     wait
 }
 
