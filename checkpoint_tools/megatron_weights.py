@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +67,7 @@ class Entry:
                 tuple(place.global_offset),
                 box(place),
                 dtype,
-                lambda index=index: piece(index),  # type: ignore[misc]
+                partial(piece, index),
             )
             for index, place in enumerate(self.places)
         ]

@@ -115,7 +115,7 @@ def _cut(
             tuple(start),
             tuple(size),
             stored.properties.dtype,
-            lambda start=start, size=size: _read(reader, key, start, size, dim),  # type: ignore[misc]
+            partial(_read, reader, key, start, size, dim),
         )
 
 

@@ -7,14 +7,18 @@ from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
+from unittest import mock
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from model_providers.config import Precision
 from model_providers.parallel import Layout
+from model_providers.qwen3_vl import Qwen3VLModel
 from model_providers.weight_map import iter_hf_weights
 from prism_megatron.config.schema import Optimizer
 from prism_megatron.objectives.losses import bradley_terry_loss, policy_loss
@@ -82,6 +86,57 @@ def test_two_steps_equal_adamw_on_the_hugging_face_model(
     assert min(norms) > 0.5
     assert gap < 1e-5
     assert moved > 1e-2
+
+
+def _first_steps(path: Path, lacks_scales: bool) -> tuple[list[int], list[float], Weights]:
+    """Forward-backward passes of the first two steps, their losses, the weights after them."""
+    runner = checks.make_runner(path, Layout())
+    batch = checks.mixed_batch()
+    passes = []
+    with (
+        mock.patch.object(type(runner.model), "lacks_gradient_scales", lambda model: lacks_scales),
+        mock.patch.object(
+            ModelRunner, "forward_backward", autospec=True, side_effect=ModelRunner.forward_backward
+        ) as counted,
+    ):
+        losses = []
+        for _ in range(2):
+            losses.append(runner.train_step(batch, checks.weighted_loss(30)).sums["loss"])
+            passes.append(counted.call_count - sum(passes))
+    return passes, losses, _weights(runner)
+
+
+def test_passes_that_find_scales_leave_no_gradient(
+    ranks: Worlds, hf_models: dict[str, Path]
+) -> None:
+    [(passes, losses, weights)] = ranks(1).run(_first_steps, hf_models["dense"], True)
+    [(plain, wanted, expected)] = ranks(1).run(_first_steps, hf_models["dense"], False)
+    assert (passes, plain) == ([3, 1], [1, 1])
+    assert losses == wanted
+    assert all(torch.equal(weights[name], weight) for name, weight in expected.items())
+
+
+@pytest.mark.parametrize(
+    "fp8, histories, lacks",
+    [
+        ("delayed", [], True),
+        ("delayed", [0.0, 0.0], True),
+        ("delayed", [0.0, 3.0], False),
+        ("tensorwise", [0.0], False),
+        (None, [], False),
+    ],
+)
+def test_delayed_scaling_lacks_scales_until_a_gradient_was_seen(
+    fp8: Any, histories: list[float], lacks: bool
+) -> None:
+    layers = [
+        SimpleNamespace(fp8_meta={"scaling_bwd": SimpleNamespace(amax_history=torch.tensor([h]))})
+        for h in histories
+    ]
+    # as Transformer Engine has it before a forward pass, and a module that is not its own
+    others = [SimpleNamespace(fp8_meta={"recipe": None}), SimpleNamespace()]
+    model = SimpleNamespace(precision=Precision(fp8), modules=lambda: [*layers, *others])
+    assert Qwen3VLModel.lacks_gradient_scales(cast(Any, model)) is lacks
 
 
 def _frozen(
