@@ -18,6 +18,7 @@ from megatron.core import parallel_state
 from megatron.core.models.backends import BackendSpecProvider
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from torch import Tensor
+from torch.distributed import distributed_c10d
 
 from model_providers.parallel import Layout, ParallelState
 
@@ -61,6 +62,55 @@ class Backend:
         """The same on the device; the host does not wait for the copy."""
         staged = host.pin_memory() if self.device.type == "cuda" else host
         return staged.to(self.device, non_blocking=True)
+
+    def synchronize(self) -> None:
+        """Wait for what is queued on the current stream."""
+        if self.device.type == "cuda":
+            torch.cuda.current_stream().synchronize()
+
+    def device_uuid(self) -> str:
+        """Name of this rank's device, the same in every process of the host."""
+        if self.device.type == "cuda":
+            return f"GPU-{torch.cuda.get_device_properties(self.device).uuid}"
+        return f"CPU-{os.getpid()}"
+
+    def shareable(self, nbytes: int) -> Tensor:
+        """[nbytes] uint8 on the device, which another process can map."""
+        if self.device.type != "cuda":
+            return torch.empty(nbytes, dtype=torch.uint8).share_memory_()
+        # another process can't map expandable segments without privileges
+        expandable = any(
+            "expandable_segments:True" in os.environ.get(name, "")
+            for name in ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
+        )
+        if expandable:
+            torch.cuda.memory._set_allocator_settings("expandable_segments:False")
+        try:
+            return torch.empty(nbytes, dtype=torch.uint8, device=self.device)
+        finally:
+            if expandable:
+                torch.cuda.memory._set_allocator_settings("expandable_segments:True")
+
+    def outer_group(self, address: str, world: int, rank: int, name: str) -> dist.ProcessGroup:
+        """A group with processes that are not of this world; returns when all have joined.
+
+        torch can only make groups of the ranks of a world, so this goes below its public interface,
+        in the way that SGLang's and vLLM's side of such a group does.
+        """
+        timeout = distributed_c10d.default_pg_timeout
+        store, _, _ = next(distributed_c10d.rendezvous(address, rank, world, timeout=timeout))
+        store.set_timeout(timeout)
+        group, _ = distributed_c10d._new_process_group_helper(
+            world,
+            rank,
+            [],
+            distributed_c10d.Backend(self.process_group_backend),
+            distributed_c10d.PrefixStore(name, store),
+            group_name=name,
+            timeout=timeout,
+        )
+        distributed_c10d._world.pg_group_ranks[group] = {i: i for i in range(world)}
+        return group
 
     def init_process_group(self, timeout_seconds: float = 600) -> None:
         """Join the world that torchrun or srun started; a lone process is a world of one."""

@@ -11,15 +11,15 @@ from __future__ import annotations
 
 import re
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from model_providers.config import SECTIONS, Qwen3VLConfig
-from model_providers.parallel import ParallelState
 from model_providers.qwen3_vl import Head, Qwen3VLChunk, Qwen3VLModel, padded_vocab_size
 
 
@@ -38,6 +38,10 @@ class Weights(Mapping[str, Tensor]):
 
 class Transform:
     """A tensor that is the same on both sides and whole on every tensor-parallel rank."""
+
+    dim: int | None = None
+    """Dimension that the ranks split, and that `join` and `to_hf` move slices along; the others
+    stay as they are. None: the whole tensor is one slice."""
 
     def to_megatron(self, tensors: list[Tensor], config: Qwen3VLConfig) -> Tensor:
         return tensors[0]
@@ -312,21 +316,18 @@ _PATTERNS = [(_pattern(name), rule) for rule in RULES for name in rule.megatron]
 
 @dataclass(frozen=True, order=True)
 class Task:
-    """One parameter of the whole model and where it lives."""
+    """One shard of one parameter of the whole model, the same on every rank that holds it."""
 
     hf: tuple[str, ...]
     """Hugging Face names, layers numbered over all stages."""
     expert: int
     """Index in the fused expert tensor; -1 for other parameters."""
-    stage: int
-    expert_rank: int
+    part: int
+    """Which of `parts` shards; the only one where tensor-parallel ranks hold copies."""
+    parts: int
     shape: tuple[int, ...]
-    """Shape of one shard."""
+    """Shape of the shard."""
     dtype: str
-
-    @property
-    def key(self) -> tuple[tuple[str, ...], int]:
-        return self.hf, self.expert
 
 
 @dataclass(frozen=True)
@@ -367,13 +368,13 @@ def _chunk_tasks(model: Qwen3VLChunk) -> Iterator[Local]:
         layer = int(found.get("L", -1))
         if name.startswith("language_model.") and layer >= 0:
             layer = model.language_model.layers[layer]
-        expert_rank = parallel.groups.ep.rank() if is_expert else 0
-        expert = expert_rank * experts + int(found["E"]) if is_expert else -1
+        group = parallel.groups.expt_tp if is_expert else parallel.groups.tp
+        is_split = rule.transform.dim is not None
         task = Task(
             hf=tuple(hf.replace("{L}", str(layer)) for hf in rule.hf),
-            expert=expert,
-            stage=parallel.pipeline_rank,
-            expert_rank=expert_rank,
+            expert=parallel.groups.ep.rank() * experts + int(found["E"]) if is_expert else -1,
+            part=group.rank() if is_split else 0,
+            parts=group.size() if is_split else 1,
             shape=tuple(parameter.shape),
             dtype=str(parameter.dtype).removeprefix("torch."),
         )
@@ -387,19 +388,16 @@ def _match(name: str) -> tuple[re.Match[str], Rule]:
     raise AssertionError(f"no rule maps the Megatron parameter {name}; add one to RULES")
 
 
-def _tensor_group(local: Local, parallel: ParallelState) -> dist.ProcessGroup:
-    return parallel.groups.expt_tp if local.is_expert else parallel.groups.tp
-
-
-def _all_tasks(model: Qwen3VLModel, local: list[Local]) -> list[Task]:
-    """Every task of the model, tied copies once, in the same order on every rank."""
+def all_tasks(model: Qwen3VLModel, local: list[Local]) -> dict[Task, list[int]]:
+    """Every task of the model and the ranks that hold it, in the same order on every rank."""
     mine = [entry.task for entry in local]
     gathered: list[list[Task]] = [mine] * dist.get_world_size()
     dist.all_gather_object(gathered, mine)
-    first: dict[tuple[tuple[str, ...], int], Task] = {}
-    for task in sorted({task for tasks in gathered for task in tasks}):
-        first.setdefault(task.key, task)
-    return list(first.values())
+    holders: dict[Task, list[int]] = {}
+    for rank, tasks in enumerate(gathered):
+        for task in tasks:
+            holders.setdefault(task, []).append(rank)
+    return dict(sorted(holders.items()))
 
 
 def load_hf_weights(model: Qwen3VLModel, tensors: Mapping[str, Tensor], source: str) -> None:
@@ -412,7 +410,7 @@ def load_hf_weights(model: Qwen3VLModel, tensors: Mapping[str, Tensor], source: 
         ValueError: a name is missing or surplus, or a shape differs; before anything is written.
     """
     local = list(local_tasks(model))
-    wanted = {name for task in _all_tasks(model, local) for name in task.hf}
+    wanted = {name for task in all_tasks(model, local) for name in task.hf}
     check_names(model, wanted, set(tensors), source)
     shapes = _Shapes(tensors)
     for entry in local:
@@ -488,73 +486,14 @@ def _check_shape(entry: Local, model: Qwen3VLModel, shapes: _Shapes, source: str
 
 def _shard(entry: Local, model: Qwen3VLModel, tensors: Mapping[str, Tensor]) -> Tensor:
     """This rank's part of the parameter, from whole tensors."""
-    group = _tensor_group(entry, model.parallel)
     full = entry.to_megatron(tensors, model.architecture)
-    return entry.transform.shards(full, group.size())[group.rank()]
-
-
-def iter_hf_weights(
-    model: Qwen3VLModel, read: Callable[[nn.Parameter], Tensor] = nn.Parameter.detach
-) -> Iterator[tuple[str, Tensor]]:
-    """Yield every weight under its Hugging Face name, whole, on every rank.
-
-    `read` says what to take of a parameter: its value, or its gradient to compare layouts.
-
-    All ranks iterate together. One parameter, or one layer's experts, is gathered at a time, so
-    no rank ever holds the whole model. Tied weights come once, under the embedding's name.
-    """
-    local = {entry.task.key: entry for entry in local_tasks(model)}
-    experts: dict[str, list[Tensor]] = {}
-    for task in _all_tasks(model, list(local.values())):
-        full = _gather(task, local.get(task.key), model, read)
-        transform = _transform_of(task)
-        pieces = transform.to_hf(full, model.architecture)
-        for name, piece in zip(task.hf, pieces, strict=True):
-            if task.expert < 0:
-                yield name, piece
-                continue
-            stack = experts.setdefault(name, [])
-            assert len(stack) == task.expert, "experts arrive in order"
-            stack.append(piece)
-            if len(stack) == model.architecture.num_experts:
-                yield name, torch.stack(experts.pop(name))
-    assert not experts, f"experts missing for {sorted(experts)}"
+    return entry.transform.shards(full, entry.task.parts)[entry.task.part]
 
 
 _HF_PATTERNS = [(_pattern(rule.hf[0]), rule.transform) for rule in RULES]
 
 
-def _transform_of(task: Task) -> Transform:
-    return next(transform for pattern, transform in _HF_PATTERNS if pattern.match(task.hf[0]))
-
-
-def _gather(
-    task: Task,
-    entry: Local | None,
-    model: Qwen3VLModel,
-    read: Callable[[nn.Parameter], Tensor],
-) -> Tensor:
-    """The full Megatron tensor on every rank: joined over tensor ranks where it lives, then sent
-    to the other expert ranks and pipeline stages."""
-    groups = model.parallel.groups
-    group = groups.expt_tp if task.expert >= 0 else groups.tp
-    transform = _transform_of(task)
-    # the tied copy on the last stage has the same key as the embedding on the first
-    owner = entry is not None and model.parallel.pipeline_rank == task.stage
-    if owner:
-        assert entry is not None
-        shard = read(entry.parameter).contiguous()
-        assert shard.dtype == entry.parameter.dtype, "other ranks receive the parameter's dtype"
-        shards = [torch.empty_like(shard) for _ in range(group.size())]
-        dist.all_gather(shards, shard, group=group)
-        full = transform.join(shards).contiguous()
-    else:
-        empty = torch.empty(
-            task.shape, dtype=getattr(torch, task.dtype), device=model.backend.device
-        )
-        full = transform.join([empty] * group.size()).contiguous()
-    if task.expert >= 0 and groups.ep.size() > 1 and model.parallel.pipeline_rank == task.stage:
-        dist.broadcast(full, group=groups.ep, group_src=task.expert_rank)
-    if groups.pp.size() > 1:
-        dist.broadcast(full, group=groups.pp, group_src=task.stage)
-    return full
+@cache
+def transform_to(name: str) -> Transform:
+    """How the tensors translate of which `name` is the first Hugging Face name."""
+    return next(transform for pattern, transform in _HF_PATTERNS if pattern.match(name))

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from checkpoint_tools.megatron_directory import hf_directory
-from model_providers.weight_map import iter_hf_weights
+from model_providers.weight_plan import iter_hf_weights
 from prism_megatron.config import schema
 from prism_megatron.data.prompts import PromptEncoder
 from prism_megatron.data.rows import BatchStream, PromptRow, read_prompts

@@ -1,21 +1,72 @@
-"""Carries the policy's weights into the rollout engine."""
+"""Carries the policy's weights into the rollout engines.
+
+    shards of every rank --WeightPlan--> a bucket of whole tensors, in one of two buffers
+        engine in this process         copied
+        engine on the trainers' GPUs   its rank on the same GPU maps the buffer (CUDA IPC), copies
+        engine on other GPUs           rank 0 broadcasts the buffer (NCCL)
+        any other engine               rank 0 writes a Hugging Face directory, the engine reads it
+
+While an engine loads one bucket, the trainers gather the next. A sync ends with every engine
+answering with the new version; one that does not stops the run, since its rollouts would be
+credited to the wrong weights.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import shutil
+import socket
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import Protocol
+from functools import partial
+from multiprocessing.reduction import ForkingPickler
+from pathlib import Path
+from typing import Any, Protocol
 
+import torch.distributed as dist
+import zmq
 from torch import Tensor
+from torch.multiprocessing.reductions import reduce_tensor
 
+from checkpoint_tools import hf_writer
+from model_providers.qwen3_vl import Qwen3VLModel
+from model_providers.weight_plan import Bucket, WeightPlan, iter_hf_weights
 from prism_megatron.rollout.engine import RolloutEngine
+
+BUCKET_BYTES = 2**30
+
+
+class Server(Protocol):
+    """An engine in processes of its own: prism_megatron.rollout.sglang.SGLangEngine."""
+
+    url: str
+
+    def version(self) -> int: ...
+    def settle(self) -> None: ...
+    def pause(self) -> None: ...
+    def resume(self) -> None: ...
+    def load_ipc(self, handles: Mapping[str, str], version: int) -> None: ...
+    def join_group(
+        self, address: str, port: int, first_rank: int, world: int, name: str
+    ) -> None: ...
+    def load_broadcast(
+        self, tensors: Sequence[tuple[str, Tensor]], name: str, version: int | None
+    ) -> None: ...
+    def load_disk(self, hf_dir: Path, version: int) -> None: ...
 
 
 class WeightSync(Protocol):
-    """One way of getting weights from the trainer to the engine."""
+    """One way of getting weights from the trainers to engines that are servers."""
 
-    def sync(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
-        """Load the weights into the engine; returns when it samples with them."""
+    def sync(self, servers: Mapping[int, Server], version: int) -> dict[str, float]:
+        """Load the policy's weights into the engines that are up; every trainer rank calls this.
+
+        Returns the seconds of each phase, "total" among them, when the engines sample with the new
+        weights. RuntimeError, on every rank, if an engine failed or answers with another version.
+        """
         ...
 
 
@@ -24,16 +75,326 @@ class InProcessSync:
     """The engine lives in the trainer's process."""
 
     engine: RolloutEngine
+    model: Qwen3VLModel
 
-    def sync(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
-        """Load the weights and make sure that the engine answers with their version.
+    def sync(self, version: int) -> dict[str, float]:
+        """See WeightSync."""
+        started = time.perf_counter()
+        self.engine.load_weights(iter_hf_weights(self.model), version)
+        _check_version(self.engine.weight_version, version, "the embedded engine")
+        return {"total": time.perf_counter() - started}
 
-        RuntimeError if it answers with another: rollouts would be credited to the wrong policy.
-        """
-        self.engine.load_weights(named_tensors, version)
-        if self.engine.weight_version != version:
-            raise RuntimeError(
-                f"weights of version {version} were sent, but the engine answers with version "
-                f"{self.engine.weight_version}; stopping, since its rollouts would be credited "
-                "to the wrong weights"
-            )
+
+class _Phases:
+    """Seconds by phase."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._started = time.perf_counter()
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        started = time.perf_counter()
+        yield
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
+
+    def result(self) -> dict[str, float]:
+        return self.seconds | {"total": time.perf_counter() - self._started}
+
+
+class IpcSync:
+    """Engines on the trainers' own GPUs, in processes of their own.
+
+    Each engine rank shares its GPU with one trainer rank and loads from that rank's memory, by the
+    protocol of checkpoint-engine (PyPI; worker.update_weights_from_ipc), which SGLang speaks by
+    itself and vLLM with that package's worker extension. The engine's environment needs the
+    package, the trainer does not.
+    """
+
+    def __init__(
+        self,
+        model: Qwen3VLModel,
+        ranks: Mapping[int, Sequence[int]],
+        *,
+        bucket_bytes: int = BUCKET_BYTES,
+        timeout_seconds: float = 300,
+    ) -> None:
+        """ranks: for each engine the trainer ranks on whose GPUs it runs, the first of which talks
+        to it. Every rank calls this with the same."""
+        self.backend, self.timeout = model.backend, timeout_seconds
+        self.ranks = {engine: list(members) for engine, members in ranks.items()}
+        receivers = sorted(rank for members in self.ranks.values() for rank in members)
+        self.plan = WeightPlan(
+            model, receivers=receivers, bucket_bytes=bucket_bytes, turned_experts=True
+        )
+        self._settled: set[str] = set()
+
+    def sync(self, servers: Mapping[int, Server], version: int) -> dict[str, float]:
+        """See WeightSync."""
+        phase, rank = _Phases(), dist.get_rank()
+        members = [self.ranks[engine] for engine in servers if rank in self.ranks[engine]]
+        leads = [s for engine, s in servers.items() if rank == self.ranks[engine][0]]
+        folder = Path(tempfile.mkdtemp(prefix="prism-sync-"))  # readable by this user alone
+        address = f"ipc://{folder}/bucket"
+        with phase("pause"):
+            handles: list[Any] = [None] * dist.get_world_size()
+            dist.all_gather_object(handles, (self.backend.device_uuid(), address))
+            error = _try(lambda: [self._pause(server) for server in leads])
+        with ThreadPoolExecutor(1) as pool:
+            lent = dict(handles[member] for group in members for member in group)
+            loading = [pool.submit(server.load_ipc, lent, version) for server in leads]
+            lender = _Lender(address, loading, self.timeout, error) if members else None
+            try:
+                self._run(lender, phase)
+            finally:
+                if lender is not None:
+                    lender.abandon()
+                    error = lender.error
+                shutil.rmtree(folder)
+        with phase("resume"):
+            _resume(leads, version, error)
+        return phase.result()
+
+    def _pause(self, server: Server) -> None:
+        if server.url not in self._settled:
+            server.settle()
+            self._settled.add(server.url)
+        server.pause()
+
+    def _run(self, lender: _Lender | None, phase: _Phases) -> None:
+        size = max(bucket.nbytes for bucket in self.plan.buckets)
+        with phase("buffers"):
+            whole = self.backend.shareable(2 * size) if lender else None
+            if lender and whole is not None:
+                lender.run(partial(lender.open, whole))
+        for index, bucket in enumerate(self.plan.buckets):
+            offset = index % 2 * size
+            with phase("gather"):
+                self.plan.fill(bucket, None if whole is None else whole[offset : offset + size])
+                # the engine is another process and knows nothing of our stream
+                self.backend.synchronize()
+            if lender:
+                with phase("load"):
+                    lender.run(lender.wait)
+                    lender.run(partial(lender.lend, bucket, offset))
+        if lender:
+            with phase("load"):
+                lender.run(lender.wait)
+            with phase("finish"):
+                lender.run(lender.close)
+
+
+class _Lender:
+    """One trainer rank's side of checkpoint-engine's protocol: a request, an empty answer.
+
+    After an error nothing more is sent, but the rank goes on taking part in the gathering, so that
+    all ranks come to the end and learn of it.
+    """
+
+    def __init__(
+        self, address: str, loading: Sequence[Future[None]], timeout: float, error: str
+    ) -> None:
+        """loading: the engine's update, on the rank that talks to it."""
+        self.loading, self.timeout, self.error = loading, timeout, error
+        self.socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.REQ)
+        self.socket.bind(address)
+
+    def run(self, action: Callable[[], None]) -> None:
+        """Do it unless there was an error; keep the error."""
+        self.error = self.error or _try(action)
+
+    def open(self, buffer: Tensor) -> None:
+        """Hand over the memory that all buckets come in."""
+        self._send(reduce_tensor(buffer))
+
+    def lend(self, bucket: Bucket, offset: int) -> None:
+        """Have the bucket loaded that lies `offset` bytes into the memory."""
+        self._send(
+            [
+                {
+                    "name": tensor.name,
+                    "shape": tensor.shape,
+                    "dtype": tensor.dtype,
+                    "offset": offset + tensor.offset,
+                }
+                for tensor in bucket.tensors
+            ]
+        )
+
+    def wait(self) -> None:
+        """Until the engine has done what was sent last."""
+        self._until(zmq.POLLIN)
+        if answer := self.socket.recv():
+            raise RuntimeError(answer.decode())
+
+    def _send(self, message: object) -> None:
+        self._until(zmq.POLLOUT)  # an engine is there to take it
+        # torch's own pickler, which passes memory on instead of copying what is in it
+        self.socket.send(ForkingPickler.dumps(message))
+
+    def _until(self, ready: int) -> None:
+        waited = 0.0
+        while not self.socket.poll(100, ready):
+            waited += 0.1
+            if any(update.done() for update in self.loading):
+                self._ended()
+                raise RuntimeError("the engine ended the update before it got all weights")
+            if waited > self.timeout:
+                raise TimeoutError(f"nothing from the engine for {self.timeout:.0f} s")
+
+    def abandon(self) -> None:
+        """Let go of the engine, which waits for more after an error."""
+        if self.error:
+            with suppress(zmq.ZMQError):  # it owes an answer still, and may never give it
+                self.socket.send_pyobj(RuntimeError(self.error), zmq.NOBLOCK)
+        self.socket.close(linger=1000 if self.error else 0)
+
+    def close(self) -> None:
+        """Have the memory released, then have the engine do what follows a load."""
+        for _ in range(2):
+            self._send(None)
+            self.wait()
+        self._ended()
+
+    def _ended(self) -> None:
+        for update in self.loading:
+            update.result(self.timeout)
+
+
+class BroadcastSync:
+    """Engines on GPUs of their own, which rank 0 sends to over NCCL."""
+
+    def __init__(
+        self, model: Qwen3VLModel, engine_ranks: int, *, bucket_bytes: int = BUCKET_BYTES
+    ) -> None:
+        """engine_ranks: GPUs of each engine. Every rank calls this."""
+        self.backend, self.engine_ranks = model.backend, engine_ranks
+        self.plan = WeightPlan(model, receivers=[0], bucket_bytes=bucket_bytes, turned_experts=True)
+        self._joined: list[str] = []
+        self._group: dist.ProcessGroup | None = None
+        self._name, self._groups = "", 0
+
+    def _join(self, servers: Sequence[Server]) -> None:
+        """Make a group with these servers, which a restarted one is not in yet."""
+        if self._joined == (urls := [server.url for server in servers]):
+            return
+        host, port = socket.gethostbyname(socket.gethostname()), _free_port()
+        world = 1 + self.engine_ranks * len(servers)
+        self._groups += 1
+        self._name = f"prism_megatron_{self._groups}"
+        with ThreadPoolExecutor(len(servers)) as pool:
+            joining = [
+                pool.submit(
+                    server.join_group, host, port, 1 + i * self.engine_ranks, world, self._name
+                )
+                for i, server in enumerate(servers)
+            ]
+            self._group = self.backend.outer_group(f"tcp://{host}:{port}", world, 0, self._name)
+            for future in joining:
+                future.result()
+        self._joined = urls
+
+    def sync(self, servers: Mapping[int, Server], version: int) -> dict[str, float]:
+        """See WeightSync."""
+        phase, sends = _Phases(), dist.get_rank() == 0
+        mine = list(servers.values()) if sends else []
+        with phase("pause"):
+            error = _try(lambda: [server.pause() for server in mine])
+            error = error or _try(lambda: self._join(mine) if mine else None)
+        buffers = [self.plan.buffer() if sends else None for _ in range(2)]
+        with ThreadPoolExecutor(max(1, len(mine))) as pool:
+            loading: list[Future[None]] = []
+            for index, bucket in enumerate(self.plan.buckets):
+                with phase("gather"):
+                    tensors = self.plan.fill(bucket, buffers[index % 2])
+                    self.backend.synchronize()
+                if not mine or error:
+                    continue
+                with phase("load"):
+                    error = _first_error(loading)
+                    last = index + 1 == len(self.plan.buckets)
+                    loading = [
+                        pool.submit(
+                            s.load_broadcast, tensors, self._name, version if last else None
+                        )
+                        for s in mine
+                    ]
+                    for _, tensor in tensors:
+                        dist.broadcast(tensor, src=0, group=self._group)
+            with phase("load"):
+                error = error or _first_error(loading)
+        with phase("resume"):
+            _resume(mine, version, error)
+        return phase.result()
+
+
+class DiskSync:
+    """Engines that share nothing with the trainers but a file system."""
+
+    def __init__(self, model: Qwen3VLModel, config_from: Path, folder: Path) -> None:
+        """config_from: Hugging Face directory whose config and processor go with the weights;
+        folder: where they are written, on the file system that the engines see."""
+        self.model, self.config_from, self.folder = model, config_from, folder
+
+    def sync(self, servers: Mapping[int, Server], version: int) -> dict[str, float]:
+        """See WeightSync."""
+        phase = _Phases()
+        leads = dist.get_rank() == 0
+        mine = list(servers.values()) if leads else []
+        path = self.folder / f"version_{version}"
+        with phase("write"):
+            weights = iter_hf_weights(self.model)
+            hf_writer.write(path, weights, config_from=self.config_from, writer=leads)
+            dist.barrier()
+        with phase("load"), ThreadPoolExecutor(max(1, len(mine))) as pool:
+            error = _try(lambda: [server.pause() for server in mine])
+            error = error or _first_error([pool.submit(s.load_disk, path, version) for s in mine])
+        if leads:
+            shutil.rmtree(path)
+        _resume(mine, version, error)
+        return phase.result()
+
+
+def _first_error(futures: Sequence[Future[None]]) -> str:
+    errors = [str(error) for error in (future.exception() for future in futures) if error]
+    return errors[0] if errors else ""
+
+
+def _try(action: Callable[[], Any]) -> str:
+    """What went wrong, or nothing."""
+    try:
+        action()
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+def _resume(servers: Sequence[Server], version: int, error: str) -> None:
+    """Let this rank's servers sample again, with the new version; RuntimeError on every rank if
+    there is an error on any."""
+
+    def resume(server: Server) -> None:
+        server.resume()
+        _check_version(server.version(), version, server.url)
+
+    for server in servers:
+        error = error or _try(partial(resume, server))
+    errors: list[str] = [""] * dist.get_world_size()
+    dist.all_gather_object(errors, error)
+    found = [f"rank {rank}: {text}" for rank, text in enumerate(errors) if text]
+    if found:
+        raise RuntimeError("the weights did not get to the engines: " + "; ".join(found))
+
+
+def _check_version(found: int, version: int, engine: str) -> None:
+    if found != version:
+        raise RuntimeError(
+            f"weights of version {version} were sent, but {engine} answers with version {found}; "
+            "stopping, since its rollouts would be credited to the wrong weights"
+        )
+
+
+def _free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("", 0))
+        return int(listener.getsockname()[1])

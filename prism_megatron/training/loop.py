@@ -25,7 +25,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from checkpoint_tools import hf_writer, megatron_directory
 from checkpoint_tools.files import write_atomically
-from model_providers.weight_map import iter_hf_weights
+from model_providers.weight_plan import iter_hf_weights
 from prism_megatron.config.schema import Stage
 from prism_megatron.data.rows import BatchStream, Quarantine
 from prism_megatron.training.runner import ModelRunner

@@ -26,7 +26,7 @@ from model_providers import backend as backends
 from model_providers.config import Qwen3VLConfig
 from model_providers.parallel import Layout
 from model_providers.qwen3_vl import Head
-from model_providers.weight_map import iter_hf_weights
+from model_providers.weight_plan import iter_hf_weights
 from prism_megatron.config.schema import Optimizer
 from prism_megatron.training.runner import ModelRunner
 from tests.dist import checks, hf_reference

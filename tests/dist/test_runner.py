@@ -19,7 +19,7 @@ from torch import Tensor
 from model_providers.config import Precision
 from model_providers.parallel import Layout
 from model_providers.qwen3_vl import Qwen3VLModel
-from model_providers.weight_map import iter_hf_weights
+from model_providers.weight_plan import iter_hf_weights
 from prism_megatron.config.schema import Optimizer
 from prism_megatron.objectives.losses import bradley_terry_loss, policy_loss
 from prism_megatron.training import discriminator

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -15,7 +16,8 @@ from model_providers import backend as backends
 from model_providers.config import Qwen3VLConfig
 from model_providers.parallel import Layout
 from model_providers.qwen3_vl import Head, Qwen3VLModel
-from model_providers.weight_map import iter_hf_weights, load_hf_weights
+from model_providers.weight_map import load_hf_weights
+from model_providers.weight_plan import WeightPlan, iter_hf_weights
 from tests.dist import checks
 from tests.dist.ranks import Ranks
 
@@ -80,6 +82,55 @@ def test_round_trip_is_bit_equal_on_every_rank(
     ranks: Worlds, hf_models: dict[str, Path], kind: str, world: int, layout: Layout
 ) -> None:
     assert ranks(world).run(_round_trip, hf_models[kind], layout) == [[]] * world
+
+
+def _planned(path: Path, layout: Layout, receivers: list[int], bucket_bytes: int) -> list[str]:
+    """Names that a receiver gets changed, twice or not at all, and that another rank gets."""
+    weights = load_file(path / "model.safetensors")
+    model = _model(path, layout)
+    load_hf_weights(model, weights, str(path))
+    plan = WeightPlan(
+        model, receivers=receivers, bucket_bytes=bucket_bytes, turned_experts="moe" in path.name
+    )
+    memory = plan.buffer()
+    wrong, seen = [], set()
+    for bucket in plan.buckets:
+        out = memory if dist.get_rank() in receivers else None
+        memory.fill_(255)  # every bucket has the same memory
+        for name, tensor in plan.fill(bucket, out):
+            expected = weights[name].transpose(1, 2) if "experts" in name else weights[name]
+            if name in seen or not torch.equal(tensor, expected):
+                wrong.append(name)
+            seen.add(name)
+    for bucket in plan.buckets:
+        alone = len({task.hf for task in bucket.tasks}) == 1
+        assert bucket.nbytes <= bucket_bytes or alone, "larger than asked for"
+    return wrong + sorted(set(weights) ^ seen if dist.get_rank() in receivers else seen)
+
+
+@pytest.mark.parametrize(
+    "kind, world, layout, receivers, bucket_bytes",
+    [
+        ("dense", 2, Layout(tensor=2), [1], 2**14),
+        ("dense", 4, Layout(tensor=2, pipeline=2), [0], 1),
+        ("tied", 4, Layout(tensor=2, sequence_parallel=True), [0, 1, 3], 2**16),
+        ("deep", 4, Layout(pipeline=4, first_stage_layers=3), [3], 2**15),
+        ("deep-moe", 4, Layout(expert=2, pipeline=2, virtual_pipeline=3), [0, 2], 2**16),
+        ("moe", 4, Layout(tensor=2, expert=2, expert_tensor=2, sequence_parallel=True), [2], 2**30),
+        ("moe", 2, Layout(expert=2), [0, 1], 1),
+    ],
+)
+def test_receivers_alone_get_the_weights_bucket_by_bucket(
+    ranks: Worlds,
+    hf_models: dict[str, Path],
+    kind: str,
+    world: int,
+    layout: Layout,
+    receivers: list[int],
+    bucket_bytes: int,
+) -> None:
+    found = ranks(world).run(_planned, hf_models[kind], layout, receivers, bucket_bytes)
+    assert found == [[]] * world
 
 
 def _refusal(path: Path, head: Head, change: Callable[[dict[str, Tensor]], None]) -> str:

@@ -28,7 +28,8 @@ from model_providers import backend as backends
 from model_providers.config import Qwen3VLConfig
 from model_providers.parallel import Layout, ParallelState
 from model_providers.qwen3_vl import Head, Qwen3VLModel
-from model_providers.weight_map import iter_hf_weights, load_hf_weights
+from model_providers.weight_map import load_hf_weights
+from model_providers.weight_plan import iter_hf_weights
 from prism_megatron.config.schema import Optimizer
 from prism_megatron.training.runner import ModelRunner
 from prism_megatron.types import PackedBatch, Sequence, VisualInputs

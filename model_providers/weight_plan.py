@@ -1,0 +1,314 @@
+"""From the shards that the ranks hold to whole tensors in Hugging Face's layout.
+
+Planned once, from what every rank says that it holds; then run as often as weights are wanted, one
+bucket of tensors at a time, so that no rank ever has the whole model twice:
+
+    holders:   shards of the bucket, end to end --> send buffer --all-to-all--> receive buffer
+    receivers: receive buffer, own parameters --slice by slice--> the bucket's tensors
+
+A receiver reads what it holds in its own parameters, and gets the rest from a holder of its own
+host where there is one. The transforms of the weight map say which slice lies where.
+"""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import groupby
+from math import prod
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from model_providers.config import Qwen3VLConfig
+from model_providers.qwen3_vl import Qwen3VLModel
+from model_providers.weight_map import Task, Transform, all_tasks, local_tasks, transform_to
+
+# what any kernel wants that loads 16 bytes at once, and more than any element takes
+_ALIGNMENT = 256
+_BUCKET_BYTES = 2**26
+
+Read = Callable[[nn.Parameter], Tensor]
+
+
+@dataclass(frozen=True)
+class Slice:
+    """`length` entries along the transform's dimension: from shard `part` to a whole tensor."""
+
+    part: int
+    source: int
+    target: int
+    length: int
+
+
+@dataclass(frozen=True)
+class Whole:
+    """A tensor as its receivers get it, at byte `offset` of its bucket."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    offset: int
+
+    def of(self, buffer: Tensor) -> Tensor:
+        """Its place in the bucket's bytes."""
+        return _place(buffer, self.offset, self.shape, self.dtype)
+
+
+@dataclass
+class Bucket:
+    """Tensors that travel together. sent and received have a list for every rank."""
+
+    tensors: list[Whole] = field(default_factory=list)
+    tasks: list[Task] = field(default_factory=list)
+    nbytes: int = 0
+    sent: list[list[Task]] = field(default_factory=list)
+    received: list[list[Task]] = field(default_factory=list)
+    travels: bool = False
+    """Whether any rank gets anything from another."""
+
+
+class WeightPlan:
+    """Who sends which shard to whom, and where its slices go."""
+
+    def __init__(
+        self,
+        model: Qwen3VLModel,
+        *,
+        receivers: Sequence[int] | None = None,
+        bucket_bytes: int = _BUCKET_BYTES,
+        turned_experts: bool = False,
+    ) -> None:
+        """Every rank calls this with the same arguments.
+
+        receivers: ranks that get the whole tensors; all if None. bucket_bytes: a bucket ends before
+        it would grow above this; a larger tensor has one to itself. turned_experts: fused experts
+        as [experts, hidden, 2 * ffn] and [experts, ffn, hidden], which transformers 4.57 stores and
+        the engines read, instead of their transpose, which transformers 5 stores.
+        """
+        local = list(local_tasks(model))
+        self.config, self.device = model.architecture, model.backend.device
+        self.parameters = {entry.task: entry.parameter for entry in local}
+        self.turned_experts = turned_experts
+        self.receivers = list(range(dist.get_world_size()) if receivers is None else receivers)
+        self._slices: dict[tuple[Transform, tuple[int, ...], int], list[list[Slice]]] = {}
+        holders = all_tasks(model, local)
+        self.buckets = self._buckets(list(holders), bucket_bytes)
+        hosts: list[str] = [""] * dist.get_world_size()
+        dist.all_gather_object(hosts, socket.gethostname())
+        for bucket in self.buckets:
+            self._route(bucket, holders, hosts)
+
+    def buffer(self) -> Tensor:
+        """Memory for any bucket."""
+        return self._bytes(max(bucket.nbytes for bucket in self.buckets))
+
+    def fill(
+        self, bucket: Bucket, out: Tensor | None, read: Read = nn.Parameter.detach
+    ) -> list[tuple[str, Tensor]]:
+        """Write the bucket's tensors into `out` [nbytes] uint8; names and views of them.
+
+        All ranks call this together; those that are no receivers pass None and get nothing. `read`
+        says what to take of a parameter: its value, or its gradient to compare layouts. The work is
+        queued on the device's current stream: wait for it before another process reads `out`.
+        """
+        arrived = self._exchange(bucket, read)
+        if out is None:
+            return []
+        tensors = {whole.name: whole.of(out) for whole in bucket.tensors}
+        copies = _Copies()
+        for task in bucket.tasks:
+            source = arrived[task] if task in arrived else self._own(task, read)
+            self._place_slices(task, source, tensors, copies)
+        copies.run()
+        return list(tensors.items())
+
+    def _buckets(self, tasks: list[Task], most: int) -> list[Bucket]:
+        buckets = [Bucket()]
+        # the tensors of one parameter, and the experts of one tensor, stay together
+        for names, group in groupby(tasks, key=lambda task: task.hf):
+            members = list(group)
+            self._check_complete(members)
+            whole = self._whole(members)
+            size = sum(_room(tensor) for tensor in whole)
+            if buckets[-1].nbytes and buckets[-1].nbytes + size > most:
+                buckets.append(Bucket())
+            bucket = buckets[-1]
+            bucket.tasks += members
+            dtype = getattr(torch, members[0].dtype)
+            for name, tensor in zip(names, whole, strict=True):
+                bucket.tensors.append(Whole(name, tuple(tensor.shape), dtype, bucket.nbytes))
+                bucket.nbytes += _room(tensor)
+        return buckets
+
+    def _check_complete(self, members: list[Task]) -> None:
+        experts = self.config.num_experts if members[0].expert >= 0 else 1
+        expected = experts * members[0].parts
+        assert len(members) == expected, (
+            f"{members[0].hf} has {len(members)} shards on the ranks, not {expected}"
+        )
+
+    def _whole(self, members: list[Task]) -> list[Tensor]:
+        """The tensors that these shards make up, on the meta device."""
+        task = members[0]
+        transform = transform_to(task.hf[0])
+        shard = torch.empty(task.shape, dtype=getattr(torch, task.dtype), device="meta")
+        pieces = transform.to_hf(transform.join([shard] * task.parts), self.config)
+        if task.expert < 0:
+            return pieces
+        turned = [piece.T if self.turned_experts else piece for piece in pieces]
+        return [piece.expand(self.config.num_experts, *piece.shape) for piece in turned]
+
+    def _route(self, bucket: Bucket, holders: dict[Task, list[int]], hosts: list[str]) -> None:
+        rank, world = dist.get_rank(), dist.get_world_size()
+        bucket.sent = [[] for _ in range(world)]
+        bucket.received = [[] for _ in range(world)]
+        for index, task in enumerate(bucket.tasks):
+            ranks = holders[task]
+            for receiver in self.receivers:
+                if receiver in ranks:
+                    continue
+                near = [r for r in ranks if hosts[r] == hosts[receiver]] or ranks
+                # spread over the holders, so that they send alike
+                sender = near[(index + receiver) % len(near)]
+                bucket.travels = True
+                if sender == rank:
+                    bucket.sent[receiver].append(task)
+                if receiver == rank:
+                    bucket.received[sender].append(task)
+
+    def _bytes(self, count: int) -> Tensor:
+        return torch.empty(count, dtype=torch.uint8, device=self.device)
+
+    def _own(self, task: Task, read: Read) -> Tensor:
+        value = read(self.parameters[task])
+        assert value.dtype == getattr(torch, task.dtype), "others expect the parameter's dtype"
+        return value.contiguous()
+
+    def _exchange(self, bucket: Bucket, read: Read) -> dict[Task, Tensor]:
+        """The shards that come from other ranks."""
+        if not bucket.travels:
+            return {}
+        give, take = (
+            [sum(map(_shard_room, tasks)) for tasks in side]
+            for side in (bucket.sent, bucket.received)
+        )
+        sending, receiving = self._bytes(sum(give)), self._bytes(sum(take))
+        copies = _Copies()
+        for task, place in _shards(sending, bucket.sent):
+            copies.add(place, self._own(task, read))
+        copies.run()
+        dist.all_to_all_single(receiving, sending, take, give)
+        return dict(_shards(receiving, bucket.received))
+
+    def _place_slices(
+        self, task: Task, source: Tensor, tensors: dict[str, Tensor], copies: _Copies
+    ) -> None:
+        transform = transform_to(task.hf[0])
+        for name, slices in zip(task.hf, self._slices_of(task, transform), strict=True):
+            target = tensors[name]
+            if task.expert >= 0:
+                target = target[task.expert]
+                target = target.T if self.turned_experts else target
+            if transform.dim is None:
+                copies.add(target.view(source.shape), source)
+                continue
+            for part in slices:
+                if part.part == task.part:
+                    copies.add(
+                        target.narrow(transform.dim, part.target, part.length),
+                        source.narrow(transform.dim, part.source, part.length),
+                    )
+
+    def _slices_of(self, task: Task, transform: Transform) -> list[list[Slice]]:
+        key = transform, task.shape, task.parts
+        if key not in self._slices:
+            self._slices[key] = slices(transform, task.shape, task.parts, self.config)
+        return self._slices[key]
+
+
+def slices(
+    transform: Transform, shape: Sequence[int], parts: int, config: Qwen3VLConfig
+) -> list[list[Slice]]:
+    """For each Hugging Face tensor, the slices that it is made of, of `parts` shards of `shape`.
+
+    Found by sending entry numbers in place of weights through the transform itself, so that the
+    table has one source. Empty lists for a tensor that is not split.
+    """
+    dim = transform.dim
+    if dim is None:
+        return [[]]
+    length = shape[dim]
+    thin = [length if axis == dim else 1 for axis in range(len(shape))]
+    numbers = torch.arange(parts * length).split(length)
+    whole = transform.join([part.reshape(thin) for part in numbers])
+    return [_runs(piece.flatten(), length) for piece in transform.to_hf(whole, config)]
+
+
+def _runs(numbers: Tensor, length: int) -> list[Slice]:
+    """Stretches of one shard's consecutive entries."""
+    steps = torch.arange(len(numbers))
+    new = (numbers[1:] != numbers[:-1] + 1) | (numbers[1:] % length == 0)
+    starts = [0, *(steps[1:][new]).tolist()]
+    ends = [*starts[1:], len(numbers)]
+    first = numbers[starts].tolist()
+    return [
+        Slice(number // length, number % length, start, end - start)
+        for number, start, end in zip(first, starts, ends, strict=True)
+    ]
+
+
+class _Copies:
+    """Copies to run together: thousands of small ones cost more to launch than to do."""
+
+    def __init__(self) -> None:
+        self._pairs: dict[tuple[torch.dtype, bool], tuple[list[Tensor], list[Tensor]]] = {}
+
+    def add(self, target: Tensor, source: Tensor) -> None:
+        # what is contiguous and of one type goes through few kernels, the rest one by one
+        key = source.dtype, target.is_contiguous() and source.is_contiguous()
+        targets, sources = self._pairs.setdefault(key, ([], []))
+        targets.append(target)
+        sources.append(source)
+
+    def run(self) -> None:
+        for targets, sources in self._pairs.values():
+            torch._foreach_copy_(targets, sources)
+
+
+def _shards(buffer: Tensor, lists: list[list[Task]]) -> Iterator[tuple[Task, Tensor]]:
+    offset = 0
+    for tasks in lists:
+        for task in tasks:
+            yield task, _place(buffer, offset, task.shape, getattr(torch, task.dtype))
+            offset += _shard_room(task)
+
+
+def _place(buffer: Tensor, offset: int, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    size = prod(shape) * dtype.itemsize
+    return buffer[offset : offset + size].view(dtype).view(shape)
+
+
+def _room(tensor: Tensor) -> int:
+    return -(-tensor.numel() * tensor.element_size() // _ALIGNMENT) * _ALIGNMENT
+
+
+def _shard_room(task: Task) -> int:
+    return -(-prod(task.shape) * getattr(torch, task.dtype).itemsize // _ALIGNMENT) * _ALIGNMENT
+
+
+def iter_hf_weights(
+    model: Qwen3VLModel, read: Read = nn.Parameter.detach
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield every weight under its Hugging Face name, whole, on every rank.
+
+    `read` says what to take of a parameter: its value, or its gradient to compare layouts.
+
+    All ranks iterate together, a bucket at a time, so no rank ever holds the whole model. Fused
+    experts come as transformers 5 has them. Tied weights come once, under the embedding's name.
+    """
+    plan = WeightPlan(model)
+    for bucket in plan.buckets:
+        yield from plan.fill(bucket, plan.buffer(), read)

@@ -1,0 +1,114 @@
+"""What clients of engine servers share: requests with a key, errors, what may be sampled."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import torch
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig
+
+from prism_megatron.types import VisualInputs
+
+NEVER = -1e9
+"""Added to the logit of a token that must not be sampled."""
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """Which ids of a model a response may hold.
+
+    stop: ids that end it; placeholders: those that stand for images and videos, which are never
+    sampled; size: ids from here on belong to no token.
+    """
+
+    stop: tuple[int, ...]
+    placeholders: tuple[int, ...]
+    size: int
+
+    @classmethod
+    def of(cls, hf_dir: Path) -> Vocabulary:
+        """Of a Hugging Face directory; ValueError if no id ends a response."""
+        stop = GenerationConfig.from_pretrained(hf_dir).eos_token_id
+        if stop is None:
+            raise ValueError(
+                f"{hf_dir}/generation_config.json has no eos_token_id, so no response would end; "
+                "set it to the id of <|im_end|>"
+            )
+        config = AutoConfig.from_pretrained(hf_dir)
+        placeholders = (
+            config.image_token_id,
+            config.video_token_id,
+            config.vision_start_token_id,
+            config.vision_end_token_id,
+        )
+        tokenizer = AutoTokenizer.from_pretrained(hf_dir)
+        return cls(tuple(torch.tensor(stop).reshape(-1).tolist()), placeholders, len(tokenizer))
+
+    def finish_reason(self, ids: tuple[int, ...], told: str) -> str:
+        """What the server told, or "invalid" if an id belongs to no token."""
+        return "invalid" if any(token >= self.size for token in ids) else told
+
+
+class HttpEngine:
+    """Requests to one server: blocking ones to control it, asynchronous ones to sample."""
+
+    def __init__(
+        self, url: str, api_key: str, vocabulary: Vocabulary, *, timeout_seconds: float = 1800
+    ) -> None:
+        """timeout_seconds: longest wait for an answer, such as all responses to a prompt."""
+        self.url, self.vocabulary = url, vocabulary
+        self._settings: dict[str, Any] = {
+            "base_url": url,
+            "headers": {"Authorization": f"Bearer {api_key}"},
+            "timeout": timeout_seconds,
+            # as many requests at once as there are prompts; the server queues them
+            "limits": httpx.Limits(max_connections=None),
+        }
+        self._blocking = httpx.Client(**self._settings)
+        self._asynchronous: httpx.AsyncClient | None = None
+
+    def get(self, path: str) -> Any:
+        """The answer as JSON or text; RuntimeError with what the server says if it failed."""
+        return checked(self._blocking.get(path))
+
+    def post(self, path: str, body: Mapping[str, Any] | None = None) -> Any:
+        """See get."""
+        return checked(self._blocking.post(path, json=dict(body or {})))
+
+    async def post_async(self, path: str, body: Mapping[str, Any]) -> Any:
+        """See get; for any number of requests at once, of one event loop."""
+        if self._asynchronous is None:
+            self._asynchronous = httpx.AsyncClient(**self._settings)
+        return checked(await self._asynchronous.post(path, json=dict(body)))
+
+    async def health(self) -> None:
+        """Raise if the server does not answer."""
+        await asyncio.to_thread(self.get, "/health")
+
+    async def close(self) -> None:
+        """Let go of the connections of this event loop; another one may sample afterwards."""
+        if self._asynchronous is not None:
+            await self._asynchronous.aclose()
+            self._asynchronous = None
+
+
+def checked(response: httpx.Response) -> Any:
+    """The answer; RuntimeError with what the server says if it failed."""
+    if response.is_error:
+        raise RuntimeError(f"{response.url}: status {response.status_code}, {response.text[:2000]}")
+    if "json" not in response.headers.get("content-type", ""):
+        return response.text
+    answer = response.json()
+    if isinstance(answer, dict) and answer.get("success") is False:
+        raise RuntimeError(f"{response.url}: {answer.get('message')}")
+    return answer
+
+
+def pixel_bytes(image: VisualInputs) -> bytes:
+    """The patches in BF16, which is what a vision tower in BF16 makes of them anyway."""
+    return image.pixel_values.to(torch.bfloat16).contiguous().view(torch.uint8).numpy().tobytes()

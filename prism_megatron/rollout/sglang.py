@@ -1,0 +1,188 @@
+"""One SGLang server, over HTTP: sampling from the trainer's own ids and pixels, and its control.
+
+Prompt: ids, patches --/generate--> rollout/sglang_server in the server takes both as they are
+ids, log-probabilities, finish reason, weight version <--'
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import hashlib
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from prism_megatron.config.schema import Sampling
+from prism_megatron.rollout.http_engine import NEVER, HttpEngine, pixel_bytes
+from prism_megatron.types import Prompt, Rollout, VisualInputs
+
+
+def server_command(
+    hf_dir: Path,
+    *,
+    host: str,
+    port: int,
+    api_key: str,
+    tensor: int = 1,
+    options: Sequence[str] = (),
+) -> tuple[list[str], dict[str, str]]:
+    """Command line and additional environment of a server on the visible GPUs.
+
+    hf_dir needs no trained weights: they come by a weight sync. options go to SGLang as they are.
+    """
+    command = [sys.executable, "-m", "sglang.launch_server", "--model-path", str(hf_dir)]
+    command += ["--host", host, "--port", str(port), "--api-key", api_key]
+    command += ["--tp-size", str(tensor), "--weight-version", "-1", "--skip-tokenizer-init"]
+    command += ["--enable-memory-saver", "--log-level", "warning", *options]
+    environment = {
+        "SGLANG_EXTERNAL_MM_PROCESSOR_PACKAGE": "prism_megatron.rollout.sglang_server",
+        # image features of the weights before last are of no use, and are not cleared by a sync
+        "SGLANG_VLM_CACHE_SIZE_MB": "0",
+        # log-probabilities at temperature 1 and of the whole vocabulary, as the trainer's
+        "SGLANG_RETURN_ORIGINAL_LOGPROB": "1",
+    }
+    return command, environment
+
+
+class SGLangEngine(HttpEngine):
+    """Client of one server; see EngineClient and weight_sync.Server."""
+
+    async def generate(self, prompt: Prompt, sampling: Sampling, key: str) -> list[Rollout]:
+        """sampling.n rollouts. Random numbers are the server's own; `key` does not determine them.
+
+        A response that holds an id of no token has finish_reason "invalid".
+        """
+        parameters = {
+            "n": sampling.n,
+            "max_new_tokens": sampling.max_new_tokens,
+            "temperature": sampling.temperature,
+            "top_p": sampling.top_p,
+            "stop_token_ids": list(self.vocabulary.stop),
+            "logit_bias": {str(token): NEVER for token in self.vocabulary.placeholders},
+        }
+        body: dict[str, Any] = {
+            "input_ids": list(prompt.input_ids),
+            "sampling_params": parameters,
+            "return_logprob": True,
+        }
+        if prompt.images:
+            images = [_image(image) for image in prompt.images]
+            # several samples make a batch of one prompt, whose images are a list in a list
+            body["image_data"] = [images] if sampling.n > 1 else images
+        answer = await self.post_async("/generate", body)
+        answers = answer if isinstance(answer, list) else [answer]
+        if len(answers) != sampling.n:
+            raise RuntimeError(f"{self.url} gave {len(answers)} responses instead of {sampling.n}")
+        return [self._rollout(one["meta_info"], len(prompt.input_ids)) for one in answers]
+
+    def _rollout(self, meta: Mapping[str, Any], prompt_tokens: int) -> Rollout:
+        if meta["prompt_tokens"] != prompt_tokens:
+            raise RuntimeError(
+                f"{self.url} read a prompt of {meta['prompt_tokens']} tokens instead of "
+                f"{prompt_tokens}; its processor is not that of prism_megatron.rollout."
+                "sglang_server, so start it with server_command"
+            )
+        tokens = [(token, logprob) for logprob, token, *_ in meta["output_token_logprobs"]]
+        ids = tuple(token for token, _ in tokens)
+        return Rollout(
+            ids=ids,
+            logprobs=tuple(logprob for _, logprob in tokens),
+            finish_reason=self.vocabulary.finish_reason(ids, meta["finish_reason"]["type"]),
+            weight_version=int(meta["weight_version"]),
+        )
+
+    async def weight_version(self) -> int:
+        return await asyncio.to_thread(self.version)
+
+    async def abort(self) -> None:
+        await asyncio.to_thread(self.post, "/abort_request", {"abort_all": True})
+
+    def version(self) -> int:
+        """Version of the weights that the server samples with; -1 before any sync."""
+        return int(self.get("/model_info")["weight_version"])
+
+    def settle(self) -> None:
+        """Take what has been loaded so far out of Python's garbage collection, which the engine
+        runs twice in every weight update and which otherwise takes most of its time."""
+        self.post("/freeze_gc")
+
+    def pause(self) -> None:
+        """Stop sampling; requests stay, and go on after `resume` with the weights of then."""
+        self.post("/pause_generation", {"mode": "retract"})
+
+    def resume(self) -> None:
+        self.post("/continue_generation")
+
+    def load_ipc(self, handles: Mapping[str, str], version: int) -> None:
+        """Load weights from the processes that serve them at `handles` (GPU's UUID: address)."""
+        self.post(
+            "/update_weights_from_ipc",
+            {"zmq_handles": dict(handles), "weight_version": str(version)},
+        )
+
+    def join_group(self, address: str, port: int, first_rank: int, world: int, name: str) -> None:
+        """Take part in an NCCL group; returns when it is complete."""
+        self.post(
+            "/init_weights_update_group",
+            {
+                "master_address": address,
+                "master_port": port,
+                "rank_offset": first_rank,
+                "world_size": world,
+                "group_name": name,
+                "backend": "nccl",
+            },
+        )
+
+    def load_broadcast(
+        self, tensors: Sequence[tuple[str, torch.Tensor]], name: str, version: int | None
+    ) -> None:
+        """Load tensors of these shapes, which rank 0 of the group sends one after the other.
+
+        version: the weights' number, with the last ones.
+        """
+        self.post(
+            "/update_weights_from_distributed",
+            {
+                "names": [key for key, _ in tensors],
+                "dtypes": [str(tensor.dtype).removeprefix("torch.") for _, tensor in tensors],
+                "shapes": [list(tensor.shape) for _, tensor in tensors],
+                "group_name": name,
+                "flush_cache": version is not None,
+                "weight_version": None if version is None else str(version),
+            },
+        )
+
+    def load_disk(self, hf_dir: Path, version: int) -> None:
+        """Load the weights of a Hugging Face directory that the server can read."""
+        self.post(
+            "/update_weights_from_disk",
+            {"model_path": str(hf_dir), "weight_version": str(version)},
+        )
+
+    def sleep(self) -> None:
+        """Give GPU memory back; weights have to be synced after `wake`."""
+        self.post("/release_memory_occupation")
+
+    def wake(self, *tags: str) -> None:
+        """Take memory again, of "weights", "kv_cache", "cuda_graph" or all."""
+        self.post("/resume_memory_occupation", {"tags": list(tags)} if tags else {})
+
+    def check(self, action: str) -> None:
+        """Weights "snapshot" | "reset_tensors" | "compare"; RuntimeError naming what differs."""
+        self.post("/weights_checker", {"action": action})
+
+
+def _image(image: VisualInputs) -> dict[str, Any]:
+    """As rollout/sglang_server reads it. `hash` names the content, for the prefix cache."""
+    digest = hashlib.blake2b(image.key.encode(), digest_size=7).digest()
+    return {
+        "format": "prism_megatron",
+        "pixels": base64.b64encode(pixel_bytes(image)).decode(),
+        "grid_thw": list(image.grid_thw),
+        "hash": int.from_bytes(digest),
+    }

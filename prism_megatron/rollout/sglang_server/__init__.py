@@ -1,0 +1,4 @@
+"""What an SGLang server loads of this project, by SGLANG_EXTERNAL_MM_PROCESSOR_PACKAGE.
+
+Only the server imports these modules; the trainer talks HTTP to it.
+"""

@@ -1,0 +1,171 @@
+"""One vLLM server, over HTTP: sampling from the trainer's own ids and pixels, and its control.
+
+Prompt: ids, patches --/inference/v1/generate, which takes both as they are--> engine
+ids, log-probabilities, finish reason <--'   weight version: asked of the workers
+"""
+
+from __future__ import annotations
+
+import base64
+import sys
+from collections.abc import Mapping, Sequence
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import msgpack
+import torch
+
+from prism_megatron.config.schema import Sampling
+from prism_megatron.rollout.http_engine import NEVER, HttpEngine, pixel_bytes
+from prism_megatron.types import Prompt, Rollout, VisualInputs
+
+_RAW = 3
+"""vLLM's code for plain bytes in its messages (vllm/v1/serial_utils.py)."""
+
+
+def server_command(
+    hf_dir: Path,
+    *,
+    host: str,
+    port: int,
+    api_key: str,
+    tensor: int = 1,
+    python: str = sys.executable,
+    options: Sequence[str] = (),
+) -> tuple[list[str], dict[str, str]]:
+    """Command line and additional environment of a server on the visible GPUs.
+
+    python: of the environment that has vLLM, whose transformers is another than the trainer's.
+    hf_dir needs no trained weights: they come by a weight sync. options go to vLLM as they are.
+    """
+    command = [python, "-m", "vllm.entrypoints.openai.api_server", "--model", str(hf_dir)]
+    command += ["--host", host, "--port", str(port), "--api-key", api_key]
+    command += ["--tensor-parallel-size", str(tensor), "--tokens-only", "--enable-sleep-mode"]
+    command += ["--worker-extension-cls", "prism_megatron.rollout.vllm_server.WeightExtension"]
+    # without the endpoints of this mode there is no way to sync weights
+    return [*command, *options], {"VLLM_SERVER_DEV_MODE": "1"}
+
+
+class VLLMEngine(HttpEngine):
+    """Client of one server; see EngineClient and weight_sync.Server."""
+
+    async def generate(self, prompt: Prompt, sampling: Sampling, key: str) -> list[Rollout]:
+        """sampling.n rollouts. Random numbers are the server's own; `key` does not determine them.
+
+        A response that holds an id of no token has finish_reason "invalid".
+        """
+        body: dict[str, Any] = {
+            "token_ids": list(prompt.input_ids),
+            "sampling_params": {
+                "n": sampling.n,
+                "max_tokens": sampling.max_new_tokens,
+                "temperature": sampling.temperature,
+                "top_p": sampling.top_p,
+                "stop_token_ids": list(self.vocabulary.stop),
+                "logit_bias": {str(token): NEVER for token in self.vocabulary.placeholders},
+                "logprobs": 0,
+                "detokenize": False,
+            },
+        }
+        if prompt.images:
+            body["features"] = self._features(prompt)
+        before = await self.weight_version()
+        answer = await self.post_async("/inference/v1/generate", body)
+        version = await self.weight_version()
+        choices = answer["choices"]
+        if len(choices) != sampling.n or version != before:
+            raise RuntimeError(
+                f"{self.url} gave {len(choices)} responses for n={sampling.n}, sampled with the "
+                f"weights of version {before} to {version}"
+            )
+        return [self._rollout(choice, version) for choice in choices]
+
+    def _rollout(self, choice: Mapping[str, Any], version: int) -> Rollout:
+        ids = tuple(choice["token_ids"])
+        return Rollout(
+            ids=ids,
+            logprobs=tuple(token["logprob"] for token in choice["logprobs"]["content"]),
+            finish_reason=self.vocabulary.finish_reason(ids, choice["finish_reason"]),
+            weight_version=version,
+        )
+
+    def _features(self, prompt: Prompt) -> dict[str, Any]:
+        """The images, and where their tokens lie."""
+        image_token = self.vocabulary.placeholders[0]
+        places, position = [], 0
+        for token, run in groupby(prompt.input_ids):
+            length = len(list(run))
+            if token == image_token:
+                places.append({"offset": position, "length": length})
+            position += length
+        return {
+            "mm_hashes": {"image": [image.key for image in prompt.images]},
+            "mm_placeholders": {"image": places},
+            "kwargs_data": {"image": [_encoded(image) for image in prompt.images]},
+        }
+
+    async def weight_version(self) -> int:
+        answer = await self.post_async("/collective_rpc", {"method": "loaded_version"})
+        return _agreed(answer)
+
+    async def abort(self) -> None:
+        await self.post_async("/pause?mode=abort", {})
+        await self.post_async("/resume", {})
+
+    def version(self) -> int:
+        """Version of the weights that the server samples with; -1 before any sync."""
+        return _agreed(self.post("/collective_rpc", {"method": "loaded_version"}))
+
+    def settle(self) -> None:
+        """See SGLangEngine."""
+        self.post("/collective_rpc", {"method": "settle"})
+
+    def pause(self) -> None:
+        """Stop sampling; requests stay, and go on after `resume`."""
+        self.post("/pause?mode=keep")
+
+    def resume(self) -> None:
+        self.post("/resume")
+
+    def load_ipc(self, handles: Mapping[str, str], version: int) -> None:
+        """Load weights from the processes that serve them at `handles` (GPU's UUID: address)."""
+        arguments = {"handles": dict(handles), "version": version}
+        self.post("/collective_rpc", {"method": "load_ipc", "kwargs": arguments})
+        # what was computed with the old weights, images' features among it
+        for cache in ("prefix", "mm", "encoder"):
+            self.post(f"/reset_{cache}_cache")
+
+    def sleep(self) -> None:
+        """Give GPU memory back; weights have to be synced after `wake`."""
+        self.post("/sleep?level=2")
+
+    def wake(self, *tags: str) -> None:
+        """Take memory again, of "weights", "kv_cache" or all."""
+        self.post("/wake_up" + "".join(f"{'&' if i else '?'}tags={t}" for i, t in enumerate(tags)))
+
+
+def _agreed(answer: Mapping[str, Any]) -> int:
+    """The version that all workers tell."""
+    versions = {version for [version] in answer["results"]}
+    if len(versions) != 1:
+        raise RuntimeError(f"the workers of one engine have weights of versions {sorted(versions)}")
+    return int(versions.pop())
+
+
+def _encoded(image: VisualInputs) -> str:
+    """One image in vLLM's message format (vllm/v1/serial_utils.py)."""
+    patches, values = image.pixel_values.shape
+    grid = torch.tensor(image.grid_thw).numpy().tobytes()
+    every = {"slices": [[0, patches, None]], "dim": 0, "keep_on_cpu": False}
+    message = {
+        "pixel_values": {
+            "data": ["bfloat16", [patches, values], msgpack.ExtType(_RAW, pixel_bytes(image))],
+            "field": ["flat", every],
+        },
+        "image_grid_thw": {
+            "data": ["int64", [3], msgpack.ExtType(_RAW, grid)],
+            "field": ["batched", {"keep_on_cpu": True}],
+        },
+    }
+    return base64.b64encode(msgpack.packb(message)).decode()

@@ -1,0 +1,162 @@
+"""Weights reach servers as they are, from any layout; what goes wrong is an error on every rank."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file
+
+from model_providers import backend as backends
+from model_providers.config import Qwen3VLConfig
+from model_providers.parallel import Layout
+from model_providers.qwen3_vl import Qwen3VLModel
+from model_providers.weight_map import load_hf_weights
+from prism_megatron.config.schema import Sampling
+from prism_megatron.rollout.http_engine import Vocabulary
+from prism_megatron.rollout.local import LocalEngine
+from prism_megatron.rollout.sglang import SGLangEngine
+from prism_megatron.rollout.weight_sync import DiskSync, IpcSync
+from prism_megatron.types import Prompt
+from tests.dist import checks
+from tests.dist.ranks import Ranks
+from tests.mock_sglang import KEY, MockSGLang, serve
+from tests.unit.test_local_engine import prompts, save, tiny_model
+
+Worlds = Callable[[int], Ranks]
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["untied", "tied"])
+def hf_dir(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save(tiny_model(tied=request.param), tmp_path_factory.mktemp("served"))
+
+
+def _model(path: Path, layout: Layout) -> Qwen3VLModel:
+    backend = backends.create("cpu")
+    parallel = checks.parallel_state(layout)
+    backend.seed(3, parallel)
+    model = Qwen3VLModel(Qwen3VLConfig.from_hf(path), parallel, backend)
+    load_hf_weights(model, load_file(path / "model.safetensors"), str(path))
+    return model
+
+
+def _sync(path: Path, layout: Layout, refuse: str, forget: bool, scratch: Path | None) -> Any:
+    """The error, or the names that the server got changed or not at all, with what it was asked."""
+    model = _model(path, layout)
+    with ExitStack() as stack:
+        mock, box = None, [""]
+        if dist.get_rank() == 0:
+            mock = MockSGLang(path)
+            mock.refuse, mock.forget_version = refuse, forget
+            box = [stack.enter_context(serve(mock))]
+        dist.broadcast_object_list(box, src=0)
+        engine = SGLangEngine(box[0], KEY, Vocabulary.of(path))
+        if scratch:
+            sync: Any = DiskSync(model, path, scratch)
+        else:
+            ranks = {1: list(range(dist.get_world_size()))}
+            sync = IpcSync(model, ranks, bucket_bytes=2**15, timeout_seconds=5)
+        try:
+            phases = sync.sync({1: engine}, 3)
+        except RuntimeError as error:
+            return [str(error)], [], False
+        finally:
+            asyncio.run(engine.close())
+        assert phases["total"] >= sum(s for name, s in phases.items() if name != "total") * 0.99
+        if mock is None:
+            return None
+        weights = load_file(path / "model.safetensors")
+        same = {n for n, t in mock.loaded.items() if n in weights and torch.equal(t, weights[n])}
+        return sorted(set(weights) ^ same), mock.paths, mock.paused
+
+
+@pytest.mark.parametrize(
+    "world, layout",
+    [
+        (1, Layout()),
+        (2, Layout(tensor=2, sequence_parallel=True)),
+        (4, Layout(tensor=2, pipeline=2, first_stage_layers=1)),
+    ],
+)
+def test_engines_on_the_trainers_gpus_map_every_weight(
+    ranks: Worlds, hf_dir: Path, world: int, layout: Layout
+) -> None:
+    wrong, paths, paused = ranks(world).run(_sync, hf_dir, layout, "", False, None)[0]
+    assert wrong == [] and not paused
+    assert paths == [
+        "/freeze_gc",
+        "/pause_generation",
+        "/update_weights_from_ipc",
+        "/continue_generation",
+        "/model_info",
+    ]
+
+
+def test_engines_elsewhere_read_a_folder_that_is_gone_afterwards(
+    ranks: Worlds, hf_dir: Path, tmp_path: Path
+) -> None:
+    layout = Layout(tensor=2, sequence_parallel=True)
+    wrong, paths, _ = ranks(2).run(_sync, hf_dir, layout, "", False, tmp_path)[0]
+    assert wrong == [] and paths == [
+        "/pause_generation",
+        "/update_weights_from_disk",
+        "/continue_generation",
+        "/model_info",
+    ]
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "refuse, forget, words",
+    [
+        ("/update_weights_from_ipc", False, "told to refuse"),
+        ("", True, "version 3 were sent"),
+    ],
+)
+def test_a_failed_sync_is_an_error_on_every_rank(
+    ranks: Worlds, hf_dir: Path, refuse: str, forget: bool, words: str
+) -> None:
+    found = ranks(2).run(_sync, hf_dir, Layout(tensor=2), refuse, forget, None)
+    assert all(words in message for [message], _, _ in found), found
+
+
+def test_a_server_samples_from_the_trainers_own_ids_and_pixels(hf_dir: Path) -> None:
+    sampling = Sampling(n=3, max_new_tokens=12)
+    asked = prompts()
+    for prompt in asked:
+        for image in prompt.images:
+            # exact in the precision that they travel in
+            image.pixel_values.copy_(image.pixel_values.bfloat16())
+    local = LocalEngine(hf_dir, seed=5)
+    mock = MockSGLang(hf_dir)
+    mock.engine.load_weights(load_file(hf_dir / "model.safetensors").items(), 7)
+    with serve(mock) as url:
+        answers = asyncio.run(_ask(url, hf_dir, asked, sampling))
+    for prompt, found in zip(asked, answers, strict=True):
+        named = Prompt("row", prompt.input_ids, prompt.images)
+        [expected] = local.generate([named], sampling, 0)
+        assert [r.ids for r in found] == [r.ids for r in expected]
+        assert [r.logprobs for r in found] == [r.logprobs for r in expected]
+        assert [r.finish_reason for r in found] == [r.finish_reason for r in expected]
+        assert {r.weight_version for r in found} == {7}
+
+
+async def _ask(url: str, hf_dir: Path, asked: list[Prompt], sampling: Sampling) -> list[Any]:
+    engine = SGLangEngine(url, KEY, Vocabulary.of(hf_dir))
+    await engine.health()
+    found = await asyncio.gather(*(engine.generate(p, sampling, "") for p in asked))
+    await engine.close()
+    return list(found)
+
+
+def test_a_wrong_key_is_told(hf_dir: Path) -> None:
+    with serve(MockSGLang(hf_dir)) as url:
+        engine = SGLangEngine(url, "guessed", Vocabulary.of(hf_dir))
+        with pytest.raises(RuntimeError, match="status 401"):
+            engine.version()

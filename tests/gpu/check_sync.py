@@ -1,0 +1,336 @@
+"""Weight sync into SGLang servers on the trainers' GPUs, and what they sample then.
+
+    torchrun --nproc-per-node N -m tests.gpu.check_sync DIR --out FILE [--preset NAME] [layout]
+
+With a kind of DIR (tests.gpu.served_models): the server loads the export from disk, its tensors are
+kept, scrambled and synced from Megatron, and must be the same again. Then it samples responses to
+prompts with images, whose log-probabilities Megatron recomputes; the same once more with other
+weights, the vision tower's too, and the same images.
+
+With --preset NAME, of true shape and random weights: seconds of a sync by phase.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import shutil
+import signal
+import statistics
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import httpx
+import torch
+import torch.distributed as dist
+
+from checkpoint_tools import hf_writer
+from checkpoint_tools.hf_directory import HFDirectory
+from model_providers import backend as backends
+from model_providers import presets
+from model_providers.config import Qwen3VLConfig
+from model_providers.parallel import Layout, ParallelState
+from model_providers.qwen3_vl import Qwen3VLModel
+from model_providers.weight_map import load_hf_weights
+from prism_megatron.config.schema import Sampling
+from prism_megatron.data.prompts import rollout_sequence
+from prism_megatron.rollout.http_engine import Vocabulary
+from prism_megatron.rollout.sglang import SGLangEngine, server_command
+from prism_megatron.rollout.weight_sync import IpcSync
+from prism_megatron.training.policy import response_logprobs
+from prism_megatron.training.runner import ModelRunner
+from prism_megatron.types import Prompt, Rollout
+from tests.gpu import workload
+from tests.gpu.served_models import questions
+
+# without FlashAttention-3's and FlashInfer's binaries
+KERNELS = "--attention-backend triton --sampling-backend pytorch --grammar-backend none"
+KERNELS += " --mm-attention-backend sdpa"
+Sync = Callable[[int], dict[str, float]]
+CLOSE = 0.01
+"""Mean distance of log-probabilities in BF16."""
+
+
+class ServerProcess:
+    """A server on some of this host's GPUs, for as long as the block lasts."""
+
+    def __init__(
+        self, path: Path, gpus: list[str], options: list[str], log: Path, tensor: int
+    ) -> None:
+        port = 31000 + 50 * dist.get_rank()
+        command, environment = server_command(
+            path, host="127.0.0.1", port=port, api_key="key", tensor=tensor, options=options
+        )
+        environment |= {"CUDA_VISIBLE_DEVICES": ",".join(gpus)}
+        # the trainer's, which are not the server's
+        kept = {
+            name: value
+            for name, value in os.environ.items()
+            if not name.startswith(("TORCHELASTIC", "PYTORCH_CUDA_ALLOC"))
+            and name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+        }
+        self.log = log
+        with log.open("w") as file:
+            self.process = subprocess.Popen(
+                command, env=kept | environment, stdout=file, stderr=file, start_new_session=True
+            )
+        self.engine = SGLangEngine(f"http://127.0.0.1:{port}", "key", Vocabulary.of(path))
+
+    def wait(self, seconds: float) -> float:
+        """Seconds until it answered."""
+        started = time.monotonic()
+        while time.monotonic() - started < seconds:
+            if self.process.poll() is not None:
+                break
+            try:
+                asyncio.run(self.engine.health())
+                return time.monotonic() - started
+            except (httpx.HTTPError, RuntimeError):
+                time.sleep(0.5)
+        raise RuntimeError(f"the server did not come up: {self.log.read_text()[-3000:]}")
+
+    def stop(self) -> None:
+        with suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+
+
+def logprob_distance(
+    runner: ModelRunner, prompts: list[Prompt], answers: list[list[Rollout]]
+) -> dict[str, Any]:
+    """Between the engine's log-probabilities and Megatron's, over all response tokens."""
+    pairs = [(p, r) for p, group in zip(prompts, answers, strict=True) for r in group]
+    sequences = [rollout_sequence(p, r.ids, {}) for p, r in pairs]
+    found = runner.infer(sequences, response_logprobs)
+    theirs = torch.cat([torch.tensor(r.logprobs) for _, r in pairs])
+    ours = torch.cat([f[s.response_mask].cpu() for f, s in zip(found, sequences, strict=True)])
+    apart = (ours - theirs).abs()
+    images = torch.cat([torch.full((len(r.ids),), bool(p.images)) for p, r in pairs])
+    return {
+        "tokens": len(apart),
+        "mean": float(apart.mean()),
+        "p99": float(apart.quantile(0.99)),
+        "largest": float(apart.max()),
+        "mean_with_images": float(apart[images].mean()),
+        "mean_logprob": float(theirs.mean()),
+        "versions": sorted({r.weight_version for _, r in pairs}),
+    }
+
+
+async def sample(
+    engine: SGLangEngine, prompts: list[Prompt], sampling: Sampling
+) -> list[list[Rollout]]:
+    answers = await asyncio.gather(*(engine.generate(p, sampling, "") for p in prompts))
+    await engine.close()
+    return list(answers)
+
+
+def true_shape(name: str, processor: Path, target: Path) -> Path:
+    """A directory without weights: a preset's config, token ids and processor of a tiny model."""
+    hf_writer.copy_config(processor, target)
+    tiny = json.loads((processor / "config.json").read_text())
+    raw = hf_writer.in_dialect(presets.hf_config(name), "4.57")
+    raw |= {key: value for key, value in tiny.items() if key.endswith("_token_id")}
+    (target / "config.json").write_text(json.dumps(raw))
+    return target
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("directory", type=Path)
+    parser.add_argument("--kind", choices=("dense", "moe"), default="dense")
+    parser.add_argument("--preset", choices=presets.PRESETS)
+    for name in ("tensor", "pipeline", "expert", "expert-tensor", "engine-tensor"):
+        parser.add_argument(f"--{name}", type=int, default=1)
+    parser.add_argument("--cycles", type=int, default=10)
+    parser.add_argument("--memory", default="0.5", help="share of GPU memory the engine takes")
+    parser.add_argument("--bucket-mib", type=int, default=1024)
+    parser.add_argument("--out", type=Path, required=True)
+    options = parser.parse_args()
+    backend = backends.create("cuda")
+    backend.init_process_group()
+    rank, world = dist.get_rank(), dist.get_world_size()
+    layout = Layout(
+        tensor=options.tensor,
+        pipeline=options.pipeline,
+        expert=options.expert,
+        expert_tensor=options.expert_tensor,
+        sequence_parallel=options.tensor > 1,
+    )
+    parallel = ParallelState.create(layout)
+    backend.seed(1, parallel)
+    folder = Path(tempfile.mkdtemp())
+    export, processor = options.directory / options.kind / "bf16", options.directory / "tiny"
+    if options.preset:
+        path = true_shape(options.preset, processor, folder)
+    else:
+        path = Path(shutil.copytree(export, folder, dirs_exist_ok=True))
+        shutil.copy(processor / "generation_config.json", path)
+    size = options.engine_tensor
+    ranks = list(range(rank // size * size, rank // size * size + size))
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    gpus = visible.split(",") if visible else [str(i) for i in range(world)]
+    log = options.out.with_suffix(f".server{rank}.log")
+    flags = [*KERNELS.split(), "--mem-fraction-static", options.memory]
+    flags += ["--load-format", "dummy"] if options.preset else []
+    flags += ["--disable-cuda-graph", "--max-running-requests", "256"]
+    server = None
+    vocabulary = Vocabulary.of(path)
+
+    def engine_at(rank: int) -> SGLangEngine:
+        return SGLangEngine(f"http://127.0.0.1:{31000 + 50 * rank}", "key", vocabulary)
+
+    engine = engine_at(ranks[0])
+    if rank == ranks[0]:
+        server = ServerProcess(path, [gpus[r] for r in ranks], flags, log, size)
+    report: dict[str, Any] = {"model": options.preset or options.kind, "world": world}
+    report |= {"layout": {k: v for k, v in vars(layout).items() if isinstance(v, int)}}
+    report |= {"engine_tensor": size, "bucket_mib": options.bucket_mib}
+    try:
+        config = Qwen3VLConfig.from_hf(path)
+        with torch.device(backend.device):
+            model = Qwen3VLModel(config, parallel, backend).to(backend.device)
+        if options.preset:
+            workload.randomise(model)
+        else:
+            load_hf_weights(model, HFDirectory(path), str(path))
+        if server:
+            report["server_start_s"] = server.wait(240)
+        dist.barrier()
+        groups = {i: list(range(i * size, i * size + size)) for i in range(world // size)}
+        weights = IpcSync(model, groups, bucket_bytes=options.bucket_mib * 2**20)
+
+        servers = {i: engine_at(members[0]) for i, members in groups.items()}
+
+        def sync(version: int) -> dict[str, float]:
+            return weights.sync(servers, version)
+
+        report["buckets"] = len(weights.plan.buckets)
+        report["gib"] = sum(bucket.nbytes for bucket in weights.plan.buckets) / 2**30
+        _equality(report, sync, engine, server, options.preset)
+        _times(report, sync, options.cycles)
+        if not options.preset:
+            _logprobs(report, sync, engine, model, options.directory)
+        if server:
+            _sleep(report, sync, engine)
+    finally:
+        if server:
+            server.stop()
+        shutil.rmtree(folder)
+    if rank == 0:
+        report |= workload.environment()
+        options.out.write_text(json.dumps(report, indent=2) + "\n")
+        print(json.dumps(report, indent=2))
+    dist.destroy_process_group()
+
+
+def _equality(
+    report: dict[str, Any],
+    sync: Sync,
+    engine: SGLangEngine,
+    server: ServerProcess | None,
+    preset: str | None,
+) -> None:
+    """What is loaded from disk, or by a first sync, comes back after the tensors are scrambled."""
+    if preset:
+        report["first_sync"] = sync(0)
+    if server:
+        engine.check("snapshot")
+        engine.check("reset_tensors")
+        try:
+            engine.check("compare")
+        except RuntimeError as error:
+            report["scrambled"] = str(error)[:200]
+        else:
+            raise AssertionError("the scrambled weights compare as equal")
+    seconds = sync(1)
+    report.setdefault("first_sync", seconds)
+    if server:
+        engine.check("compare")
+    report["equal_after_sync"] = True
+
+
+def _times(report: dict[str, Any], sync: Sync, cycles: int) -> None:
+    runs = [sync(2 + number) for number in range(cycles)]
+    report["sync_s"] = {
+        phase: statistics.median(run.get(phase, 0.0) for run in runs) for phase in runs[0]
+    }
+    report["sync_total_s"] = [run["total"] for run in runs]
+
+
+def _logprobs(
+    report: dict[str, Any],
+    sync: Sync,
+    engine: SGLangEngine,
+    model: Qwen3VLModel,
+    directory: Path,
+) -> None:
+    """Of sampled responses, before and after a sync of other weights, with the same images."""
+    runner = ModelRunner(model, micro_batch_tokens=4096, pad_id=0, optimizer=None)
+    prompts = []
+    for number, (_, sequence) in enumerate(questions(directory)):
+        split = int((~sequence.response_mask).sum())
+        ids = tuple(sequence.input_ids[:split].tolist())
+        prompts.append(Prompt(str(number), ids, sequence.images))
+    suppressed = asyncio.run(sample(engine, prompts[:4], Sampling(n=16, max_new_tokens=64)))
+    placeholders = set(engine.vocabulary.placeholders)
+    seen = {token for group in suppressed for r in group for token in r.ids}
+    assert seen and not seen & placeholders, "a placeholder was sampled"
+    # A random model gives them a hundredth of the probability, which suppressing them would shift
+    # to the other tokens; so they may be sampled here, and responses that hold one are left out.
+    free = replace(engine.vocabulary, placeholders=())
+    engine = SGLangEngine(engine.url, "key", free)
+    sampling = Sampling(n=32, max_new_tokens=64)
+    for moment in ("before", "after"):
+        if moment == "after":
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    if parameter.dim() > 1:
+                        generator = torch.Generator(parameter.device).manual_seed(parameter.numel())
+                        noise = torch.randn(
+                            parameter.shape, generator=generator, device=parameter.device
+                        )
+                        parameter.add_(0.02 * noise.to(parameter.dtype))
+            report["sync_of_other_weights"] = sync(1000)
+        started = time.perf_counter()
+        answers = asyncio.run(sample(engine, prompts, sampling))
+        seconds = time.perf_counter() - started
+        tokens = sum(len(r.ids) for group in answers for r in group)
+        box: list[Any] = [
+            [[r for r in group if not placeholders & set(r.ids)] for group in answers]
+        ]
+        dist.broadcast_object_list(box, src=0)
+        found = logprob_distance(runner, prompts, box[0])
+        report[f"logprobs_{moment}"] = found | {"tokens_per_s": tokens / seconds}
+        assert found["mean"] <= CLOSE, report
+
+
+def _sleep(report: dict[str, Any], sync: Sync, engine: SGLangEngine) -> None:
+    """Twenty naps: what is left on the GPU, and whether that grows."""
+    free, times = [], []
+    for _ in range(20):
+        started = time.perf_counter()
+        engine.sleep()
+        slept = time.perf_counter()
+        free.append(torch.accelerator.get_memory_info()[0])
+        engine.wake()
+        times.append((slept - started, time.perf_counter() - slept))
+    report["sleep"] = {
+        "free_asleep_gib": free[0] / 2**30,
+        "drift_mib": (free[0] - free[-1]) / 2**20,
+        "sleep_s": statistics.median(t[0] for t in times),
+        "wake_s": statistics.median(t[1] for t in times),
+        "free_awake_gib": torch.accelerator.get_memory_info()[0] / 2**30,
+    }
+
+
+if __name__ == "__main__":
+    main()

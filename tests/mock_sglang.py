@@ -1,0 +1,166 @@
+"""A server that speaks the part of SGLang's HTTP protocol that we use, over a LocalEngine.
+
+Weights come as to SGLang: an update names sockets by GPU, each of which hands over memory once and
+then lists of what lies where in it (checkpoint-engine's worker.update_weights_from_ipc). They are
+loaded when the update ends.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import torch
+import zmq
+from safetensors.torch import load_file
+from torch import Tensor
+
+from prism_megatron.config.schema import Sampling
+from prism_megatron.rollout.local import LocalEngine
+from prism_megatron.types import Prompt, VisualInputs
+
+KEY = "secret"
+
+
+class MockSGLang:
+    """The server's state: requests seen, weights, what to get wrong."""
+
+    def __init__(self, hf_dir: Path) -> None:
+        self.engine = LocalEngine(hf_dir, seed=5, pretrained=False)
+        self.version, self.paused = -1, False
+        self.paths: list[str] = []
+        self.loaded: dict[str, Tensor] = {}
+        self.refuse = ""
+        """A path that is answered with status 400."""
+        self.forget_version = False
+
+    def answer(self, path: str, body: Any) -> tuple[int, Any]:
+        """Status and JSON."""
+        self.paths.append(path)
+        if path == self.refuse:
+            return 400, {"success": False, "message": "told to refuse"}
+        if path == "/generate":
+            return 200, self._generate(body)
+        if path == "/model_info":
+            return 200, {"weight_version": str(self.version)}
+        if path == "/pause_generation":
+            self.paused = True
+        if path == "/continue_generation":
+            self.paused = False
+        if path == "/update_weights_from_ipc":
+            # one engine rank a GPU, all at once
+            with ThreadPoolExecutor() as pool:
+                updates = list(pool.map(self._update, body["zmq_handles"].values()))
+            for name, tensor in updates[0].items():
+                assert all(torch.equal(tensor, update[name]) for update in updates)
+            self.loaded = updates[0]
+            self._use(int(body["weight_version"]))
+        if path == "/update_weights_from_disk":
+            self.loaded = load_file(Path(body["model_path"]) / "model.safetensors")
+            self._use(int(body["weight_version"]))
+        return 200, {"success": True, "message": "done"}
+
+    def _use(self, version: int) -> None:
+        self.engine.load_weights(self.loaded.items(), version)
+        if not self.forget_version:
+            self.version = version
+
+    def _update(self, handle: str) -> dict[str, Tensor]:
+        loaded: dict[str, Tensor] = {}
+        socket = zmq.Context.instance().socket(zmq.REP)
+        socket.connect(handle)
+        rebuild, arguments = socket.recv_pyobj()
+        memory = rebuild(*arguments)
+        assert memory.dtype == torch.uint8
+        socket.send(b"")
+        while (message := socket.recv_pyobj()) is not None:
+            for item in message:
+                assert item["name"] not in loaded
+                size = item["dtype"].itemsize * torch.Size(item["shape"]).numel()
+                stored = memory[item["offset"] : item["offset"] + size].view(item["dtype"])
+                loaded[item["name"]] = stored.view(item["shape"]).clone()
+            socket.send(b"")
+        socket.send(b"")
+        assert socket.recv_pyobj() is None
+        socket.send(b"")
+        socket.close()
+        return loaded
+
+    def _generate(self, body: Any) -> Any:
+        given = body["sampling_params"]
+        sampling = Sampling(
+            n=given["n"],
+            max_new_tokens=given["max_new_tokens"],
+            temperature=given["temperature"],
+            top_p=given["top_p"],
+        )
+        shown = body.get("image_data", [])
+        if given["n"] > 1 and shown:
+            [shown] = shown
+        images = tuple(self._image(item) for item in shown)
+        prompt = Prompt("row", tuple(body["input_ids"]), images)
+        [group] = self.engine.generate([prompt], sampling, 0)
+        answers = [
+            {
+                "meta_info": {
+                    "prompt_tokens": len(prompt.input_ids),
+                    "output_token_logprobs": [
+                        [logprob, token, None]
+                        for token, logprob in zip(rollout.ids, rollout.logprobs, strict=True)
+                    ],
+                    "finish_reason": {"type": rollout.finish_reason},
+                    "weight_version": str(rollout.weight_version),
+                }
+            }
+            for rollout in group
+        ]
+        return answers if sampling.n > 1 else answers[0]
+
+    def _image(self, item: Any) -> VisualInputs:
+        assert item["format"] == "prism_megatron" and 0 <= item["hash"] < 2**63
+        t, h, w = item["grid_thw"]
+        values = torch.frombuffer(bytearray(base64.b64decode(item["pixels"])), dtype=torch.bfloat16)
+        return VisualInputs(str(item["hash"]), values.view(t * h * w, -1).float(), (t, h, w))
+
+
+@contextmanager
+def serve(mock: MockSGLang) -> Iterator[str]:
+    """The mock at a loopback address, for as long as the block lasts; its URL."""
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_GET(self) -> None:
+            self._respond(None)
+
+        def do_POST(self) -> None:
+            self._respond(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+
+        def _respond(self, body: Any) -> None:
+            status, content = 401, {"error": "Unauthorized"}
+            if self.headers.get("Authorization") == f"Bearer {KEY}":
+                status, content = mock.answer(self.path, body)
+            data = json.dumps(content).encode()
+            self.send_response(status)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(data)))
+            self.end_headers()
+            self.wfile.write(data)
+
+        def log_message(self, *arguments: object) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}"
+    finally:
+        server.shutdown()
+        server.server_close()
