@@ -42,7 +42,8 @@ class Rollout:
 
     ids: response token ids, the end-of-turn id included when the model wrote it.
     logprobs: log-probability of each id under the sampling model, same length as ids.
-    finish_reason: "stop" (ended by end-of-turn) or "length".
+    finish_reason: "stop" (ended by end-of-turn), "length", or "abort" (cut off while it was
+    sampled; no answer yet).
     weight_version: version of the weights that sampled it.
     """
 

@@ -227,6 +227,74 @@ class Sampling(Section):
     """Responses that the embedded engine decodes at once."""
 
 
+class Rollout(Section):
+    """Where responses are sampled: in every rank, or by engines that Ray places and watches."""
+
+    kind: Literal["embedded", "local", "sglang", "vllm"] = "embedded"
+    """embedded: a Hugging Face model in every rank; local: the same in Ray actors, on CPUs; sglang,
+    vllm: servers on GPUs."""
+    engines: int = Field(1, ge=1)
+    """Engines in all; the same number on every node."""
+    nodes: int = Field(1, ge=1)
+    """Nodes that engines are placed on."""
+    node_resource: str | None = None
+    """Ray resource that marks the nodes for engines (ray start --resources); any node if null."""
+    cpus: int = Field(1, ge=1)
+    """CPU cores of an engine, in Ray's account."""
+    tensor: int = Field(1, ge=1)
+    """Tensor-parallel GPUs of a server, all on one node."""
+    gpus: tuple[int, ...] = ()
+    """Ids of the GPUs that servers get on every node, `tensor` for each in this order; trainers may
+    have the same ones."""
+    interface: str | None = None
+    """Network interface that servers listen on, such as eth0; loopback if null, which only ranks
+    of the same node reach."""
+    server_args: tuple[str, ...] = ()
+    """Further arguments of the server's command line."""
+    start_timeout: float = Field(600, gt=0)
+    """Seconds that an engine may take to start."""
+    request_timeout: float = Field(1800, gt=0)
+    """Seconds that the responses to one prompt may take."""
+    health_interval: float = Field(10, gt=0)
+    """Seconds between two health checks of an engine."""
+    health_timeout: float = Field(30, gt=0)
+    """Seconds that a health check may take."""
+    max_failures: int = Field(3, ge=1)
+    """Failed requests, or failed health checks, in a row after which an engine is restarted."""
+    max_restarts: int = Field(3, ge=0)
+    """Restarts of an engine without an answered request in between; then it is given up."""
+    max_attempts: int = Field(4, ge=1)
+    """Engines that a prompt is tried on before the run stops."""
+    max_outstanding_tokens: int = Field(524288, ge=1)
+    """Most tokens, prompts and longest responses, that an engine is asked for at the same time."""
+
+    @model_validator(mode="after")
+    def _engines_fit_the_nodes(self) -> Self:
+        if self.engines % self.nodes:
+            raise ValueError(
+                f"engines={self.engines} can't be shared out evenly among nodes={self.nodes}; make "
+                "it a multiple"
+            )
+        fields = type(self).model_fields.items()
+        given = [name for name, field in fields if getattr(self, name) != field.default]
+        if self.kind == "embedded" and given:
+            raise ValueError(
+                f"kind=embedded has one engine in every rank and no use for {', '.join(given)}; "
+                "set another kind, or leave them out"
+            )
+        needed = self.tensor * self.engines_per_node
+        if self.kind in ("sglang", "vllm") and len(self.gpus) != needed:
+            raise ValueError(
+                f"{self.engines_per_node} engines a node with tensor={self.tensor} take {needed} "
+                f"GPUs, but gpus={list(self.gpus)} names {len(self.gpus)}; give as many ids"
+            )
+        return self
+
+    @property
+    def engines_per_node(self) -> int:
+        return self.engines // self.nodes
+
+
 class Stage(Section):
     """What every training stage has."""
 
@@ -296,6 +364,8 @@ class Align(Stage):
     prompts_per_step: int = Field(ge=1)
     """Prompts a step; each gets sampling.n responses."""
     sampling: Sampling
+    rollout: Rollout = Rollout()
+    """Where responses are sampled."""
     caption_weight: float = Field(0.5, ge=0)
     """Weight of the perception stream in the advantage."""
     reasoning_weight: float = Field(0.5, ge=0)
@@ -320,6 +390,8 @@ class RLVR(Stage):
     prompts_per_step: int = Field(ge=1)
     """Prompts a step; each gets sampling.n responses."""
     sampling: Sampling
+    rollout: Rollout = Rollout()
+    """Where responses are sampled."""
     accuracy_weight: float = Field(0.8, ge=0)
     """Reward of a right answer in the right format."""
     format_weight: float = Field(0.2, ge=0)

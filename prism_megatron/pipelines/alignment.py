@@ -33,9 +33,7 @@ from prism_megatron.objectives.sections import (
     split_sections,
     token_bytes,
 )
-from prism_megatron.rollout.fleet import EmbeddedFleet
-from prism_megatron.rollout.local import LocalEngine
-from prism_megatron.rollout.weight_sync import InProcessSync
+from prism_megatron.rollout import fleet
 from prism_megatron.training import discriminator
 from prism_megatron.training.loop import Metrics, TrainingLoop
 from prism_megatron.training.policy import policy_update
@@ -90,8 +88,12 @@ def run(config: schema.Align) -> None:
     }
     loop = TrainingLoop(config, models, stream, quarantine, shown="score_gap")
     done = loop.resume()
-    engine = EmbeddedFleet(
-        LocalEngine(hf_directory(config.policy.path), seed=config.run.seed, pretrained=False)
+    engine = fleet.build(
+        config.rollout,
+        hf_directory(config.policy.path),
+        seed=config.run.seed,
+        weights=lambda: iter_hf_weights(policy.model),
+        logs=config.run.dir / "engines",
     )
     game = Game(config, reader, policy, judge, engine)
     game.sync(done)
@@ -134,7 +136,7 @@ class Game:
         reader: discriminator.Reader,
         policy: ModelRunner,
         judge: ModelRunner,
-        engine: EmbeddedFleet,
+        engine: fleet.Fleet,
     ) -> None:
         self.config, self.reader = config, reader
         self.policy, self.judge, self.engine = policy, judge, engine
@@ -171,7 +173,7 @@ class Game:
 
     def sync(self, version: int) -> None:
         """Give the engine the policy's weights; it must answer with the version."""
-        InProcessSync(self.engine).sync(iter_hf_weights(self.policy.model), version)
+        self.engine.sync(version)
 
     def _sections(self, rollout: Rollout) -> Sections | None:
         if rollout.finish_reason != "stop":

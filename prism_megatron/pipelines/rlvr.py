@@ -18,9 +18,7 @@ from prism_megatron.data.rows import BatchStream, PromptRow, read_prompts
 from prism_megatron.objectives.advantages import group_normalise
 from prism_megatron.objectives.rewards import Reward, response_reward
 from prism_megatron.objectives.sections import response_text, token_bytes
-from prism_megatron.rollout.fleet import EmbeddedFleet
-from prism_megatron.rollout.local import LocalEngine
-from prism_megatron.rollout.weight_sync import InProcessSync
+from prism_megatron.rollout import fleet
 from prism_megatron.training.loop import Metrics, TrainingLoop
 from prism_megatron.training.policy import policy_update
 from prism_megatron.training.runner import ModelRunner
@@ -66,8 +64,12 @@ def run(config: schema.RLVR) -> None:
         config, {"policy": (policy, config.policy.path)}, stream, quarantine, shown="reward"
     )
     done = loop.resume()
-    engine = EmbeddedFleet(
-        LocalEngine(hf_directory(config.policy.path), seed=config.run.seed, pretrained=False)
+    engine = fleet.build(
+        config.rollout,
+        hf_directory(config.policy.path),
+        seed=config.run.seed,
+        weights=lambda: iter_hf_weights(policy.model),
+        logs=config.run.dir / "engines",
     )
     trainer = Trainer(config, encoder, policy, engine)
     trainer.sync(done)
@@ -83,7 +85,7 @@ class Trainer:
         config: schema.RLVR,
         encoder: PromptEncoder,
         policy: ModelRunner,
-        engine: EmbeddedFleet,
+        engine: fleet.Fleet,
     ) -> None:
         self.config, self.encoder = config, encoder
         self.policy, self.engine = policy, engine
@@ -118,7 +120,7 @@ class Trainer:
 
     def sync(self, version: int) -> None:
         """Give the engine the policy's weights; it must answer with the version."""
-        InProcessSync(self.engine).sync(iter_hf_weights(self.policy.model), version)
+        self.engine.sync(version)
 
     def _reward(self, task: Task, rollout: Rollout) -> Reward:
         """A response that was cut off has no answer, whatever it had written before."""

@@ -1,7 +1,12 @@
-"""The seam between training and whatever samples the responses."""
+"""The seams between training and whatever samples the responses.
+
+RolloutEngine   what a pipeline samples with, in its own process
+EngineClient    how a fleet drives one engine that lives elsewhere: a server, or an actor
+"""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Protocol
 
@@ -9,6 +14,10 @@ from torch import Tensor
 
 from prism_megatron.config.schema import Sampling
 from prism_megatron.types import Prompt, Rollout
+
+
+class EngineDied(RuntimeError):
+    """The engine's process is gone; only a new one can answer again."""
 
 
 class RolloutEngine(Protocol):
@@ -41,3 +50,46 @@ class RolloutEngine(Protocol):
         keeps its old weights and version.
         """
         ...
+
+
+class EngineClient(Protocol):
+    """One engine, asked by any number of tasks of one event loop at the same time.
+
+    Every method raises EngineDied if it knows that the engine's process is gone, and any other
+    error but ValueError if the engine did not answer as it should.
+    """
+
+    async def generate(self, prompt: Prompt, sampling: Sampling, key: str) -> list[Rollout]:
+        """sampling.n rollouts of one prompt; finish_reason "abort" on those that abort() cut off.
+
+        key: makes the random numbers, together with the engine's seed and the rollout's number,
+        where the engine lets its asker choose them.
+        ValueError, with its row_id, if the prompt can't be sampled from, by whichever engine.
+        """
+        ...
+
+    async def health(self) -> None:
+        """Returns if the engine answers, also while it generates."""
+        ...
+
+    async def weight_version(self) -> int:
+        """Version of the weights that the next response is sampled with; -1 before any load."""
+        ...
+
+    async def abort(self) -> None:
+        """Requests that the engine has taken return what they have sampled so far."""
+        ...
+
+    async def close(self) -> None:
+        """Let go of connections; the engine itself goes on."""
+        ...
+
+
+def request_keys(prompts: Sequence[Prompt], step: int) -> list[str]:
+    """What makes each prompt's random numbers in a step; a prompt that comes twice gets two."""
+    seen: Counter[str] = Counter()
+    keys = []
+    for prompt in prompts:
+        keys.append(f"{step}/{prompt.row_id}/{seen[prompt.row_id]}")
+        seen[prompt.row_id] += 1
+    return keys

@@ -1,39 +1,99 @@
-"""Embedded engines, one a rank, that sample a batch of prompts together."""
+"""All engines of a run together, as a pipeline has them: prompts in, rollouts and versions out.
+
+EmbeddedFleet   an engine in every rank, each sampling its share of the prompts
+RayFleet        engines that Ray places and watches (rollout/ray_fleet.py)
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Protocol
 
 import torch.distributed as dist
 from torch import Tensor
 
+from prism_megatron.config import schema
 from prism_megatron.config.schema import Sampling
 from prism_megatron.rollout.engine import RolloutEngine
+from prism_megatron.rollout.local import LocalEngine
+from prism_megatron.rollout.weight_sync import InProcessSync
 from prism_megatron.types import Prompt, Rollout
+
+Weights = Callable[[], Iterable[tuple[str, Tensor]]]
+"""The policy's weights of now, full tensors under their Hugging Face names; all ranks call it."""
+
+
+class Fleet(Protocol):
+    """What all ranks call together."""
+
+    @property
+    def weight_version(self) -> int:
+        """Version of the weights that the next response is sampled with; -1 before any sync."""
+        ...
+
+    def sync(self, version: int) -> None:
+        """Give the engines the policy's weights of now, and make sure that they have them."""
+        ...
+
+    def generate(
+        self, prompts: Sequence[Prompt], sampling: Sampling, step: int
+    ) -> list[list[Rollout]]:
+        """See RolloutEngine; every rank gives the same prompts and gets all rollouts."""
+        ...
+
+
+def build(config: schema.Rollout, model: Path, *, seed: int, weights: Weights, logs: Path) -> Fleet:
+    """The configured fleet for the model of a Hugging Face directory, without weights yet.
+
+    logs: folder for what servers write.
+    """
+    if config.kind == "embedded":
+        return EmbeddedFleet(LocalEngine(model, seed=seed, pretrained=False), weights)
+    if find_spec("ray") is None:
+        raise ValueError(
+            f"rollout.kind={config.kind} needs Ray; pip install 'prism-megatron[ray]', or set "
+            "rollout.kind=embedded"
+        )
+    from prism_megatron.rollout.ray_fleet import RayFleet, send_through_ray
+
+    return RayFleet(config, send_through_ray(weights), model=model, seed=seed, logs=logs)
 
 
 class EmbeddedFleet:
-    """A RolloutEngine over all ranks: each samples every world-th prompt, all get all rollouts."""
+    """A RolloutEngine in every rank: each samples every world-th prompt, all get all rollouts."""
 
-    def __init__(self, engine: RolloutEngine) -> None:
-        self.engine = engine
+    def __init__(self, engine: RolloutEngine, weights: Weights) -> None:
+        self.engine, self.weights = engine, weights
 
     @property
     def weight_version(self) -> int:
         return self.engine.weight_version
 
-    def load_weights(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
-        self.engine.load_weights(named_tensors, version)
+    def sync(self, version: int) -> None:
+        InProcessSync(self.engine).sync(self.weights(), version)
 
     def generate(
         self, prompts: Sequence[Prompt], sampling: Sampling, step: int
     ) -> list[list[Rollout]]:
-        world, rank = dist.get_world_size(), dist.get_rank()
-        mine = self.engine.generate(prompts[rank::world], sampling, step)
-        gathered: list[Any] = [None] * world
-        dist.all_gather_object(gathered, mine)
-        merged: list[list[Rollout]] = [[]] * len(prompts)
-        for first, part in enumerate(gathered):
-            merged[first::world] = part
-        return merged
+        mine = self.engine.generate(own_share(prompts), sampling, step)
+        return merge_shares(mine, len(prompts))
+
+
+def own_share(prompts: Sequence[Prompt]) -> Sequence[Prompt]:
+    """Every world-th prompt, from this rank's number on."""
+    return prompts[dist.get_rank() :: dist.get_world_size()]
+
+
+def merge_shares(
+    mine: list[list[Rollout]], count: int, group: dist.ProcessGroup | None = None
+) -> list[list[Rollout]]:
+    """The rollouts of all `count` prompts on every rank, from those of each rank's own share."""
+    world = dist.get_world_size()
+    gathered: list[Any] = [None] * world
+    dist.all_gather_object(gathered, mine, group=group)
+    merged: list[list[Rollout]] = [[]] * count
+    for first, part in enumerate(gathered):
+        merged[first::world] = part
+    return merged

@@ -9,10 +9,11 @@ prompts --prefill--> KV cache and next-token logits, one row a prompt, computed 
 from __future__ import annotations
 
 import hashlib
-from collections import Counter
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Event
 from typing import Literal
 
 import torch
@@ -28,6 +29,7 @@ from transformers.initialization import no_init_weights
 
 from prism_megatron.config.schema import Sampling
 from prism_megatron.rollout.collate import collate_prompts
+from prism_megatron.rollout.engine import request_keys
 from prism_megatron.types import Prompt, Rollout
 
 # Rows that ended are cut out of the batch once so large a share of it has ended: cutting copies
@@ -139,22 +141,36 @@ class LocalEngine:
             parameters[name].data = tensor
         self._weight_version = version
 
-    @torch.inference_mode()
     def generate(
         self, prompts: Sequence[Prompt], sampling: Sampling, step: int
+    ) -> list[list[Rollout]]:
+        """See RolloutEngine."""
+        return self.sample(prompts, sampling, request_keys(prompts, step))
+
+    @torch.inference_mode()
+    def sample(
+        self,
+        prompts: Sequence[Prompt],
+        sampling: Sampling,
+        keys: Sequence[str],
+        stop: Event | None = None,
     ) -> list[list[Rollout]]:
         """sampling.n rollouts a prompt; each prompt and its images are computed once.
 
         At most sampling.batch_size rows are decoded at once, made of whole prompts where n fits.
+        keys: one a prompt, from which its random numbers follow. stop: once set, from another
+        thread, decoding ends after the token at hand, with finish_reason "abort".
+        ValueError if a prompt has not as many image tokens as its images need.
         """
         if self._weight_version < 0:
             raise RuntimeError("the rollout engine has no weights yet: call load_weights first")
+        for prompt in prompts:
+            self._check_images(prompt)
         group_size = max(1, sampling.batch_size // sampling.n)
-        seen: Counter[str] = Counter()
         rollouts: list[Rollout] = []
         for start in range(0, len(prompts), group_size):
             group = prompts[start : start + group_size]
-            uniforms = self._uniforms(group, sampling, step, seen)
+            uniforms = self._uniforms(keys[start : start + group_size], sampling)
             prefilled = self._prefill(group)
             rows = torch.arange(len(group)).repeat_interleave(sampling.n)
             for batch_rows, batch_uniforms in zip(
@@ -163,27 +179,30 @@ class LocalEngine:
                 strict=True,
             ):
                 decoding = prefilled.select(batch_rows.to(self._model.device))
-                rollouts += self._decode(decoding, batch_uniforms, sampling)
+                rollouts += self._decode(decoding, batch_uniforms, sampling, stop)
         return [rollouts[i : i + sampling.n] for i in range(0, len(rollouts), sampling.n)]
 
-    def _uniforms(
-        self, prompts: Sequence[Prompt], sampling: Sampling, step: int, seen: Counter[str]
-    ) -> Tensor:
-        """[prompts * n, max_new_tokens] float64 in [0, 1): the random number of every token.
+    def _check_images(self, prompt: Prompt) -> None:
+        config = self._model.config
+        merged = config.vision_config.spatial_merge_size**2
+        needed = sum(math.prod(image.grid_thw) // merged for image in prompt.images)
+        if (found := prompt.input_ids.count(config.image_token_id)) != needed:
+            raise ValueError(
+                f"row {prompt.row_id} has {found} image tokens, but its {len(prompt.images)} "
+                f"images need {needed}"
+            )
 
-        `seen` counts how often a row_id came before in this call, so that a prompt which comes
-        twice gets other responses the second time.
-        """
+    def _uniforms(self, keys: Sequence[str], sampling: Sampling) -> Tensor:
+        """[keys * n, max_new_tokens] float64 in [0, 1): the random number of every token."""
         rows = []
-        for prompt in prompts:
+        for key in keys:
             for sample in range(sampling.n):
-                key = f"{self._seed}/{step}/{prompt.row_id}/{seen[prompt.row_id]}/{sample}"
-                digest = hashlib.blake2b(key.encode(), digest_size=8).digest()
+                name = f"{self._seed}/{key}/{sample}"
+                digest = hashlib.blake2b(name.encode(), digest_size=8).digest()
                 generator = torch.Generator().manual_seed(int.from_bytes(digest))
                 rows.append(
                     torch.rand(sampling.max_new_tokens, generator=generator, dtype=torch.float64)
                 )
-            seen[prompt.row_id] += 1
         return torch.stack(rows).to(self._model.device)
 
     def _prefill(self, prompts: Sequence[Prompt]) -> _Decoding:
@@ -214,8 +233,10 @@ class LocalEngine:
             cache, output.logits[:, -1].float(), batch["attention_mask"], lengths + deltas[:, 0]
         )
 
-    def _decode(self, decoding: _Decoding, uniforms: Tensor, sampling: Sampling) -> list[Rollout]:
-        """Sample until every row has ended or reached max_new_tokens.
+    def _decode(
+        self, decoding: _Decoding, uniforms: Tensor, sampling: Sampling, stop: Event | None
+    ) -> list[Rollout]:
+        """Sample until every row has ended or reached max_new_tokens, or `stop` is set.
 
         uniforms: [R, max_new_tokens]. `rows` says which of the R rows each row of `decoding` is.
         """
@@ -226,6 +247,9 @@ class LocalEngine:
         rows = torch.arange(len(uniforms), device=device)
         ended = torch.zeros(len(uniforms), dtype=torch.bool, device=device)
         for column in range(sampling.max_new_tokens):
+            if stop is not None and stop.is_set():
+                lengths[~ended] = column
+                break
             tokens = sample_tokens(
                 decoding.logits.masked_fill(self._forbidden, -torch.inf),
                 uniforms[rows, column],
@@ -267,11 +291,17 @@ class LocalEngine:
             Rollout(
                 ids=tuple(row_ids[:length]),
                 logprobs=tuple(row_logprobs[:length]),
-                finish_reason="stop" if has_ended else "length",
+                finish_reason=_finish_reason(length, len(row_ids), has_ended),
                 weight_version=self._weight_version,
             )
             for row_ids, row_logprobs, length, has_ended in rows
         ]
+
+
+def _finish_reason(length: int, longest: int, has_ended: bool) -> str:
+    if has_ended:
+        return "stop"
+    return "length" if length == longest else "abort"
 
 
 def sample_tokens(logits: Tensor, uniforms: Tensor, temperature: float, top_p: float) -> Tensor:

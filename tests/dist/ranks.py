@@ -31,7 +31,7 @@ def _free_port() -> int:
 CHECKS_BETWEEN_SWEEPS = 3
 
 
-def _serve(rank: int, world: int, port: int, pipe: Connection) -> None:
+def _serve(rank: int, world: int, port: int, pipe: Connection, sweeps: bool) -> None:
     # with a process group of its own a rank dies together with its children
     os.setsid()
     os.environ.update(
@@ -58,7 +58,7 @@ def _serve(rank: int, world: int, port: int, pipe: Connection) -> None:
         except BaseException:
             pipe.send(("error", traceback.format_exc()))
         gc.collect()
-        if served % CHECKS_BETWEEN_SWEEPS == 0:
+        if sweeps and served % CHECKS_BETWEEN_SWEEPS == 0:
             _destroy_groups()
 
 
@@ -92,8 +92,9 @@ def _destroy_groups() -> None:
 class Ranks:
     """A world of gloo ranks on this machine."""
 
-    def __init__(self, world: int) -> None:
-        self.world = world
+    def __init__(self, world: int, *, sweeps: bool = True) -> None:
+        """sweeps: destroy the groups that checks leave behind; none may be used by a later one."""
+        self.world, self.sweeps = world, sweeps
         self._start()
         atexit.register(self.close)
 
@@ -103,7 +104,7 @@ class Ranks:
         for rank in range(self.world):
             here, there = context.Pipe()
             process = context.Process(
-                target=_serve, args=(rank, self.world, port, there), daemon=True
+                target=_serve, args=(rank, self.world, port, there, self.sweeps), daemon=True
             )
             process.start()
             self.pipes.append(here)

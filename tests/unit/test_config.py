@@ -213,6 +213,27 @@ def test_a_check_between_keys_reports_its_own_words(write: Write) -> None:
     assert "top_k=5 experts a token, but num_experts=3" in text
 
 
+@pytest.mark.parametrize(
+    ("given", "wanted"),
+    [
+        ({"engines": 5, "nodes": 2}, "engines=5 can't be shared out evenly among nodes=2"),
+        ({"kind": "embedded", "engines": 2, "cpus": 3}, "no use for engines, cpus; set another"),
+        ({"kind": "sglang", "engines": 4, "nodes": 2, "tensor": 2, "gpus": (0, 1, 2)},
+         r"2 engines a node with tensor=2 take 4 GPUs, but gpus=\[0, 1, 2\] names 3"),
+    ],
+)  # fmt: skip
+def test_engines_that_have_no_place_are_refused(given: dict[str, object], wanted: str) -> None:
+    with pytest.raises(ValueError, match=wanted):
+        schema.Rollout.model_validate({"kind": "local", **given})
+
+
+def test_engines_are_shared_out_among_nodes() -> None:
+    placed = schema.Rollout(kind="vllm", engines=6, nodes=3, tensor=2, gpus=(4, 5, 6, 7))
+    assert placed.engines_per_node == 2
+    assert schema.Rollout.model_validate_json(placed.model_dump_json()) == placed
+    assert schema.Rollout.model_validate_json(schema.Rollout().model_dump_json()).kind == "embedded"
+
+
 @pytest.mark.parametrize("experts, top_k", [(5, 2), (4, 3)])
 def test_a_dedicated_discriminator_halves_its_experts(
     write: Write, experts: int, top_k: int

@@ -1,0 +1,357 @@
+"""A fleet of engines that Ray places and watches, as each trainer rank has it.
+
+ every rank:  own prompts --> lease from the manager --> engine --> n rollouts, checked
+                 ^                                         | failed, died, timed out, stale weights
+                 +------------ once more, elsewhere -------+
+ no engine can serve --> all ranks meet --> wait for a restarted one --> refit --> go on with the
+ rest
+
+A prompt gets exactly its n rollouts, sampled with the weights of the last sync, whatever engines
+did meanwhile: an answer counts once it is complete, and nothing is kept of a failed request.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import atexit
+import contextlib
+import os
+import sys
+import threading
+import uuid
+from collections import deque
+from collections.abc import Callable, Coroutine, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import ray
+import torch.distributed as dist
+from ray.exceptions import ActorDiedError
+from torch import Tensor
+
+from prism_megatron.config import schema
+from prism_megatron.config.schema import Sampling
+from prism_megatron.rollout.actors import ActorClient, in_words
+from prism_megatron.rollout.engine import EngineClient, EngineDied, request_keys
+from prism_megatron.rollout.fleet import Weights, merge_shares, own_share
+from prism_megatron.rollout.manager import Manager
+from prism_megatron.rollout.router import Lease, Outcome
+from prism_megatron.rollout.server import ServerKind
+from prism_megatron.types import Prompt, Rollout
+
+NAMESPACE = "prism_megatron"
+STOP_SECONDS = 30
+
+Refit = Callable[[Sequence[Lease], int], None]
+"""Gives the engines behind the leases the policy's weights of now, as a version; all ranks call it.
+An engine that fails meanwhile may be left out: afterwards each is asked for its version."""
+
+
+class WrongAnswer(RuntimeError):
+    """The engine answered, but not what it was asked for."""
+
+
+@dataclass
+class _Job:
+    """One prompt, and what became of the attempts to have it answered."""
+
+    index: int
+    prompt: Prompt
+    key: str
+    faults: list[str] = field(default_factory=list)
+
+
+@dataclass
+class _Work:
+    """The prompts of one call on this rank: those still to be answered, and the answers."""
+
+    sampling: Sampling
+    jobs: deque[_Job]
+    answers: list[list[Rollout] | None]
+
+
+class RayFleet:
+    """See the top of this file, and Fleet."""
+
+    def __init__(
+        self,
+        config: schema.Rollout,
+        refit: Refit,
+        *,
+        model: Path,
+        seed: int,
+        logs: Path,
+        server: ServerKind | None = None,
+    ) -> None:
+        """Start Ray, unless RAY_ADDRESS names a running one, and all engines; all ranks together.
+
+        model, seed: of the LocalEngine actors; server: what to start instead of them; logs: folder
+        that gets the servers' output. RuntimeError if an engine does not start.
+        """
+        self.config, self._refit = config, refit
+        self._server = server
+        self._manager: Any = None
+        self.weight_version = -1
+        # ranks wait for the slowest one and for restarts, longer than any training collective
+        patience = config.request_timeout * config.max_attempts + config.start_timeout
+        self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=patience))
+        address, name = self._first(lambda: self._start(model, seed, logs))
+        if not self._is_first:
+            if not ray.is_initialized():
+                ray.init(address=address, log_to_driver=False)
+            self._manager = ray.get_actor(name, namespace=NAMESPACE)
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
+        self._thread.start()
+        self._clients: dict[int, tuple[int, EngineClient]] = {}
+        self._work: _Work | None = None
+        self._running: Future[None] | None = None
+        atexit.register(self.close)
+
+    def sync(self, version: int) -> None:
+        """Give every engine that is up the policy's weights of now; those that confirm serve."""
+        assert self._running is None, "new weights while prompts are out; collect() them first"
+        self._first(lambda: self._ask(self._manager.expect, version))
+        self._refit(self._ask(self._manager.refitting), version)
+        self._first(lambda: self._ask(self._manager.confirm))
+        self.weight_version = version
+        self._report()
+
+    def generate(
+        self, prompts: Sequence[Prompt], sampling: Sampling, step: int
+    ) -> list[list[Rollout]]:
+        """See Fleet: each rank has its share of the prompts answered."""
+        self.submit(own_share(prompts), sampling, step)
+        return merge_shares(self.collect(), len(prompts), self._group)
+
+    def submit(self, prompts: Sequence[Prompt], sampling: Sampling, step: int) -> None:
+        """Have this rank's own prompts answered in the background, until `collect`."""
+        assert self._work is None, "the prompts of the last submit() were not collected"
+        if self.weight_version < 0:
+            raise RuntimeError("the rollout engines have no weights yet: call sync first")
+        keys = request_keys(prompts, step)
+        jobs = deque(_Job(i, p, k) for i, (p, k) in enumerate(zip(prompts, keys, strict=True)))
+        self._work = _Work(sampling, jobs, [None] * len(prompts))
+        self._running = self._run(self._play(self._work))
+
+    def collect(self) -> list[list[Rollout]]:
+        """Wait for the answers to this rank's prompts; all ranks call it together.
+
+        RuntimeError if a prompt fails on rollout.max_attempts engines, or no engine is left;
+        ValueError if an engine says that a prompt can't be sampled from.
+        """
+        assert self._work is not None, "nothing was submitted"
+        work = self._work
+        while self._left(work):
+            self._first(lambda: self._ask(self._manager.wait_for_engine))
+            self.sync(self.weight_version)
+            self._running = self._run(self._play(work))
+        self._work = None
+        self._report()
+        assert all(answer is not None for answer in work.answers)
+        return [answer for answer in work.answers if answer is not None]
+
+    def close(self) -> None:
+        """Cancel what is out and end the engines; the fleet is of no use afterwards."""
+        if self._loop.is_closed():
+            return
+        atexit.unregister(self.close)
+        self._run(self._cancel()).result(STOP_SECONDS)
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join(STOP_SECONDS)
+        self._loop.close()
+        if self._is_first and ray.is_initialized():
+            with contextlib.suppress(ActorDiedError):
+                ray.get(self._manager.stop.remote(), timeout=STOP_SECONDS)
+            ray.kill(self._manager)
+
+    def _start(self, model: Path, seed: int, logs: Path) -> tuple[str, str]:
+        """First rank: start Ray and all engines; Ray's address and the manager's name."""
+        if not ray.is_initialized():
+            os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+            own: dict[str, Any] = {}
+            if "RAY_ADDRESS" not in os.environ:
+                resources = {self.config.node_resource: 1} if self.config.node_resource else {}
+                own = {
+                    "address": "local",
+                    "num_cpus": self.config.cpus * self.config.engines,
+                    "resources": resources,
+                    "include_dashboard": False,
+                }
+            ray.init(log_to_driver=False, **own)
+        name = f"fleet-{uuid.uuid4().hex}"
+        # every rank may wait in `acquire` while others report
+        options = {"num_cpus": 0, "max_concurrency": 1000 + 2 * dist.get_world_size()}
+        self._manager = (
+            ray.remote(Manager)
+            .options(name=name, namespace=NAMESPACE, **options)
+            .remote(self.config, model=model, seed=seed, logs=logs, server=self._server)
+        )
+        self._ask(self._manager.start)
+        return ray.get_runtime_context().gcs_address, name
+
+    async def _cancel(self) -> None:
+        """Cancel what is out, and let go of connections."""
+        tasks = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        for _, client in self._clients.values():
+            await client.close()
+
+    async def _play(self, work: _Work) -> None:
+        """Until every job is answered, or no engine can serve; what is left stays in work.jobs."""
+        running: set[asyncio.Task[None]] = set()
+        async with asyncio.TaskGroup() as tasks:
+            while work.jobs or running:
+                if not work.jobs:
+                    await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
+                    continue
+                # one question at a time, so that ranks get engines in turn
+                lease = await self._manager.acquire.remote(_cost(work.jobs[0], work.sampling))
+                if lease is None:
+                    if running:
+                        await asyncio.wait(running)
+                    return
+                task = tasks.create_task(self._answer(work, work.jobs.popleft(), lease))
+                running.add(task)
+                task.add_done_callback(running.discard)
+
+    async def _answer(self, work: _Work, job: _Job, lease: Lease) -> None:
+        """Have one job answered by the leased engine, or put it back."""
+        outcome = Outcome()
+        try:
+            client = await self._client(lease)
+            async with asyncio.timeout(self.config.request_timeout):
+                rollouts = await client.generate(job.prompt, work.sampling, job.key)
+            outcome = self._judge(rollouts, work.sampling)
+        except ValueError as error:
+            raise ValueError(str(getattr(error, "cause", error))) from error
+        except EngineDied as error:
+            outcome = Outcome(fault=str(error), died=True)
+        except TimeoutError:
+            outcome = Outcome(fault=f"no answer within {self.config.request_timeout} s")
+        except Exception as error:
+            outcome = Outcome(fault=in_words(error))
+        finally:
+            await self._manager.release.remote(lease, outcome)
+        if outcome.version == self.weight_version:
+            work.answers[job.index] = rollouts
+            return
+        fault = outcome.fault or f"weights of version {outcome.version}"
+        job.faults.append(f"engine {lease.engine}: {fault}")
+        if len(job.faults) >= self.config.max_attempts:
+            faults = "\n".join(job.faults)
+            raise RuntimeError(
+                f"row {job.prompt.row_id} got no answer in {len(job.faults)} attempts "
+                f"(rollout.max_attempts):\n{faults}"
+            )
+        work.jobs.append(job)
+
+    def _judge(self, rollouts: list[Rollout], sampling: Sampling) -> Outcome:
+        """Whether they are what was asked for; a version other than the present one counts too."""
+        if len(rollouts) != sampling.n:
+            raise WrongAnswer(f"{len(rollouts)} rollouts came, {sampling.n} were asked for")
+        if cut := sum(rollout.finish_reason == "abort" for rollout in rollouts):
+            raise WrongAnswer(f"{cut} of {sampling.n} rollouts were cut off")
+        versions = {rollout.weight_version for rollout in rollouts}
+        if len(versions) > 1:
+            raise WrongAnswer(f"the rollouts of one prompt have weight versions {versions}")
+        return Outcome(version=versions.pop())
+
+    async def _client(self, lease: Lease) -> EngineClient:
+        """The connection to the leased engine; made anew when the engine was."""
+        incarnation, client = self._clients.get(lease.engine, (-1, None))
+        if client is None or incarnation != lease.incarnation:
+            connect = ActorClient if self._server is None else self._server.connect
+            stale, client = client, connect(lease.address)
+            self._clients[lease.engine] = lease.incarnation, client
+            if stale is not None:
+                await stale.close()
+        return client
+
+    def _left(self, work: _Work) -> int:
+        """Prompts that are unanswered over all ranks; an error of any rank stops all of them."""
+        assert self._running is not None
+        error: BaseException | None = None
+        try:
+            self._running.result()
+        except ExceptionGroup as group:
+            error = group.exceptions[0]
+        except Exception as other:
+            error = other
+        self._running = None
+        words = in_words(error) if error else ""
+        reports: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(reports, (len(work.jobs), words), group=self._group)
+        if error:
+            raise error
+        for rank, (_, theirs) in enumerate(reports):
+            if theirs:
+                raise RuntimeError(f"rank {rank} could not sample: {theirs}")
+        return sum(left for left, _ in reports)
+
+    @property
+    def _is_first(self) -> bool:
+        return dist.get_rank() == 0
+
+    def _first(self, call: Callable[[], Any]) -> Any:
+        """Call on the first rank; its result, or its error, on all."""
+        result: list[Any] = [None, ""]
+        if self._is_first:
+            try:
+                result[0] = call()
+            except Exception as error:
+                dist.broadcast_object_list([None, str(error)], group=self._group)
+                raise
+        dist.broadcast_object_list(result, group=self._group)
+        value, words = result
+        if words:
+            raise RuntimeError(f"rank 0 could not go on: {words}")
+        return value
+
+    def _ask(self, method: Any, *arguments: Any) -> Any:
+        """Call the manager; its own error if it raises one."""
+        try:
+            return ray.get(method.remote(*arguments))
+        except ray.exceptions.RayTaskError as error:
+            raise getattr(error, "cause", error) from None
+
+    def _run(self, coroutine: Coroutine[Any, Any, None]) -> Future[None]:
+        return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+
+    def _report(self) -> None:
+        """Print what happened to engines, once for all ranks."""
+        if self._is_first:
+            for event in self._ask(self._manager.take_events):
+                print(event, file=sys.stderr, flush=True)
+
+
+def send_through_ray(weights: Weights) -> Refit:
+    """Refit of AsyncLocalEngine actors: Ray's object store carries the weights from rank 0."""
+
+    def refit(leases: Sequence[Lease], version: int) -> None:
+        is_first = dist.get_rank() == 0
+        # all ranks take part in collecting the full tensors, one of them keeps them
+        tensors = [(name, _copied(tensor)) for name, tensor in weights() if is_first]
+        if not is_first:
+            return
+        sent = ray.put(tensors)
+        loading = [lease.address.load_weights.remote(sent, version) for lease in leases]
+        for load in loading:
+            with contextlib.suppress(ActorDiedError):
+                ray.get(load)
+
+    return refit
+
+
+def _copied(tensor: Tensor) -> Tensor:
+    return tensor.detach().to("cpu", copy=True)
+
+
+def _cost(job: _Job, sampling: Sampling) -> int:
+    """The most tokens that a prompt and its responses can take."""
+    return len(job.prompt.input_ids) + sampling.n * sampling.max_new_tokens

@@ -1,0 +1,164 @@
+"""An engine that is a server process: its command line, start, watch and end.
+
+Server.start: free port, random API key --> guard --> command --> log file
+              asked for its health until it answers --> Endpoint
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import secrets
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import psutil
+
+from prism_megatron.rollout.engine import EngineClient, EngineDied
+
+LOG_LINES = 30
+POLL_SECONDS = 0.5
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """Where a server listens, and the key that its requests need."""
+
+    host: str
+    port: int
+    api_key: str = field(repr=False)
+
+    @property
+    def url(self) -> str:
+        return f"http://{self.host}:{self.port}"
+
+
+@dataclass(frozen=True)
+class ServerKind:
+    """One engine program: command line and additional environment for an endpoint, and a client."""
+
+    command: Callable[[Endpoint], tuple[list[str], dict[str, str]]]
+    connect: Callable[[Endpoint], EngineClient]
+
+
+class Server:
+    """One server process, which ends when this process does."""
+
+    def __init__(
+        self,
+        kind: ServerKind,
+        *,
+        log: Path,
+        gpus: tuple[int, ...] = (),
+        interface: str | None = None,
+        health_timeout: float,
+    ) -> None:
+        """log: file that gets the server's output; gpus: ids of this node, all that it may see;
+        interface: network interface it listens on, loopback if None; health_timeout: seconds that
+        one question for its health may take."""
+        self.kind, self.log, self.gpus, self.interface = kind, log, gpus, interface
+        self.health_timeout = health_timeout
+        self._process: subprocess.Popen[bytes] | None = None
+        self._client: EngineClient | None = None
+
+    async def start(self, timeout: float) -> Endpoint:
+        """Start the process; returns when it answers.
+
+        EngineDied if it ends instead, TimeoutError if it does not answer within `timeout` seconds;
+        either with the last lines of its log.
+        """
+        host = address_of(self.interface)
+        endpoint = Endpoint(host, _free_port(host), secrets.token_urlsafe(24))
+        self.log.parent.mkdir(parents=True, exist_ok=True)
+        # -P: what lies beside the guard must not be found in place of the standard library
+        guard = [sys.executable, "-P", str(Path(__file__).with_name("guard.py"))]
+        command, additional = self.kind.command(endpoint)
+        with self.log.open("wb") as log:
+            self._process = subprocess.Popen(
+                [*guard, *command],
+                stdin=subprocess.PIPE,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=os.environ | additional | visible(self.gpus),
+            )
+        self._client = self.kind.connect(endpoint)
+        deadline = time.monotonic() + timeout
+        while True:
+            try:
+                await self.health()
+                return endpoint
+            except EngineDied:
+                raise
+            except Exception as error:
+                if time.monotonic() > deadline:
+                    raise TimeoutError(
+                        f"no answer within {timeout:.0f} s ({type(error).__name__}: {error}); "
+                        f"{self.last_words()}"
+                    ) from error
+                await asyncio.sleep(POLL_SECONDS)
+
+    async def health(self) -> None:
+        """Returns if the server answers; EngineDied, with its last words, if it has ended."""
+        assert self._process is not None and self._client is not None, "start comes first"
+        if (status := self._process.poll()) is not None:
+            raise EngineDied(f"the server ended with status {status}; {self.last_words()}")
+        async with asyncio.timeout(self.health_timeout):
+            await self._client.health()
+
+    async def weight_version(self) -> int:
+        """See EngineClient."""
+        assert self._client is not None, "start comes first"
+        return await self._client.weight_version()
+
+    def last_words(self) -> str:
+        """The end of the server's log, for an error message."""
+        lines = self.log.read_text(errors="replace").splitlines() if self.log.exists() else []
+        if not lines:
+            return f"it wrote nothing to {self.log}"
+        return "\n".join([f"the last lines of {self.log}:", *lines[-LOG_LINES:]])
+
+    async def stop(self) -> None:
+        """End the process with all its children; returns when they are gone."""
+        if self._client is not None:
+            await self._client.close()
+        if self._process is not None:
+            assert self._process.stdin is not None
+            self._process.stdin.close()
+            await asyncio.to_thread(self._process.wait)
+
+
+def address_of(interface: str | None) -> str:
+    """IPv4 address of a network interface of this machine; loopback if None.
+
+    ValueError with the interfaces that there are, if it has none.
+    """
+    if interface is None:
+        return "127.0.0.1"
+    found: dict[str, str] = {
+        name: address.address
+        for name, addresses in psutil.net_if_addrs().items()
+        for address in addresses
+        if address.family is socket.AF_INET
+    }
+    if interface not in found:
+        raise ValueError(
+            f"rollout.interface: {socket.gethostname()} has no IPv4 interface {interface!r}; "
+            f"it has {', '.join(sorted(found))}"
+        )
+    return found[interface]
+
+
+def visible(gpus: tuple[int, ...]) -> dict[str, str]:
+    """What makes these GPUs, if any are named, the only ones that a process sees."""
+    return {"CUDA_VISIBLE_DEVICES": ",".join(map(str, gpus))} if gpus else {}
+
+
+def _free_port(host: str) -> int:
+    with socket.socket() as probe:
+        probe.bind((host, 0))
+        return int(probe.getsockname()[1])

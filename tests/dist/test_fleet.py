@@ -1,0 +1,352 @@
+"""A fleet of real Ray actors on two ranks, whose engines are killed while they generate.
+
+One Ray instance and one fleet serve all tests; they follow one another, as the steps of a run do.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Awaitable, Callable, Iterator
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import ray
+import torch.distributed as dist
+
+from prism_megatron.config import schema
+from prism_megatron.config.schema import Sampling
+from prism_megatron.rollout import fleet as fleets
+from prism_megatron.rollout.actors import ActorClient
+from prism_megatron.rollout.engine import EngineClient
+from prism_megatron.rollout.local import LocalEngine
+from prism_megatron.rollout.ray_fleet import RayFleet
+from prism_megatron.types import Prompt, Rollout
+from tests.dist.ranks import Ranks
+from tests.engine_contract import CASES, SEEDED, VERSION, WEIGHTS_SEED
+from tests.unit.test_local_engine import prompts, save, tiny_model
+from tests.unit.test_server import gone
+
+ROOT = Path(__file__).resolve().parents[2]
+SEED = 7
+SAMPLING = Sampling(n=3, max_new_tokens=32, batch_size=64)
+ENGINES = schema.Rollout(
+    kind="local",
+    engines=2,
+    health_interval=1,
+    health_timeout=20,
+    # two prompts at a time, so that ranks wait for room
+    max_outstanding_tokens=400,
+    max_attempts=10,
+)
+
+# of a rank process; the version of the weights says which model the policy is
+_fleet: RayFleet
+_version = 0
+
+
+@pytest.fixture(scope="module")
+def address() -> Iterator[str]:
+    """Ray on this machine, for all tests of this file."""
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    # the engines' processes import this checkout
+    before = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = str(ROOT) if before is None else f"{ROOT}:{before}"
+    ray.init(
+        num_cpus=4,
+        include_dashboard=False,
+        object_store_memory=100 * 2**20,
+        log_to_driver=False,
+    )
+    if before is None:
+        del os.environ["PYTHONPATH"]
+    else:
+        os.environ["PYTHONPATH"] = before
+    yield ray.get_runtime_context().gcs_address
+    ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def hf_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save(tiny_model(), tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def fleet(address: str, hf_dir: Path) -> Iterator[Ranks]:
+    """Two ranks with a fleet of two engines, that have the weights of version 1."""
+    world = Ranks(2, sweeps=False)
+    world.run(_open, address, hf_dir)
+    yield world
+    world.run(_leave)
+    world.close()
+
+
+def _open(address: str, hf_dir: Path) -> None:
+    global _fleet
+    os.environ["RAY_ADDRESS"] = address
+    built = fleets.build(
+        ENGINES,
+        hf_dir,
+        seed=SEED,
+        weights=lambda: tiny_model(seed=_version).named_parameters(),
+        logs=hf_dir / "engines",
+    )
+    assert isinstance(built, RayFleet)
+    _fleet = built
+    _sync(1)
+
+
+def _leave() -> None:
+    _fleet.close()
+    ray.shutdown()
+
+
+def _sync(version: int) -> None:
+    global _version
+    _version = version
+    _fleet.sync(version)
+
+
+def step_prompts() -> list[Prompt]:
+    """An odd number, images of every size and texts, one of them twice."""
+    base = prompts()
+    many = [Prompt(f"{p.row_id}{i}", p.input_ids, p.images) for i in range(3) for p in base]
+    return [*many, many[0]]
+
+
+def status() -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = ray.get(_fleet._manager.status.remote())
+    return found
+
+
+def pids() -> list[int]:
+    return [ray.get(e["actor"].__ray_call__.remote(lambda _: os.getpid())) for e in status()]
+
+
+def expected(hf_dir: Path, version: int, step: int) -> list[list[Rollout]]:
+    """What an engine of this process samples for the same step, share by share."""
+    engine = LocalEngine(hf_dir, seed=SEED, pretrained=False)
+    engine.load_weights(tiny_model(seed=version).named_parameters(), version)
+    answers: list[list[Rollout]] = [[]] * len(step_prompts())
+    for rank in range(2):
+        answers[rank::2] = engine.generate(step_prompts()[rank::2], SAMPLING, step)
+    return answers
+
+
+def assert_same(found: list[list[Rollout]], wanted: list[list[Rollout]]) -> None:
+    """The same tokens with the same version; log-probabilities as near as batches of another size
+    leave them."""
+    assert [[r.ids for r in group] for group in found] == [[r.ids for r in g] for g in wanted]
+    pairs = (zip(*groups, strict=True) for groups in zip(found, wanted, strict=True))
+    for rollout, other in chain.from_iterable(pairs):
+        assert rollout.logprobs == pytest.approx(other.logprobs, abs=1e-4)
+        assert rollout.weight_version == other.weight_version
+        assert rollout.finish_reason == other.finish_reason
+
+
+def _generate(step: int) -> list[list[Rollout]]:
+    return _fleet.generate(step_prompts(), SAMPLING, step)
+
+
+def test_all_ranks_get_what_one_engine_would_sample(fleet: Ranks, hf_dir: Path) -> None:
+    for found in fleet.run(_generate, 0):
+        assert_same(found, expected(hf_dir, 1, 0))
+
+
+def _generate_and_kill(step: int, victims: int, seed: int) -> tuple[list[list[Rollout]], float]:
+    """On the first rank, kill engines at a random moment while prompts are out; the answers, and
+    the seconds from the kill until all engines were healthy or, with one alone, up."""
+    if dist.get_rank():
+        return _generate(step), 0.0
+    killed: list[float] = []
+
+    def kill() -> None:
+        targets = random.Random(seed).sample(pids(), victims)
+        while not all(engine["outstanding"] for engine in status()):
+            time.sleep(0.01)
+        time.sleep(random.Random(seed).random() * 0.3)
+        for pid in targets:
+            os.kill(pid, signal.SIGKILL)
+        killed.append(time.monotonic())
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    answers = _generate(step)
+    killer.join()
+    assert killed, "nothing was killed while prompts were out"
+    while not all(engine["state"] in ("healthy", "stale") for engine in status()):
+        time.sleep(0.1)
+    return answers, time.monotonic() - killed[0]
+
+
+def test_an_engine_that_dies_takes_no_answer_with_it(fleet: Ranks, hf_dir: Path) -> None:
+    [(found, seconds), (others, _)] = fleet.run(_generate_and_kill, 1, 1, 3)
+    print(f"the engine was up again after {seconds:.1f} s")
+    assert found == others
+    assert_same(found, expected(hf_dir, 1, 1))
+    [states, _] = fleet.run(_states)
+    assert sorted(states) == [("healthy", 1), ("stale", 2)]
+
+
+def _states() -> list[tuple[str, int]]:
+    return [(engine["state"], engine["incarnation"]) for engine in status()]
+
+
+def _sync_and_generate(version: int, step: int) -> list[list[Rollout]]:
+    _sync(version)
+    return _generate(step)
+
+
+def test_the_next_sync_brings_the_restarted_engine_back(fleet: Ranks, hf_dir: Path) -> None:
+    for found in fleet.run(_sync_and_generate, 2, 2):
+        assert_same(found, expected(hf_dir, 2, 2))
+    [states, _] = fleet.run(_states)
+    assert sorted(states) == [("healthy", 1), ("healthy", 2)]
+
+
+def test_ranks_wait_for_a_restart_when_no_engine_is_left(fleet: Ranks, hf_dir: Path) -> None:
+    [(found, seconds), (others, _)] = fleet.run(_generate_and_kill, 3, 2, 4)
+    print(f"both engines were up again after {seconds:.1f} s")
+    assert found == others
+    assert_same(found, expected(hf_dir, 2, 3))
+    [states, _] = fleet.run(_states)
+    assert sorted(incarnation for _, incarnation in states) == [2, 3]
+
+
+def _generate_beside_a_stale_engine(step: int) -> list[list[Rollout]]:
+    """One engine gets the weights of version 1 behind the fleet's back."""
+    _sync(3)
+    if dist.get_rank() == 0:
+        old = list(tiny_model(seed=1).named_parameters())
+        ray.get(status()[0]["actor"].load_weights.remote(old, 1))
+    dist.barrier()
+    return _generate(step)
+
+
+def test_an_answer_with_older_weights_is_refused(fleet: Ranks, hf_dir: Path) -> None:
+    for found in fleet.run(_generate_beside_a_stale_engine, 4):
+        assert_same(found, expected(hf_dir, 3, 4))
+    [states, _] = fleet.run(_states)
+    assert [state for state, _ in states] == ["stale", "healthy"]
+
+
+def _refused() -> str:
+    """A prompt with a placeholder and no image, on the second rank alone."""
+    _sync(4)
+    wrong = Prompt("wrong", prompts()[0].input_ids, ())
+    mine = [wrong] if dist.get_rank() else prompts()[:1]
+    _fleet.submit(mine, SAMPLING, 5)
+    try:
+        _fleet.collect()
+    except (RuntimeError, ValueError) as error:
+        _fleet._work = None
+        return f"{type(error).__name__}: {error}"
+    return "no error"
+
+
+def test_a_prompt_that_no_engine_can_take_stops_all_ranks(fleet: Ranks) -> None:
+    first, second = fleet.run(_refused)
+    wrong = "ValueError: row wrong has 10 image tokens, but its 0 images need 0"
+    assert second == wrong
+    assert first == f"RuntimeError: rank 1 could not sample: {wrong}"
+
+
+@pytest.mark.parametrize("case", [*CASES, *SEEDED], ids=lambda case: case.__name__)
+def test_contract_of_the_client_of_an_actor(
+    fleet: Ranks, case: Callable[[EngineClient], Awaitable[None]]
+) -> None:
+    fleet.run(_keeps_contract, [*CASES, *SEEDED].index(case))
+
+
+def _keeps_contract(case: int) -> None:
+    if _version != WEIGHTS_SEED:
+        _sync(WEIGHTS_SEED)
+    if dist.get_rank() == 0:
+        actor = status()[0]["actor"]
+        weights = list(tiny_model(seed=WEIGHTS_SEED).named_parameters())
+        ray.get(actor.load_weights.remote(weights, VERSION))
+        asyncio.run(asyncio.wait_for([*CASES, *SEEDED][case](ActorClient(actor)), 60))
+    dist.barrier()
+
+
+def test_a_closed_fleet_leaves_no_process(fleet: Ranks) -> None:
+    [found, _] = fleet.run(pids)
+    assert len(found) == 2
+    fleet.run(_close)
+    assert gone(found)
+
+
+def _close() -> None:
+    _fleet.close()
+
+
+JOB = """
+import os, signal, sys, time
+from functools import partial
+from pathlib import Path
+import ray
+from model_providers import backend
+from prism_megatron.config.schema import Rollout
+from prism_megatron.rollout.ray_fleet import RayFleet
+from prism_megatron.rollout.server import ServerKind
+from tests.unit.test_server import Client, ask, command
+
+backend.create("cpu").init_process_group()
+config = Rollout(kind="sglang", engines=2, gpus=(4, 6), health_interval=0.2)
+server = ServerKind(partial(command, "serve"), Client)
+leases = []
+fleet = RayFleet(
+    config, lambda found, version: leases.append(found), model=Path("none"), seed=0,
+    logs=Path(sys.argv[1]), server=server,
+)
+servers = lambda: [ask(lease.address, lease.address.api_key) for lease in leases[-1]]
+states = lambda: [engine["state"] for engine in ray.get(fleet._manager.status.remote())]
+fleet.sync(0)
+assert states() == ["healthy", "healthy"], states()
+first = servers()
+assert [found["gpus"] for found in first] == ["4", "6"]
+os.kill(first[1]["pids"][0], signal.SIGKILL)
+while states() != ["healthy", "dead"]:
+    time.sleep(0.02)
+while states() != ["healthy", "stale"]:
+    time.sleep(0.02)
+fleet.sync(0)
+assert states() == ["healthy", "healthy"], states()
+pids = {pid for found in first + servers() for pid in found["pids"]}
+assert len(pids) == 6
+print(*pids, flush=True)
+time.sleep(1000)
+"""
+
+
+def test_servers_are_restarted_and_end_with_a_job_that_is_killed(
+    address: str, tmp_path: Path
+) -> None:
+    job = subprocess.Popen(
+        [sys.executable, "-c", JOB, str(tmp_path)],
+        cwd=ROOT,
+        env=os.environ | {"RAY_ADDRESS": address},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert job.stdout is not None
+    found = [int(pid) for pid in job.stdout.readline().split()]
+    assert len(found) == 6
+    assert sum(psutil.pid_exists(pid) for pid in found) == 4
+    job.kill()
+    assert gone(found)
+    job.communicate()
+    assert sorted(file.name for file in tmp_path.iterdir()) == [
+        "engine_0_1.log",
+        "engine_1_1.log",
+        "engine_1_2.log",
+    ]

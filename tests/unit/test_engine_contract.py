@@ -1,0 +1,31 @@
+"""The embedded engine beside an event loop keeps the contract of EngineClient."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+import pytest
+
+from prism_megatron.rollout.actors import AsyncLocalEngine
+from prism_megatron.rollout.engine import EngineClient
+from tests.engine_contract import CASES, SEEDED, VERSION, WEIGHTS_SEED
+from tests.unit.test_local_engine import save, tiny_model
+
+
+@pytest.fixture(scope="module")
+def hf_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save(tiny_model(), tmp_path_factory.mktemp("model"))
+
+
+@pytest.mark.parametrize("case", [*CASES, *SEEDED], ids=lambda case: case.__name__)
+def test_contract(hf_dir: Path, case: Callable[[EngineClient], Awaitable[None]]) -> None:
+    async def run() -> None:
+        engine = AsyncLocalEngine(hf_dir, seed=7)
+        await engine.start(60)
+        weights = list(tiny_model(seed=WEIGHTS_SEED).named_parameters())
+        await engine.load_weights(weights, VERSION)
+        await case(engine)
+
+    asyncio.run(run())

@@ -1,0 +1,170 @@
+"""Server processes: their start, what they say when it fails, and that none is left behind."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from prism_megatron.config.schema import Sampling
+from prism_megatron.rollout import guard
+from prism_megatron.rollout.engine import EngineDied
+from prism_megatron.rollout.server import Endpoint, Server, ServerKind, address_of
+from prism_megatron.types import Prompt, Rollout
+
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPT = ROOT / "tests" / "fixtures" / "tiny_server.py"
+
+
+def ask(endpoint: Endpoint, api_key: str) -> dict[str, Any]:
+    request = urllib.request.Request(endpoint.url, headers={"Authorization": f"Bearer {api_key}"})
+    with urllib.request.urlopen(request, timeout=5) as answer:
+        found: dict[str, Any] = json.load(answer)
+    return found
+
+
+class Client:
+    """Speaks to tiny_server.py, which has no engine: only health is asked for here."""
+
+    def __init__(self, endpoint: Endpoint) -> None:
+        self.endpoint = endpoint
+
+    async def generate(self, prompt: Prompt, sampling: Sampling, key: str) -> list[Rollout]:
+        raise NotImplementedError
+
+    async def health(self) -> None:
+        await asyncio.to_thread(ask, self.endpoint, self.endpoint.api_key)
+
+    async def weight_version(self) -> int:
+        found = await asyncio.to_thread(ask, self.endpoint, self.endpoint.api_key)
+        return int(found["weight_version"])
+
+    async def abort(self) -> None:
+        raise NotImplementedError
+
+    async def close(self) -> None:
+        pass
+
+
+def command(mode: str, endpoint: Endpoint) -> tuple[list[str], dict[str, str]]:
+    address = [endpoint.host, str(endpoint.port), endpoint.api_key]
+    return [sys.executable, str(SCRIPT), *address], {"TINY_SERVER_MODE": mode}
+
+
+def server(log: Path, mode: str = "serve", gpus: tuple[int, ...] = ()) -> Server:
+    kind = ServerKind(partial(command, mode), Client)
+    return Server(kind, log=log, gpus=gpus, health_timeout=5)
+
+
+def gone(pids: list[int], within: float = 10) -> bool:
+    """Whether all these processes end; a zombie that nobody has waited for has ended too."""
+    deadline = time.monotonic() + within
+    while time.monotonic() < deadline:
+        if not any(
+            psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+            for pid in pids
+        ):
+            return True
+        time.sleep(0.05)
+    return False
+
+
+def test_a_server_has_its_gpus_and_its_key_and_ends_with_its_children(tmp_path: Path) -> None:
+    async def run() -> None:
+        made = server(tmp_path / "logs" / "engine.log", gpus=(5, 3))
+        endpoint = await made.start(30)
+        assert endpoint.host == "127.0.0.1"
+        found = ask(endpoint, endpoint.api_key)
+        assert found["gpus"] == "5,3"
+        with pytest.raises(urllib.error.HTTPError, match="401"):
+            ask(endpoint, "")
+        assert endpoint.api_key not in repr(endpoint)
+        await made.health()
+        assert not gone(found["pids"], within=0.2)
+        await made.stop()
+        assert gone(found["pids"], within=0.2)
+        with pytest.raises(EngineDied, match="ended with status"):
+            await made.health()
+
+    asyncio.run(run())
+
+
+def test_a_server_that_ends_at_its_start_has_the_last_word(tmp_path: Path) -> None:
+    log = tmp_path / "engine.log"
+    with pytest.raises(EngineDied, match=f"status 3; the last lines of {log}:\n.*\nno such model"):
+        asyncio.run(server(log, "crash").start(30))
+
+
+def test_a_server_that_does_not_answer_in_time_is_given_up(tmp_path: Path) -> None:
+    async def run() -> None:
+        made = server(tmp_path / "engine.log", "silent")
+        with pytest.raises(TimeoutError, match=r"(?s)no answer within 1 s .*silent on 127.0.0.1"):
+            await made.start(1)
+        await made.stop()
+
+    asyncio.run(run())
+
+
+STARTER = """
+import asyncio, sys, time
+from pathlib import Path
+from tests.unit.test_server import ask, server
+
+async def run():
+    made = server(Path(sys.argv[1]), sys.argv[2])
+    endpoint = await made.start(30)
+    print(*ask(endpoint, endpoint.api_key)["pids"], flush=True)
+    time.sleep(1000)
+
+asyncio.run(run())
+"""
+
+
+@pytest.mark.parametrize("mode", ["serve", "stubborn"])
+def test_no_server_outlives_a_starter_that_was_killed(tmp_path: Path, mode: str) -> None:
+    starter = subprocess.Popen(
+        [sys.executable, "-c", STARTER, str(tmp_path / "engine.log"), mode],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert starter.stdout is not None
+    pids = [int(pid) for pid in starter.stdout.readline().split()]
+    assert len(pids) == 2
+    assert not gone(pids, within=0.2)
+    starter.kill()
+    assert gone(pids, within=guard.GRACE_SECONDS + 5)
+    starter.communicate()
+
+
+def test_the_guard_ends_with_the_status_of_its_command_and_leaves_no_child() -> None:
+    code = "import subprocess; print(subprocess.Popen(['sleep', '1000']).pid, flush=True); exit(4)"
+    reading, writing = os.pipe()
+    ran = subprocess.run(
+        [sys.executable, guard.__file__, sys.executable, "-c", code],
+        stdin=reading,
+        stdout=subprocess.PIPE,
+        text=True,
+        timeout=20,
+    )
+    os.close(reading)
+    os.close(writing)
+    assert ran.returncode == 4
+    assert gone([int(ran.stdout)])
+
+
+def test_an_interface_is_named_by_what_the_machine_has() -> None:
+    assert address_of(None) == address_of("lo") == "127.0.0.1"
+    with pytest.raises(ValueError, match=r"no IPv4 interface 'eth99'; it has .*lo"):
+        address_of("eth99")
