@@ -131,8 +131,11 @@ asyncio.run(run())
 """
 
 
+@pytest.mark.parametrize("guard_first", [False, True])
 @pytest.mark.parametrize("mode", ["serve", "stubborn"])
-def test_no_server_outlives_a_starter_that_was_killed(tmp_path: Path, mode: str) -> None:
+def test_no_server_outlives_a_starter_that_was_killed(
+    tmp_path: Path, mode: str, guard_first: bool
+) -> None:
     starter = subprocess.Popen(
         [sys.executable, "-c", STARTER, str(tmp_path / "engine.log"), mode],
         cwd=ROOT,
@@ -143,6 +146,9 @@ def test_no_server_outlives_a_starter_that_was_killed(tmp_path: Path, mode: str)
     pids = [int(pid) for pid in starter.stdout.readline().split()]
     assert len(pids) == 2
     assert not gone(pids, within=0.2)
+    if guard_first:
+        for child in psutil.Process(starter.pid).children():
+            child.kill()
     starter.kill()
     assert gone(pids, within=guard.GRACE_SECONDS + 5)
     starter.communicate()
