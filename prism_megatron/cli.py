@@ -32,6 +32,7 @@ ENTRY_POINTS = {
     "warmup": "prism_megatron.pipelines.warmup:run",
     "align": "prism_megatron.pipelines.alignment:run",
     "rlvr": "prism_megatron.pipelines.rlvr:run",
+    "sync-check": "prism_megatron.pipelines.sync_check:run",
     "evaluate": "prism_megatron.pipelines.evaluate:run",
     "report": "prism_megatron.report:run",
 }

@@ -15,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import torch
@@ -25,8 +26,10 @@ from torch import Tensor
 from prism_megatron.config.schema import Sampling
 from prism_megatron.rollout.local import LocalEngine
 from prism_megatron.types import Prompt, VisualInputs
+from tests.tiny_models import IMAGE, VIDEO, VISION_END, VISION_START
 
 KEY = "secret"
+PLACEHOLDERS = {IMAGE, VIDEO, VISION_START, VISION_END}
 
 
 class MockSGLang:
@@ -35,6 +38,7 @@ class MockSGLang:
     def __init__(self, hf_dir: Path) -> None:
         self.engine = LocalEngine(hf_dir, seed=5, pretrained=False)
         self.version, self.paused = -1, False
+        self.stops: list[Event] = []
         self.paths: list[str] = []
         self.loaded: dict[str, Tensor] = {}
         self.refuse = ""
@@ -47,7 +51,13 @@ class MockSGLang:
         if path == self.refuse:
             return 400, {"success": False, "message": "told to refuse"}
         if path == "/generate":
-            return 200, self._generate(body)
+            try:
+                return 200, self._generate(body)
+            except ValueError as error:
+                return 400, {"error": {"message": str(error)}}
+        if path == "/abort_request":
+            for stop in self.stops:
+                stop.set()
         if path == "/model_info":
             return 200, {"weight_version": str(self.version)}
         if path == "/pause_generation":
@@ -60,15 +70,16 @@ class MockSGLang:
                 updates = list(pool.map(self._update, body["zmq_handles"].values()))
             for name, tensor in updates[0].items():
                 assert all(torch.equal(tensor, update[name]) for update in updates)
-            self.loaded = updates[0]
-            self._use(int(body["weight_version"]))
+            self.load(updates[0], int(body["weight_version"]))
         if path == "/update_weights_from_disk":
-            self.loaded = load_file(Path(body["model_path"]) / "model.safetensors")
-            self._use(int(body["weight_version"]))
+            weights = load_file(Path(body["model_path"]) / "model.safetensors")
+            self.load(weights, int(body["weight_version"]))
         return 200, {"success": True, "message": "done"}
 
-    def _use(self, version: int) -> None:
-        self.engine.load_weights(self.loaded.items(), version)
+    def load(self, weights: dict[str, Tensor], version: int) -> None:
+        """Take the weights, all at once."""
+        self.loaded = weights
+        self.engine.load_weights(weights.items(), version)
         if not self.forget_version:
             self.version = version
 
@@ -106,7 +117,10 @@ class MockSGLang:
             [shown] = shown
         images = tuple(self._image(item) for item in shown)
         prompt = Prompt("row", tuple(body["input_ids"]), images)
-        [group] = self.engine.generate([prompt], sampling, 0)
+        assert {int(token) for token in given["logit_bias"]} == PLACEHOLDERS
+        stop = Event()
+        self.stops.append(stop)
+        [group] = self.engine.sample([prompt], sampling, ["key"], stop)
         answers = [
             {
                 "meta_info": {

@@ -40,6 +40,7 @@ STAGES: dict[str, type[Section]] = {
     "warmup": schema.Warmup,
     "align": schema.Align,
     "rlvr": schema.RLVR,
+    "sync-check": schema.SyncCheck,
     "evaluate": schema.Evaluate,
     "report": schema.Report,
 }

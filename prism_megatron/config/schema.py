@@ -251,6 +251,11 @@ class Rollout(Section):
     of the same node reach."""
     server_args: tuple[str, ...] = ()
     """Further arguments of the server's command line."""
+    python: Path | None = None
+    """Interpreter of the environment that servers run in; the trainer's if null."""
+    sync_folder: Path | None = None
+    """Folder that trainers and servers see, through which weights go to servers that share neither
+    GPUs nor a network of GPUs with the trainers; null otherwise."""
     start_timeout: float = Field(600, gt=0)
     """Seconds that an engine may take to start."""
     request_timeout: float = Field(1800, gt=0)
@@ -402,6 +407,25 @@ class RLVR(Stage):
     """The ratio is clipped above 1 + clip_high where the advantage is positive."""
     mini_batches: int = Field(1, ge=1)
     """Optimizer steps that one batch of rollouts is split into."""
+
+
+class SyncCheck(Section):
+    """Does every weight reach the rollout engines, and do they compute what the trainer does?"""
+
+    run: Run
+    backend: Literal["cpu", "cuda"] = "cpu"
+    """Where the trainer computes."""
+    data: Data
+    policy: Model
+    rollout: Rollout = Rollout()
+    """The engines."""
+    sampling: Sampling
+    prompts: int = Field(16, ge=1)
+    """Prompts that get sampling.n responses each."""
+    micro_batch_tokens: int = Field(4096, ge=1)
+    """Most tokens that the trainer computes at once."""
+    max_distance: float = Field(0.01, gt=0)
+    """Most that log-probabilities of engines and trainer may be apart, on average over tokens."""
 
 
 class Evaluate(Section):

@@ -20,7 +20,6 @@ import torch
 from torch import Tensor
 
 from checkpoint_tools.megatron_directory import hf_directory
-from model_providers.weight_plan import iter_hf_weights
 from prism_megatron.config import schema
 from prism_megatron.data.prompts import PromptEncoder
 from prism_megatron.data.rows import BatchStream, PromptRow, RowError, read_prompts
@@ -90,9 +89,9 @@ def run(config: schema.Align) -> None:
     done = loop.resume()
     engine = fleet.build(
         config.rollout,
+        policy.model,
         hf_directory(config.policy.path),
         seed=config.run.seed,
-        weights=lambda: iter_hf_weights(policy.model),
         logs=config.run.dir / "engines",
     )
     game = Game(config, reader, policy, judge, engine)

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 import torch
 
 from checkpoint_tools.megatron_directory import hf_directory
-from model_providers.weight_plan import iter_hf_weights
 from prism_megatron.config import schema
 from prism_megatron.data.prompts import PromptEncoder
 from prism_megatron.data.rows import BatchStream, PromptRow, read_prompts
@@ -66,9 +65,9 @@ def run(config: schema.RLVR) -> None:
     done = loop.resume()
     engine = fleet.build(
         config.rollout,
+        policy.model,
         hf_directory(config.policy.path),
         seed=config.run.seed,
-        weights=lambda: iter_hf_weights(policy.model),
         logs=config.run.dir / "engines",
     )
     trainer = Trainer(config, encoder, policy, engine)

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from prism_megatron.config.schema import Sampling
 from prism_megatron.rollout.engine import EngineDied
+from prism_megatron.rollout.weight_check import Action
 from prism_megatron.types import Prompt, Rollout
 
 if TYPE_CHECKING:
@@ -74,6 +75,11 @@ class AsyncLocalEngine:
         """See EngineClient."""
         return self.engine.weight_version
 
+    async def check(self, action: Action) -> None:
+        """See EngineClient."""
+        async with self._turn:
+            await asyncio.to_thread(self.engine.weight_check.run, action)
+
     async def abort(self) -> None:
         """See EngineClient."""
         for stop in self._stops:
@@ -118,6 +124,11 @@ class ActorClient:
         """See EngineClient."""
         with _as_engine_died():
             return int(await self._actor.weight_version.remote())
+
+    async def check(self, action: Action) -> None:
+        """See EngineClient."""
+        with _as_engine_died():
+            await self._actor.check.remote(action)
 
     async def abort(self) -> None:
         """See EngineClient."""

@@ -13,6 +13,7 @@ from typing import Protocol
 from torch import Tensor
 
 from prism_megatron.config.schema import Sampling
+from prism_megatron.rollout.weight_check import Action
 from prism_megatron.types import Prompt, Rollout
 
 
@@ -74,6 +75,10 @@ class EngineClient(Protocol):
 
     async def weight_version(self) -> int:
         """Version of the weights that the next response is sampled with; -1 before any load."""
+        ...
+
+    async def check(self, action: Action) -> None:
+        """Part of a check that weights come; see weight_check.WeightCheck.run."""
         ...
 
     async def abort(self) -> None:

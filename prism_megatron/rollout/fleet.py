@@ -7,6 +7,7 @@ RayFleet        engines that Ray places and watches (rollout/ray_fleet.py)
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
@@ -14,10 +15,12 @@ from typing import Any, Protocol
 import torch.distributed as dist
 from torch import Tensor
 
+from model_providers.qwen3_vl import Qwen3VLModel
+from model_providers.weight_plan import iter_hf_weights
 from prism_megatron.config import schema
 from prism_megatron.config.schema import Sampling
-from prism_megatron.rollout.engine import RolloutEngine
 from prism_megatron.rollout.local import LocalEngine
+from prism_megatron.rollout.weight_check import Action
 from prism_megatron.rollout.weight_sync import InProcessSync
 from prism_megatron.types import Prompt, Rollout
 
@@ -33,8 +36,13 @@ class Fleet(Protocol):
         """Version of the weights that the next response is sampled with; -1 before any sync."""
         ...
 
-    def sync(self, version: int) -> None:
-        """Give the engines the policy's weights of now, and make sure that they have them."""
+    def sync(self, version: int) -> dict[str, float]:
+        """Give the engines the policy's weights of now, and make sure that they have them; seconds
+        by phase, "total" among them."""
+        ...
+
+    def check(self, action: Action) -> list[str]:
+        """Do this part of a WeightCheck in every engine; what they say is wrong, on all ranks."""
         ...
 
     def generate(
@@ -44,35 +52,54 @@ class Fleet(Protocol):
         ...
 
 
-def build(config: schema.Rollout, model: Path, *, seed: int, weights: Weights, logs: Path) -> Fleet:
-    """The configured fleet for the model of a Hugging Face directory, without weights yet.
+def build(
+    config: schema.Rollout, policy: Qwen3VLModel, hf_dir: Path, *, seed: int, logs: Path
+) -> Fleet:
+    """The configured fleet for a policy, without weights yet.
 
-    logs: folder for what servers write.
+    hf_dir: Hugging Face directory with the policy's config and processor; logs: folder for what
+    servers write.
     """
+    weights = partial(iter_hf_weights, policy)
     if config.kind == "embedded":
-        return EmbeddedFleet(LocalEngine(model, seed=seed, pretrained=False), weights)
+        return EmbeddedFleet(LocalEngine(hf_dir, seed=seed, pretrained=False), weights)
     if find_spec("ray") is None:
         raise ValueError(
             f"rollout.kind={config.kind} needs Ray; pip install 'prism-megatron[ray]', or set "
             "rollout.kind=embedded"
         )
     from prism_megatron.rollout.ray_fleet import RayFleet, send_through_ray
+    from prism_megatron.rollout.refit import ServerRefit, server_kind
 
-    return RayFleet(config, send_through_ray(weights), model=model, seed=seed, logs=logs)
+    if config.kind == "local":
+        return RayFleet(config, send_through_ray(weights), model=hf_dir, seed=seed, logs=logs)
+    refit = ServerRefit(config, policy, hf_dir)
+    server = server_kind(config, hf_dir)
+    return RayFleet(config, refit, model=hf_dir, seed=seed, logs=logs, server=server)
 
 
 class EmbeddedFleet:
-    """A RolloutEngine in every rank: each samples every world-th prompt, all get all rollouts."""
+    """A LocalEngine in every rank: each samples every world-th prompt, all get all rollouts."""
 
-    def __init__(self, engine: RolloutEngine, weights: Weights) -> None:
+    def __init__(self, engine: LocalEngine, weights: Weights) -> None:
         self.engine, self.weights = engine, weights
 
     @property
     def weight_version(self) -> int:
         return self.engine.weight_version
 
-    def sync(self, version: int) -> None:
-        InProcessSync(self.engine).sync(self.weights(), version)
+    def sync(self, version: int) -> dict[str, float]:
+        return InProcessSync(self.engine).sync(self.weights(), version)
+
+    def check(self, action: Action) -> list[str]:
+        wrong: list[str] = [""] * dist.get_world_size()
+        try:
+            self.engine.weight_check.run(action)
+            found = ""
+        except RuntimeError as error:
+            found = f"rank {dist.get_rank()}: {error}"
+        dist.all_gather_object(wrong, found)
+        return [words for words in wrong if words]
 
     def generate(
         self, prompts: Sequence[Prompt], sampling: Sampling, step: int

@@ -12,7 +12,7 @@ import httpx
 import torch
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
-from prism_megatron.types import VisualInputs
+from prism_megatron.types import Prompt, VisualInputs
 
 NEVER = -1e9
 """Added to the logit of a token that must not be sampled."""
@@ -80,11 +80,17 @@ class HttpEngine:
         """See get."""
         return checked(self._blocking.post(path, json=dict(body or {})))
 
-    async def post_async(self, path: str, body: Mapping[str, Any]) -> Any:
-        """See get; for any number of requests at once, of one event loop."""
+    async def ask(self, path: str, body: Mapping[str, Any], prompt: Prompt) -> Any:
+        """Have a prompt answered, any number at once in one event loop; see get.
+
+        ValueError if the server refuses the prompt itself.
+        """
         if self._asynchronous is None:
             self._asynchronous = httpx.AsyncClient(**self._settings)
-        return checked(await self._asynchronous.post(path, json=dict(body)))
+        response = await self._asynchronous.post(path, json=dict(body))
+        if response.status_code == httpx.codes.BAD_REQUEST:
+            raise ValueError(f"row {prompt.row_id}: {response.url} says: {response.text[:2000]}")
+        return checked(response)
 
     async def health(self) -> None:
         """Raise if the server does not answer."""

@@ -30,6 +30,7 @@ from transformers.initialization import no_init_weights
 from prism_megatron.config.schema import Sampling
 from prism_megatron.rollout.collate import collate_prompts
 from prism_megatron.rollout.engine import request_keys
+from prism_megatron.rollout.weight_check import WeightCheck
 from prism_megatron.types import Prompt, Rollout
 
 # Rows that ended are cut out of the batch once so large a share of it has ended: cutting copies
@@ -89,6 +90,7 @@ class LocalEngine:
         self._model = model.to(device).eval().requires_grad_(False)
         self._seed = seed
         self._weight_version = 0 if pretrained else -1
+        self.weight_check = WeightCheck(self._model.named_parameters)
         stop_ids = GenerationConfig.from_pretrained(hf_dir).eos_token_id
         if stop_ids is None:
             raise ValueError(

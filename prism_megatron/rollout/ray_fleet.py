@@ -18,6 +18,7 @@ import contextlib
 import os
 import sys
 import threading
+import time
 import uuid
 from collections import deque
 from collections.abc import Callable, Coroutine, Sequence
@@ -40,14 +41,16 @@ from prism_megatron.rollout.fleet import Weights, merge_shares, own_share
 from prism_megatron.rollout.manager import Manager
 from prism_megatron.rollout.router import Lease, Outcome
 from prism_megatron.rollout.server import ServerKind
+from prism_megatron.rollout.weight_check import Action
 from prism_megatron.types import Prompt, Rollout
 
 NAMESPACE = "prism_megatron"
 STOP_SECONDS = 30
 
-Refit = Callable[[Sequence[Lease], int], None]
+Refit = Callable[[Sequence[Lease], int], dict[str, float]]
 """Gives the engines behind the leases the policy's weights of now, as a version; all ranks call it.
-An engine that fails meanwhile may be left out: afterwards each is asked for its version."""
+Returns seconds by phase. An engine that fails meanwhile may be left out: afterwards each is asked
+for its version."""
 
 
 class WrongAnswer(RuntimeError):
@@ -111,14 +114,16 @@ class RayFleet:
         self._running: Future[None] | None = None
         atexit.register(self.close)
 
-    def sync(self, version: int) -> None:
-        """Give every engine that is up the policy's weights of now; those that confirm serve."""
+    def sync(self, version: int) -> dict[str, float]:
+        """See Fleet: engines that are up get the weights, those that confirm serve."""
+        started = time.perf_counter()
         assert self._running is None, "new weights while prompts are out; collect() them first"
         self._first(lambda: self._ask(self._manager.expect, version))
-        self._refit(self._ask(self._manager.refitting), version)
+        phases = self._refit(self._ask(self._manager.refitting), version)
         self._first(lambda: self._ask(self._manager.confirm))
         self.weight_version = version
         self._report()
+        return phases | {"total": time.perf_counter() - started}
 
     def generate(
         self, prompts: Sequence[Prompt], sampling: Sampling, step: int
@@ -126,6 +131,25 @@ class RayFleet:
         """See Fleet: each rank has its share of the prompts answered."""
         self.submit(own_share(prompts), sampling, step)
         return merge_shares(self.collect(), len(prompts), self._group)
+
+    def check(self, action: Action) -> list[str]:
+        """See Fleet."""
+
+        async def ask(lease: Lease) -> str:
+            try:
+                await (await self._client(lease)).check(action)
+            except Exception as error:
+                return f"engine {lease.engine}: {in_words(error)}"
+            return ""
+
+        async def ask_all() -> list[str]:
+            leases = await self._manager.refitting.remote()
+            return [words for words in await asyncio.gather(*map(ask, leases)) if words]
+
+        found: list[str] = self._first(
+            lambda: asyncio.run_coroutine_threadsafe(ask_all(), self._loop).result()
+        )
+        return found
 
     def submit(self, prompts: Sequence[Prompt], sampling: Sampling, step: int) -> None:
         """Have this rank's own prompts answered in the background, until `collect`."""
@@ -333,17 +357,18 @@ class RayFleet:
 def send_through_ray(weights: Weights) -> Refit:
     """Refit of AsyncLocalEngine actors: Ray's object store carries the weights from rank 0."""
 
-    def refit(leases: Sequence[Lease], version: int) -> None:
+    def refit(leases: Sequence[Lease], version: int) -> dict[str, float]:
         is_first = dist.get_rank() == 0
         # all ranks take part in collecting the full tensors, one of them keeps them
         tensors = [(name, _copied(tensor)) for name, tensor in weights() if is_first]
         if not is_first:
-            return
+            return {}
         sent = ray.put(tensors)
         loading = [lease.address.load_weights.remote(sent, version) for lease in leases]
         for load in loading:
             with contextlib.suppress(ActorDiedError):
                 ray.get(load)
+        return {}
 
     return refit
 

@@ -18,6 +18,7 @@ import torch
 
 from prism_megatron.config.schema import Sampling
 from prism_megatron.rollout.http_engine import NEVER, HttpEngine, pixel_bytes
+from prism_megatron.rollout.weight_check import Action
 from prism_megatron.types import Prompt, Rollout, VisualInputs
 
 
@@ -28,16 +29,21 @@ def server_command(
     port: int,
     api_key: str,
     tensor: int = 1,
+    python: str = sys.executable,
     options: Sequence[str] = (),
 ) -> tuple[list[str], dict[str, str]]:
     """Command line and additional environment of a server on the visible GPUs.
 
-    hf_dir needs no trained weights: they come by a weight sync. options go to SGLang as they are.
+    python: of the environment that has SGLang. hf_dir needs no weights: they come by a weight sync.
+    options go to SGLang as they are.
     """
-    command = [sys.executable, "-m", "sglang.launch_server", "--model-path", str(hf_dir)]
+    command = [python, "-m", "sglang.launch_server", "--model-path", str(hf_dir)]
     command += ["--host", host, "--port", str(port), "--api-key", api_key]
     command += ["--tp-size", str(tensor), "--weight-version", "-1", "--skip-tokenizer-init"]
     command += ["--enable-memory-saver", "--log-level", "warning", *options]
+    # a model that is to get other weights anyway
+    if not any(Path(hf_dir).glob("*.safetensors")):
+        command += ["--load-format", "dummy"]
     environment = {
         "SGLANG_EXTERNAL_MM_PROCESSOR_PACKAGE": "prism_megatron.rollout.sglang_server",
         # image features of the weights before last are of no use, and are not cleared by a sync
@@ -73,7 +79,7 @@ class SGLangEngine(HttpEngine):
             images = [_image(image) for image in prompt.images]
             # several samples make a batch of one prompt, whose images are a list in a list
             body["image_data"] = [images] if sampling.n > 1 else images
-        answer = await self.post_async("/generate", body)
+        answer = await self.ask("/generate", body, prompt)
         answers = answer if isinstance(answer, list) else [answer]
         if len(answers) != sampling.n:
             raise RuntimeError(f"{self.url} gave {len(answers)} responses instead of {sampling.n}")
@@ -172,9 +178,9 @@ class SGLangEngine(HttpEngine):
         """Take memory again, of "weights", "kv_cache", "cuda_graph" or all."""
         self.post("/resume_memory_occupation", {"tags": list(tags)} if tags else {})
 
-    def check(self, action: str) -> None:
-        """Weights "snapshot" | "reset_tensors" | "compare"; RuntimeError naming what differs."""
-        self.post("/weights_checker", {"action": action})
+    async def check(self, action: Action) -> None:
+        """See EngineClient."""
+        await asyncio.to_thread(self.post, "/weights_checker", {"action": action})
 
 
 def _image(image: VisualInputs) -> dict[str, Any]:

@@ -6,6 +6,7 @@ ids, log-probabilities, finish reason <--'   weight version: asked of the worker
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import sys
 from collections.abc import Mapping, Sequence
@@ -18,6 +19,7 @@ import torch
 
 from prism_megatron.config.schema import Sampling
 from prism_megatron.rollout.http_engine import NEVER, HttpEngine, pixel_bytes
+from prism_megatron.rollout.weight_check import Action
 from prism_megatron.types import Prompt, Rollout, VisualInputs
 
 _RAW = 3
@@ -43,6 +45,9 @@ def server_command(
     command += ["--host", host, "--port", str(port), "--api-key", api_key]
     command += ["--tensor-parallel-size", str(tensor), "--tokens-only", "--enable-sleep-mode"]
     command += ["--worker-extension-cls", "prism_megatron.rollout.vllm_server.WeightExtension"]
+    # a model that is to get other weights anyway
+    if not any(Path(hf_dir).glob("*.safetensors")):
+        command += ["--load-format", "dummy"]
     # without the endpoints of this mode there is no way to sync weights
     return [*command, *options], {"VLLM_SERVER_DEV_MODE": "1"}
 
@@ -71,7 +76,7 @@ class VLLMEngine(HttpEngine):
         if prompt.images:
             body["features"] = self._features(prompt)
         before = await self.weight_version()
-        answer = await self.post_async("/inference/v1/generate", body)
+        answer = await self.ask("/inference/v1/generate", body, prompt)
         version = await self.weight_version()
         choices = answer["choices"]
         if len(choices) != sampling.n or version != before:
@@ -106,12 +111,11 @@ class VLLMEngine(HttpEngine):
         }
 
     async def weight_version(self) -> int:
-        answer = await self.post_async("/collective_rpc", {"method": "loaded_version"})
-        return _agreed(answer)
+        return await asyncio.to_thread(self.version)
 
     async def abort(self) -> None:
-        await self.post_async("/pause?mode=abort", {})
-        await self.post_async("/resume", {})
+        await asyncio.to_thread(self.post, "/pause?mode=abort")
+        await asyncio.to_thread(self.post, "/resume")
 
     def version(self) -> int:
         """Version of the weights that the server samples with; -1 before any sync."""
@@ -135,6 +139,15 @@ class VLLMEngine(HttpEngine):
         # what was computed with the old weights, images' features among it
         for cache in ("prefix", "mm", "encoder"):
             self.post(f"/reset_{cache}_cache")
+
+    async def check(self, action: Action) -> None:
+        """See EngineClient."""
+        arguments = {"action": action}
+        answer = await asyncio.to_thread(
+            self.post, "/collective_rpc", {"method": "check_weights", "kwargs": arguments}
+        )
+        if wrong := [words for [words] in answer["results"] if words]:
+            raise RuntimeError("; ".join(wrong))
 
     def sleep(self) -> None:
         """Give GPU memory back; weights have to be synced after `wake`."""

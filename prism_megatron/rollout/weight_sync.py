@@ -17,7 +17,7 @@ import shutil
 import socket
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -75,12 +75,14 @@ class InProcessSync:
     """The engine lives in the trainer's process."""
 
     engine: RolloutEngine
-    model: Qwen3VLModel
 
-    def sync(self, version: int) -> dict[str, float]:
-        """See WeightSync."""
+    def sync(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> dict[str, float]:
+        """Load the weights and make sure that the engine answers with their version.
+
+        Seconds by phase. RuntimeError if it answers with another version.
+        """
         started = time.perf_counter()
-        self.engine.load_weights(iter_hf_weights(self.model), version)
+        self.engine.load_weights(named_tensors, version)
         _check_version(self.engine.weight_version, version, "the embedded engine")
         return {"total": time.perf_counter() - started}
 

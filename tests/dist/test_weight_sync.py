@@ -129,18 +129,13 @@ def test_a_failed_sync_is_an_error_on_every_rank(
 def test_a_server_samples_from_the_trainers_own_ids_and_pixels(hf_dir: Path) -> None:
     sampling = Sampling(n=3, max_new_tokens=12)
     asked = prompts()
-    for prompt in asked:
-        for image in prompt.images:
-            # exact in the precision that they travel in
-            image.pixel_values.copy_(image.pixel_values.bfloat16())
     local = LocalEngine(hf_dir, seed=5)
     mock = MockSGLang(hf_dir)
-    mock.engine.load_weights(load_file(hf_dir / "model.safetensors").items(), 7)
+    mock.load(load_file(hf_dir / "model.safetensors"), 7)
     with serve(mock) as url:
         answers = asyncio.run(_ask(url, hf_dir, asked, sampling))
     for prompt, found in zip(asked, answers, strict=True):
-        named = Prompt("row", prompt.input_ids, prompt.images)
-        [expected] = local.generate([named], sampling, 0)
+        [expected] = local.sample([prompt], sampling, ["key"])
         assert [r.ids for r in found] == [r.ids for r in expected]
         assert [r.logprobs for r in found] == [r.logprobs for r in expected]
         assert [r.finish_reason for r in found] == [r.finish_reason for r in expected]

@@ -41,11 +41,10 @@ from model_providers.parallel import Layout, ParallelState
 from model_providers.qwen3_vl import Qwen3VLModel
 from model_providers.weight_map import load_hf_weights
 from prism_megatron.config.schema import Sampling
-from prism_megatron.data.prompts import rollout_sequence
+from prism_megatron.pipelines.sync_check import distances
 from prism_megatron.rollout.http_engine import Vocabulary
 from prism_megatron.rollout.sglang import SGLangEngine, server_command
 from prism_megatron.rollout.weight_sync import IpcSync
-from prism_megatron.training.policy import response_logprobs
 from prism_megatron.training.runner import ModelRunner
 from prism_megatron.types import Prompt, Rollout
 from tests.gpu import workload
@@ -101,28 +100,6 @@ class ServerProcess:
         with suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
-
-
-def logprob_distance(
-    runner: ModelRunner, prompts: list[Prompt], answers: list[list[Rollout]]
-) -> dict[str, Any]:
-    """Between the engine's log-probabilities and Megatron's, over all response tokens."""
-    pairs = [(p, r) for p, group in zip(prompts, answers, strict=True) for r in group]
-    sequences = [rollout_sequence(p, r.ids, {}) for p, r in pairs]
-    found = runner.infer(sequences, response_logprobs)
-    theirs = torch.cat([torch.tensor(r.logprobs) for _, r in pairs])
-    ours = torch.cat([f[s.response_mask].cpu() for f, s in zip(found, sequences, strict=True)])
-    apart = (ours - theirs).abs()
-    images = torch.cat([torch.full((len(r.ids),), bool(p.images)) for p, r in pairs])
-    return {
-        "tokens": len(apart),
-        "mean": float(apart.mean()),
-        "p99": float(apart.quantile(0.99)),
-        "largest": float(apart.max()),
-        "mean_with_images": float(apart[images].mean()),
-        "mean_logprob": float(theirs.mean()),
-        "versions": sorted({r.weight_version for _, r in pairs}),
-    }
 
 
 async def sample(
@@ -243,10 +220,10 @@ def _equality(
     if preset:
         report["first_sync"] = sync(0)
     if server:
-        engine.check("snapshot")
-        engine.check("reset_tensors")
+        asyncio.run(engine.check("snapshot"))
+        asyncio.run(engine.check("reset_tensors"))
         try:
-            engine.check("compare")
+            asyncio.run(engine.check("compare"))
         except RuntimeError as error:
             report["scrambled"] = str(error)[:200]
         else:
@@ -254,7 +231,7 @@ def _equality(
     seconds = sync(1)
     report.setdefault("first_sync", seconds)
     if server:
-        engine.check("compare")
+        asyncio.run(engine.check("compare"))
     report["equal_after_sync"] = True
 
 
@@ -308,9 +285,10 @@ def _logprobs(
             [[r for r in group if not placeholders & set(r.ids)] for group in answers]
         ]
         dist.broadcast_object_list(box, src=0)
-        found = logprob_distance(runner, prompts, box[0])
+        samples = [(p, r) for p, group in zip(prompts, box[0], strict=True) for r in group]
+        found = distances(runner, samples)
         report[f"logprobs_{moment}"] = found | {"tokens_per_s": tokens / seconds}
-        assert found["mean"] <= CLOSE, report
+        assert found["mean_distance"] <= CLOSE, report
 
 
 def _sleep(report: dict[str, Any], sync: Sync, engine: SGLangEngine) -> None:

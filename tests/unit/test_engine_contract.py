@@ -1,4 +1,5 @@
-"""The embedded engine beside an event loop keeps the contract of EngineClient."""
+"""The embedded engine beside an event loop, and the client of SGLang servers, keep the contract of
+EngineClient."""
 
 from __future__ import annotations
 
@@ -10,7 +11,10 @@ import pytest
 
 from prism_megatron.rollout.actors import AsyncLocalEngine
 from prism_megatron.rollout.engine import EngineClient
+from prism_megatron.rollout.http_engine import Vocabulary
+from prism_megatron.rollout.sglang import SGLangEngine
 from tests.engine_contract import CASES, SEEDED, VERSION, WEIGHTS_SEED
+from tests.mock_sglang import KEY, MockSGLang, serve
 from tests.unit.test_local_engine import save, tiny_model
 
 
@@ -29,3 +33,16 @@ def test_contract(hf_dir: Path, case: Callable[[EngineClient], Awaitable[None]])
         await case(engine)
 
     asyncio.run(run())
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.__name__)
+def test_contract_over_http(hf_dir: Path, case: Callable[[EngineClient], Awaitable[None]]) -> None:
+    async def run(url: str) -> None:
+        engine = SGLangEngine(url, KEY, Vocabulary.of(hf_dir))
+        await case(engine)
+        await engine.close()
+
+    mock = MockSGLang(hf_dir)
+    mock.load(dict(tiny_model(seed=WEIGHTS_SEED).named_parameters()), VERSION)
+    with serve(mock) as url:
+        asyncio.run(run(url))

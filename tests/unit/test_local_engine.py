@@ -55,7 +55,9 @@ def engine(hf_dir: Path) -> LocalEngine:
 def image(key: str, grid: tuple[int, int, int]) -> VisualInputs:
     generator = torch.Generator().manual_seed(grid[1] * 100 + grid[2])
     patches = grid[0] * grid[1] * grid[2]
-    return VisualInputs(key, torch.randn(patches, 3 * 2 * 8 * 8, generator=generator), grid)
+    pixels = torch.randn(patches, 3 * 2 * 8 * 8, generator=generator)
+    # exact in the precision that they travel to a server in
+    return VisualInputs(key, pixels.bfloat16().float(), grid)
 
 
 def vision_block(grid: tuple[int, int, int]) -> list[int]:

@@ -1,0 +1,142 @@
+"""Which servers a fleet starts, and which way the policy's weights take into them.
+
+engine's GPUs are trainers' too    IpcSync
+engine has GPUs of its own         BroadcastSync
+rollout.sync_folder is given       DiskSync
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from model_providers.qwen3_vl import Qwen3VLModel
+from prism_megatron.config import schema
+from prism_megatron.rollout import sglang, vllm
+from prism_megatron.rollout.http_engine import HttpEngine, Vocabulary
+from prism_megatron.rollout.router import Lease
+from prism_megatron.rollout.server import Endpoint, ServerKind, address_of
+from prism_megatron.rollout.weight_sync import BroadcastSync, DiskSync, IpcSync, WeightSync
+
+_PROGRAMS: dict[str, tuple[Callable[..., Any], type[HttpEngine]]] = {
+    "sglang": (sglang.server_command, sglang.SGLangEngine),
+    "vllm": (vllm.server_command, vllm.VLLMEngine),
+}
+
+
+def server_kind(config: schema.Rollout, hf_dir: Path) -> ServerKind:
+    """The configured engine program, for the model of a Hugging Face directory."""
+    command, _ = _PROGRAMS[config.kind]
+    return ServerKind(
+        partial(_command, command, config, hf_dir), partial(connect, config.kind, hf_dir)
+    )
+
+
+def _command(
+    command: Callable[..., Any], config: schema.Rollout, hf_dir: Path, endpoint: Endpoint
+) -> tuple[list[str], dict[str, str]]:
+    found: tuple[list[str], dict[str, str]] = command(
+        hf_dir,
+        host=endpoint.host,
+        port=endpoint.port,
+        api_key=endpoint.api_key,
+        tensor=config.tensor,
+        python=str(config.python or sys.executable),
+        options=config.server_args,
+    )
+    return found
+
+
+def connect(kind: str, hf_dir: Path, endpoint: Endpoint) -> Any:
+    """The client of a server that listens at the endpoint."""
+    return _PROGRAMS[kind][1](endpoint.url, endpoint.api_key, _vocabulary(hf_dir))
+
+
+@cache
+def _vocabulary(hf_dir: Path) -> Vocabulary:
+    return Vocabulary.of(hf_dir)
+
+
+class ServerRefit:
+    """Refit of servers; see ray_fleet.Refit."""
+
+    def __init__(self, config: schema.Rollout, model: Qwen3VLModel, hf_dir: Path) -> None:
+        self.config, self.model, self.hf_dir = config, model, hf_dir
+        self._sync: WeightSync | None = None
+        self._clients: dict[str, Any] = {}
+
+    def __call__(self, leases: Sequence[Lease], version: int) -> dict[str, float]:
+        """Seconds by phase; an engine that fails is left out, and asked for its version later."""
+        if self._sync is None:
+            self._sync = self._way(leases)
+        servers = {lease.engine: self._client(lease.address) for lease in leases}
+        try:
+            return self._sync.sync(servers, version)
+        except RuntimeError as error:
+            # on every rank alike
+            if dist.get_rank() == 0:
+                print(error, file=sys.stderr, flush=True)
+            return {}
+
+    def _client(self, endpoint: Endpoint) -> Any:
+        if endpoint.url not in self._clients:
+            self._clients[endpoint.url] = connect(self.config.kind, self.hf_dir, endpoint)
+        return self._clients[endpoint.url]
+
+    def _way(self, leases: Sequence[Lease]) -> WeightSync:
+        config = self.config
+        if config.sync_folder is not None:
+            return DiskSync(self.model, self.hf_dir, config.sync_folder)
+        places: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(places, (address_of(config.interface), _own_gpu()))
+        ranks = engine_ranks({lease.engine: lease.address.host for lease in leases}, config, places)
+        if all(ranks.values()):
+            return IpcSync(self.model, ranks)
+        if config.kind == "vllm":
+            raise ValueError(
+                "vLLM engines take weights from trainers on the same GPUs; give rollout.gpus "
+                "those, or set rollout.sync_folder or rollout.kind=sglang"
+            )
+        return BroadcastSync(self.model, config.tensor)
+
+
+def engine_ranks(
+    hosts: Mapping[int, str], config: schema.Rollout, places: Sequence[tuple[str, int]]
+) -> dict[int, list[int]]:
+    """For each engine the trainer ranks that have its GPUs; none where the GPUs are its own.
+
+    hosts: of each engine; places: host and GPU of each rank. ValueError if trainers have some of
+    the engines' GPUs and not others.
+    """
+    rank_at = {place: rank for rank, place in enumerate(places)}
+    ranks: dict[int, list[int]] = {}
+    for engine, host in hosts.items():
+        first = engine % config.engines_per_node * config.tensor
+        gpus = config.gpus[first : first + config.tensor]
+        ranks[engine] = [rank_at[host, gpu] for gpu in gpus if (host, gpu) in rank_at]
+    shared = sum(map(len, ranks.values()))
+    if shared not in (0, config.tensor * len(hosts)):
+        raise ValueError(
+            f"trainers have {shared} of the {config.tensor * len(hosts)} GPUs of the engines; "
+            "choose rollout.gpus so that engines share all of theirs with trainers, or none"
+        )
+    return ranks
+
+
+def _own_gpu() -> int:
+    """Number of this rank's GPU on its host."""
+    local = int(os.environ.get("LOCAL_RANK", "0"))
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    try:
+        return int(visible.split(",")[local]) if visible else local
+    except (ValueError, IndexError) as error:
+        raise ValueError(
+            f"CUDA_VISIBLE_DEVICES={visible!r} has no number for local rank {local}; list the "
+            "trainers' GPUs by number, so that engines on the same ones are known"
+        ) from error
