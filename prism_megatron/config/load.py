@@ -217,6 +217,8 @@ def _type_name(annotation: Any) -> str:
     choices = get_args(annotation)
     if not choices:
         return str(getattr(annotation, "__name__", annotation)).replace("NoneType", "null").lower()
+    if getattr(annotation, "__origin__", None) is dict:
+        return "mapping to " + _type_name(choices[1])
     if isinstance(annotation, type) or getattr(annotation, "__origin__", None) is tuple:
         return "list of " + _type_name(choices[0])
     if all(isinstance(choice, str) for choice in choices):

@@ -15,10 +15,12 @@ import re
 from collections.abc import Collection
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from tokenizers import decoders
-from transformers import PreTrainedTokenizerFast
-from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 TAGS = ("<caption>", "</caption>", "<think>", "</think>", "<answer>", "</answer>")
 _LAYOUT = re.compile(
@@ -90,6 +92,9 @@ def token_bytes(tokenizer: PreTrainedTokenizerFast) -> tuple[bytes, ...]:
             f"{type(tokenizer).__name__} decodes with {tokenizer.backend_tokenizer.decoder}; "
             "section boundaries need a byte-level BPE tokenizer such as Qwen3-VL's"
         )
+    # imported here, so that text is split into sections without torch
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+
     byte_of = {character: byte for byte, character in bytes_to_unicode().items()}
     added = {index: token.content for index, token in tokenizer.added_tokens_decoder.items()}
     table = [_REPLACEMENT] * (max(tokenizer.get_vocab().values()) + 1)

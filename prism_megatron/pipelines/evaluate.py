@@ -24,9 +24,11 @@ from prism_megatron.config import load, schema
 from prism_megatron.data import digit_sums
 from prism_megatron.data.prompts import PromptEncoder
 from prism_megatron.data.rows import PromptRow, Quarantine, convert_all, read_prompts
-from prism_megatron.objectives.rewards import response_reward
+from prism_megatron.objectives.rewards.scorer import Scorer
+from prism_megatron.objectives.rewards.types import Reward
 from prism_megatron.rollout.collate import collate_prompts
 from prism_megatron.rollout.local import load_qwen3_vl
+from prism_megatron.rollout.rewards import reward_item
 from prism_megatron.types import Prompt
 
 
@@ -66,9 +68,16 @@ def run(config: schema.Evaluate) -> None:
     encoder = PromptEncoder.from_config(config.model, config.data)
     model = load_qwen3_vl(config.model, dtype="auto").to(config.backend).eval()
     examples, quarantined = read_examples(config, encoder)
+    answered = list(greedy_responses(model, encoder, examples, config))
+    texts = [encoder.decode(ids) for _, ids in answered]
+    scorer = Scorer(config.rewards)
+    rewards = scorer.score(
+        [reward_item(example.row, text) for (example, _), text in zip(answered, texts, strict=True)]
+    )
+    scorer.close()
     scored = [
-        score_response(example.row, encoder.decode(ids), len(ids), ids[-1] == encoder.end_id)
-        for example, ids in greedy_responses(model, encoder, examples, config)
+        score_response(example.row, text, len(ids), ids[-1] == encoder.end_id, reward)
+        for (example, ids), text, reward in zip(answered, texts, rewards, strict=True)
     ]
     write_results(config, scored, quarantined)
 
@@ -140,13 +149,14 @@ def _until_end(ids: tuple[int, ...], encoder: PromptEncoder) -> tuple[int, ...]:
     return ids
 
 
-def score_response(row: PromptRow, text: str, tokens: int, finished: bool) -> ScoredRow:
+def score_response(
+    row: PromptRow, text: str, tokens: int, finished: bool, reward: Reward
+) -> ScoredRow:
     """Mark one response.
 
     text is without the end-of-turn token, tokens counts it. What is seen and what is reasoned
     from it are told apart for digit sums alone, whose rows carry the digits.
     """
-    reward = response_reward(text, row.ground_truth, equivalents=row.equivalents)
     perception, reasoning = None, None
     if row.data_source == digit_sums.DATA_SOURCE:
         perception = digit_sums.perception_correct(row.extra_info, text)

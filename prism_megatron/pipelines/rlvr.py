@@ -15,9 +15,12 @@ from prism_megatron.config import schema
 from prism_megatron.data.prompts import PromptEncoder
 from prism_megatron.data.rows import BatchStream, PromptRow, read_prompts
 from prism_megatron.objectives.advantages import group_normalise
-from prism_megatron.objectives.rewards import Reward, response_reward
+from prism_megatron.objectives.rewards.scorer import Scorer, failure_counts
+from prism_megatron.objectives.rewards.types import RewardItem
 from prism_megatron.objectives.sections import response_text, token_bytes
 from prism_megatron.rollout import fleet
+from prism_megatron.rollout.fleet import share_out
+from prism_megatron.rollout.rewards import reward_item
 from prism_megatron.training.loop import Metrics, TrainingLoop
 from prism_megatron.training.policy import policy_update
 from prism_megatron.training.runner import ModelRunner
@@ -30,8 +33,7 @@ class Task:
     """A prompt whose answer can be checked."""
 
     prompt: Prompt
-    truth: str
-    equivalents: tuple[str, ...]
+    row: PromptRow
 
 
 def run(config: schema.RLVR) -> None:
@@ -41,7 +43,7 @@ def run(config: schema.RLVR) -> None:
     quarantine = open_quarantine(config.run, config.data)
 
     def task(row: PromptRow) -> Task:
-        return Task(encoder.encode_prompt(row), row.ground_truth, row.equivalents)
+        return Task(encoder.encode_prompt(row), row)
 
     stream = BatchStream(
         read_prompts(config.data.path),
@@ -89,13 +91,14 @@ class Trainer:
         self.config, self.encoder = config, encoder
         self.policy, self.engine = policy, engine
         self.table = token_bytes(encoder.tokenizer)
+        self.scorer = Scorer(config.rewards)
 
     def step(self, tasks: list[Task], number: int) -> Metrics:
         """Sample, reward, train, hand the weights to the engine."""
         config = self.config
         rollouts = self.engine.generate([t.prompt for t in tasks], config.sampling, number)
         pairs = [(t, r) for t, group in zip(tasks, rollouts, strict=True) for r in group]
-        rewards = [self._reward(task, rollout) for task, rollout in pairs]
+        rewards = share_out([self._item(*pair) for pair in pairs], self.scorer.score)
         totals = torch.tensor([reward.total for reward in rewards])
         groups = torch.arange(len(tasks)).repeat_interleave(config.sampling.n)
 
@@ -112,6 +115,7 @@ class Trainer:
             "reward": float(totals.mean()),
             "accuracy": sum(reward.accuracy for reward in rewards) / len(rewards),
             "format_rate": sum(reward.format for reward in rewards) / len(rewards),
+            **failure_counts(rewards),
             "response_tokens": sum(len(r.ids) for _, r in pairs) / len(pairs),
             **policy,
             "weight_version": self.engine.weight_version,
@@ -121,14 +125,6 @@ class Trainer:
         """Give the engine the policy's weights; it must answer with the version."""
         self.engine.sync(version)
 
-    def _reward(self, task: Task, rollout: Rollout) -> Reward:
-        """A response that was cut off has no answer, whatever it had written before."""
-        if rollout.finish_reason != "stop":
-            return Reward(0.0, 0.0, 0.0)
-        return response_reward(
-            response_text(rollout.ids, self.table, (self.encoder.end_id,)),
-            task.truth,
-            task.equivalents,
-            accuracy_weight=self.config.accuracy_weight,
-            format_weight=self.config.format_weight,
-        )
+    def _item(self, task: Task, rollout: Rollout) -> RewardItem:
+        text = response_text(rollout.ids, self.table, (self.encoder.end_id,))
+        return reward_item(task.row, text, finished=rollout.finish_reason == "stop")

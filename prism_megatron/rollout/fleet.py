@@ -78,6 +78,11 @@ def build(
     return RayFleet(config, refit, model=hf_dir, seed=seed, logs=logs, server=server)
 
 
+def share_out[T, R](items: Sequence[T], compute: Callable[[Sequence[T]], Sequence[R]]) -> list[R]:
+    """compute(items), of which each rank computes every world-th; all get all results, in order."""
+    return merge_shares(compute(own_share(items)), len(items))
+
+
 class EmbeddedFleet:
     """A LocalEngine in every rank: each samples every world-th prompt, all get all rollouts."""
 
@@ -104,23 +109,22 @@ class EmbeddedFleet:
     def generate(
         self, prompts: Sequence[Prompt], sampling: Sampling, step: int
     ) -> list[list[Rollout]]:
-        mine = self.engine.generate(own_share(prompts), sampling, step)
-        return merge_shares(mine, len(prompts))
+        return share_out(prompts, lambda mine: self.engine.generate(mine, sampling, step))
 
 
-def own_share(prompts: Sequence[Prompt]) -> Sequence[Prompt]:
-    """Every world-th prompt, from this rank's number on."""
-    return prompts[dist.get_rank() :: dist.get_world_size()]
+def own_share[T](items: Sequence[T]) -> Sequence[T]:
+    """Every world-th item, from this rank's number on."""
+    return items[dist.get_rank() :: dist.get_world_size()]
 
 
-def merge_shares(
-    mine: list[list[Rollout]], count: int, group: dist.ProcessGroup | None = None
-) -> list[list[Rollout]]:
-    """The rollouts of all `count` prompts on every rank, from those of each rank's own share."""
+def merge_shares[R](
+    mine: Sequence[R], count: int, group: dist.ProcessGroup | None = None
+) -> list[R]:
+    """What became of all `count` items, on every rank, from that of each rank's own share."""
     world = dist.get_world_size()
     gathered: list[Any] = [None] * world
     dist.all_gather_object(gathered, mine, group=group)
-    merged: list[list[Rollout]] = [[]] * count
+    merged: list[Any] = [None] * count
     for first, part in enumerate(gathered):
         merged[first::world] = part
     return merged

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -15,8 +16,10 @@ from prism_megatron.config import schema
 from prism_megatron.data import digit_sums
 from prism_megatron.data.prompts import PromptEncoder
 from prism_megatron.data.rows import Message, PromptRow, read_prompts
+from prism_megatron.objectives.rewards.scorer import Scorer
 from prism_megatron.pipelines import evaluate
 from prism_megatron.pipelines.evaluate import ScoredRow, score_response, summarise
+from prism_megatron.rollout.rewards import reward_item
 
 NUM_ROWS = 7
 
@@ -145,6 +148,18 @@ def row(source: str = digit_sums.DATA_SOURCE) -> PromptRow:
     )
 
 
+@pytest.fixture(scope="module")
+def scorer() -> Iterator[Scorer]:
+    scorer = Scorer(schema.Rewards(workers=1))
+    yield scorer
+    scorer.close()
+
+
+def scored_by(scorer: Scorer, row: PromptRow, text: str) -> ScoredRow:
+    [reward] = scorer.score([reward_item(row, text)])
+    return score_response(row, text, tokens=9, finished=True, reward=reward)
+
+
 @pytest.mark.parametrize(
     ("text", "answer", "format_", "perception", "reasoning"),
     [
@@ -175,17 +190,17 @@ def row(source: str = digit_sums.DATA_SOURCE) -> PromptRow:
     ],
 )
 def test_perception_reasoning_and_format_are_marked_apart(
-    text: str, answer: bool, format_: bool, perception: bool, reasoning: bool | None
+    scorer: Scorer, text: str, answer: bool, format_: bool, perception: bool, reasoning: bool | None
 ) -> None:
-    scored = score_response(row(), text, tokens=9, finished=True)
+    scored = scored_by(scorer, row(), text)
     assert (scored.answer_correct, scored.format_correct) == (answer, format_)
     assert (scored.perception_correct, scored.reasoning_correct) == (perception, reasoning)
     assert scored.question == "Add the two digits."
 
 
-def test_other_data_is_not_marked_for_digits() -> None:
+def test_other_data_is_not_marked_for_digits(scorer: Scorer) -> None:
     text = "<caption>3 8</caption><think>3+8=11</think><answer>11</answer>"
-    scored = score_response(row("geometry"), text, tokens=9, finished=True)
+    scored = scored_by(scorer, row("geometry"), text)
     assert scored.answer_correct
     assert scored.perception_correct is None
     assert scored.reasoning_correct is None

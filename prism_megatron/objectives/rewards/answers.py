@@ -1,11 +1,11 @@
-"""Verifiable reward of a response: right format, right answer.
+"""The answer comparison of `rules: corrected`.
 
 An answer is compared with the truth in this order, and the first rule that applies decides:
 
-    multiple choice -> parts (numbered, lists, tuples, sets) -> units -> numbers -> words
-        -> expressions (math-verify)
+    multiple choice -> yes or no -> parts (numbered, lists, tuples, sets) -> units -> numbers
+        -> words -> expressions (math-verify)
 
-It follows the rules of the reference (mm_gad_no_llm.py) where they hold. Corrected: thousands
+It follows the rules of the reference (reference.py) where they hold. Corrected: thousands
 separators and tuples are understood before anything is split at commas; units are compared before
 numbers; an option letter has to stand alone, in upper case, and be the only one; a percentage is
 its value alone (50% = 0.5, not 50); more decimals than the truth's are no error; sets have no
@@ -16,86 +16,31 @@ order; plain-text functions are expressions. Where a rule can't tell an answer f
 from __future__ import annotations
 
 import re
-from collections.abc import Collection
 from dataclasses import dataclass
 from fractions import Fraction
 
-from prism_megatron.objectives.math_equality import MathVerifier
-from prism_megatron.objectives.sections import split_sections
+from prism_megatron.objectives.rewards import expressions
+from prism_megatron.objectives.rewards.types import Verdict
 
-MAX_ANSWER_CHARACTERS = 1024
 _MAX_EXPRESSION_CHARACTERS = 256
 _RELATIVE_TOLERANCE = Fraction(1, 10**6)
 
 
-@dataclass(frozen=True)
-class Reward:
-    """accuracy and format are 0 or 1, total is their weighted sum."""
-
-    total: float
-    accuracy: float
-    format: float
-
-
-def format_reward(text: str) -> float:
-    """1 if the response has the valid format (`split_sections`), else 0."""
-    return float(split_sections(text) is not None)
-
-
-def extract_answer(text: str) -> str | None:
-    """Body of the last `<answer>...</answer>`, stripped, whatever the format; None without one.
-
-    The reference takes the first, which may stand inside the thinking.
-    """
-    before, closing, _ = text.rpartition("</answer>")
-    _, opening, body = before.rpartition("<answer>")
-    return body.strip() if closing and opening else None
-
-
-def response_reward(
-    text: str,
-    truth: str,
-    equivalents: Collection[str] = (),
-    *,
-    accuracy_weight: float = 0.8,
-    format_weight: float = 0.2,
-) -> Reward:
-    """accuracy_weight * accuracy + format_weight for a response of valid format, else 0.
-
-    Source: the RLVR reward of the paper (0.8 and 0.2). An answer of 1024 characters or more is
-    wrong without being looked at.
-    """
-    sections = split_sections(text)
-    if sections is None:
-        return Reward(total=0.0, accuracy=0.0, format=0.0)
-    correct = accuracy(sections.answer, truth, equivalents)
-    return Reward(total=accuracy_weight * correct + format_weight, accuracy=correct, format=1.0)
-
-
-def accuracy(answer: str, truth: str, equivalents: Collection[str] = ()) -> float:
-    """1 if the answer equals the truth or one of the equivalent truths, else 0.
+def compare(answer: str, truth: str) -> Verdict:
+    """Whether the answer is right.
 
     Examples: "1,234" = "1234", "5 cm" = "5", "5 cm" != "5 m", "\\\\{2, 1\\\\}" = "{1,2}",
     "50%" = "1/2", "A, because ..." = "(A) a circle", "3.14159" = "3.1416" but not the reverse.
     """
-    if len(answer) >= MAX_ANSWER_CHARACTERS:
-        return 0.0
-    cleaned = _clean(answer)
-    if not cleaned:
-        return 0.0
-    return float(any(_matches(cleaned, _clean(accepted)) for accepted in (truth, *equivalents)))
-
-
-def _matches(answer: str, truth: str) -> bool:
+    answer, truth = _clean(answer), _clean(truth)
+    if not answer:
+        return Verdict(False, "empty")
     if answer == truth:
-        return True
-    option = _OPTION.fullmatch(truth)
-    if option is None:
-        return _equal(answer, truth)
-    letter = _chosen_option(answer)
-    if letter is not None:
-        return letter in option.group("only", "bracketed", "marked")
-    return option["text"] is not None and _equal(answer, option["text"])
+        return Verdict(True, "exact")
+    try:
+        return _compare_choices(answer, truth) or _compare(answer, truth)
+    except RecursionError:
+        return Verdict(False, "nested too deeply")
 
 
 # Spelling --------------------------------------------------------------------------------------
@@ -108,6 +53,10 @@ _CHARACTERS = str.maketrans(
         "\N{FULLWIDTH LEFT PARENTHESIS}": "(",
         "\N{FULLWIDTH RIGHT PARENTHESIS}": ")",
         "\N{FULLWIDTH PERCENT SIGN}": "%",
+        "\N{FULLWIDTH DOLLAR SIGN}": r"\$",
+        "\N{FULLWIDTH YEN SIGN}": "\N{YEN SIGN}",
+        "\N{FULLWIDTH EQUALS SIGN}": "=",
+        "\N{IDEOGRAPHIC COMMA}": ",",
         "\N{IDEOGRAPHIC FULL STOP}": ".",
         "\N{MINUS SIGN}": "-",
         "\N{EN DASH}": "-",
@@ -115,19 +64,31 @@ _CHARACTERS = str.maketrans(
         "\N{SUPERSCRIPT THREE}": "^3",
         "\N{MULTIPLICATION SIGN}": r"\times ",
         "\N{MIDDLE DOT}": r"\cdot ",
+        "\N{DIVISION SIGN}": "/",
         "\N{GREEK SMALL LETTER PI}": r"\pi ",
         "\N{INFINITY}": r"\infty ",
+        "\N{LESS-THAN OR EQUAL TO}": r"\le ",
+        "\N{GREATER-THAN OR EQUAL TO}": r"\ge ",
+        "\N{UNION}": r"\cup ",
         "\N{DEGREE CELSIUS}": "\N{DEGREE SIGN}C",
+        "\N{DEGREE FAHRENHEIT}": "\N{DEGREE SIGN}F",
+        "\N{VULGAR FRACTION ONE HALF}": " 1/2",
+        "\N{VULGAR FRACTION ONE QUARTER}": " 1/4",
+        "\N{VULGAR FRACTION THREE QUARTERS}": " 3/4",
     }
 )
 _SPELLINGS = tuple(
     (re.compile(pattern), replacement)
     for pattern, replacement in (
         (r"\*\*(?=\S)(.+?)(?<=\S)\*\*", r"\1"),  # bold
-        (r"\\\$|\$|\\[()\[\]]|\\[!]|\\(?:left|right)(?![A-Za-z])", ""),
+        (r"(?<!\\)\${1,2}((?:\\.|[^$\\])+)\${1,2}", r"\1"),  # mathematics between dollars
+        (r"\\?\$(?!\s*[\d.])", ""),
+        (r"\\\$", "$"),
+        (r"\\[()\[\]]|\\!|\\(?:left|right|displaystyle)(?![A-Za-z])", ""),
         (r"\\boxed\{(.*)\}", r"\1"),
         (r"\\[dt]frac", r"\\frac"),
         (r"\\(?:text|textbf|mathrm|mathbf|operatorname)\{([^{}]*)\}", r"\1"),
+        (r"(?<=\d)(?:\\,|\{,\})(?=\d{3}(?!\d))", ","),
         (r"\\[,;: ]|\\q?quad(?![A-Za-z])|~", " "),
         (r"\{,\}", ","),
         (r"\\%", "%"),
@@ -136,6 +97,7 @@ _SPELLINGS = tuple(
         (r"\s+", " "),
     )
 )
+_TIGHT = re.compile(r"\s*([^\w\s\\])\s*")
 
 
 def _clean(text: str) -> str:
@@ -161,6 +123,33 @@ _LETTER_NAMED = re.compile(
     r"(?=\s*(?:[.,;:]|because\b|since\b|$))"
 )
 _NEGATION = re.compile(r"(?i)\b(?:not|never|neither|nor|except)\b|n't\b")
+_ASSENTS = ("yes", "no", "true", "false")
+_ASSENT = re.compile(
+    r"(?i)(?P<positive>\b(?:yes|true)\b)|(?P<negative>\b(?:no|not|never|false)\b|n't\b)"
+)
+
+
+def _compare_choices(answer: str, truth: str) -> Verdict | None:
+    """By the option or the yes or no that the answer chooses; None if that does not tell."""
+    if truth.casefold() in _ASSENTS:
+        return Verdict(_assents_only(answer, truth.casefold()), "yes or no")
+    option = _OPTION.fullmatch(truth)
+    if option is None:
+        return None
+    letter = _chosen_option(answer)
+    if letter is None and option["text"] is not None:
+        return _compare(answer, option["text"])
+    return Verdict(
+        letter is not None and letter in option.group("only", "bracketed", "marked"),
+        "multiple choice",
+    )
+
+
+def _assents_only(answer: str, truth: str) -> bool:
+    """Whether the answer begins with the truth and says nothing of the contrary."""
+    first = _ASSENT.match(answer)
+    said = {match.lastgroup for match in _ASSENT.finditer(answer)}
+    return first is not None and first[0].casefold() == truth and len(said) == 1
 
 
 def _chosen_option(answer: str) -> str | None:
@@ -184,28 +173,29 @@ _NUMBERED = re.compile(r"\((\d)\)")
 _OPENING, _CLOSING = "([{", ")]}"
 
 
-def _equal(answer: str, truth: str, *, nested: bool = False) -> bool:
+def _compare(answer: str, truth: str, *, nested: bool = False) -> Verdict:
     """nested: within brackets, where every comma separates."""
     answer_label, answer = _split_label(answer)
     truth_label, truth = _split_label(truth)
     if answer_label and truth_label and answer_label != truth_label:
-        return False
+        return Verdict(False, "label")
     answer_kind, answers = _split_parts(answer, nested)
     truth_kind, truths = _split_parts(truth, nested)
     if answer_kind != truth_kind or len(answers) != len(truths):
-        return False
-    nested = nested or truth_kind not in ("", "list")
+        return Verdict(False, "parts")
     if not truth_kind:
-        return _leaf_equal(answers[0], truths[0])
+        return _compare_single(answers[0], truths[0])
+    nested = nested or truth_kind != "list"
     if truth_kind == "{}" or all(_LONE_LETTER.fullmatch(part) for part in truths):
-        return _same_members(answers, truths)
-    return all(_equal(a, t, nested=nested) for a, t in zip(answers, truths, strict=True))
+        return Verdict(_same_members(answers, truths), "parts")
+    pairs = zip(answers, truths, strict=True)
+    return Verdict(all(_compare(a, t, nested=nested).correct for a, t in pairs), "parts")
 
 
 def _same_members(answers: list[str], truths: list[str]) -> bool:
     rest = list(answers)
     for truth in truths:
-        found = next((part for part in rest if _equal(part, truth, nested=True)), None)
+        found = next((part for part in rest if _compare(part, truth, nested=True).correct), None)
         if found is None:
             return False
         rest.remove(found)
@@ -272,32 +262,32 @@ def _is_enclosed(text: str) -> bool:
 # Single values ---------------------------------------------------------------------------------
 
 _UNIT_NAMES = {
-    "mm": "millimeter millimeters millimetre millimetres",
-    "cm": "centimeter centimeters centimetre centimetres",
-    "dm": "decimeter decimeters decimetre decimetres",
-    "m": "meter meters metre metres",
-    "km": "kilometer kilometers kilometre kilometres",
+    "mm": "毫米 millimeter millimeters millimetre millimetres",
+    "cm": "厘米 centimeter centimeters centimetre centimetres",
+    "dm": "分米 decimeter decimeters decimetre decimetres",
+    "m": "米 meter meters metre metres",
+    "km": "千米 公里 kilometer kilometers kilometre kilometres",
     "in": "inch inches",
     "ft": "foot feet",
     "yd": "yard yards",
     "mi": "mile miles",
-    "mg": "milligram milligrams",
-    "g": "gram grams",
-    "kg": "kilogram kilograms",
+    "mg": "毫克 milligram milligrams",
+    "g": "克 gram grams",
+    "kg": "千克 公斤 kilogram kilograms",
     "lb": "lbs pound pounds",
     "oz": "ounce ounces",
-    "t": "ton tons tonne tonnes",
+    "t": "吨 ton tons tonne tonnes",
     "ms": "millisecond milliseconds",
-    "s": "sec secs second seconds",
-    "min": "mins minute minutes",
-    "h": "hr hrs hour hours",
-    "day": "days",
-    "week": "weeks",
-    "month": "months",
-    "year": "years yr yrs",
-    "ml": "mL milliliter milliliters millilitre millilitres",
-    "L": "l liter liters litre litres",
-    "\N{DEGREE SIGN}": "degree degrees deg",
+    "s": "秒 sec secs second seconds",
+    "min": "分钟 mins minute minutes",
+    "h": "小时 hr hrs hour hours",
+    "day": "天 日 days",
+    "week": "周 weeks",
+    "month": "月 months",
+    "year": "年 years yr yrs",
+    "ml": "毫升 mL milliliter milliliters millilitre millilitres",
+    "L": "升 l liter liters litre litres",
+    "\N{DEGREE SIGN}": "度 degree degrees deg",
     "\N{DEGREE SIGN}C": "celsius",
     "\N{DEGREE SIGN}F": "fahrenheit",
     "rad": "radian radians",
@@ -313,16 +303,29 @@ _UNIT_NAMES = {
     "kPa": "kilopascal kilopascals",
     "Hz": "hertz",
     "mol": "mole moles",
-    "dollar": "dollars usd USD",
+    "dollar": "美元 dollars usd USD",
     "cent": "cents",
-    "euro": "euros",
+    "euro": "euros EUR 欧元",
+    "yuan": "元 RMB CNY",
+    "sterling": "GBP",
+    "rupee": "rupees",
+    "个": "",
+    "条": "",
+    "块": "",
+    "张": "",
+    "人": "",
+    "次": "",
 }
 _UNITS = {name: unit for unit, names in _UNIT_NAMES.items() for name in (unit, *names.split())}
 _UNIT = "|".join(sorted(map(re.escape, _UNITS), key=len, reverse=True))
 _POWER = r"\s*\^\s*\{?\s*([23])\s*\}?"
 _WITH_UNIT = re.compile(
-    rf"(?P<body>.*[\d)}}])\s*(?:(?P<square>square|sq\.?)\s+|(?P<cubic>cubic)\s+)?"
+    rf"(?P<body>.*(?:[\d)}}]|\\pi))\s*(?:(?P<square>square|sq\.?|平方)\s*|(?P<cubic>cubic|立方)\s*)?"
     rf"(?P<unit>{_UNIT})(?:{_POWER})?(?:\s*(?:/|per)\s*(?P<per>{_UNIT})(?:{_POWER})?)?"
+)
+_CURRENCIES = {"$": "dollar", "€": "euro", "£": "sterling", "¥": "yuan", "₹": "rupee"}
+_WITH_CURRENCY = re.compile(
+    rf"(?P<sign>-?)\s*(?P<currency>[{''.join(_CURRENCIES)}])\s*(?P<body>.+)"
 )
 _COUNTED = re.compile(r"(?P<body>[-+]?[\d.,]*\d)\s+(?P<unit>[A-Za-z]{3,})")
 _NOT_COUNTED = re.compile(
@@ -332,23 +335,25 @@ _DECIMAL = r"(?:\d+|[1-9]\d{0,2}(?:,\d{3})+)(?:\.\d*)?|\.\d+"
 _NUMBER = re.compile(
     rf"(?P<sign>[-+]?)\s*(?:(?P<decimal>{_DECIMAL})"
     r"(?:e(?P<e>[-+]?\d{1,2})|\s*\\times\s*10\s*\^\s*\{?\s*(?P<ten>[-+]?\d{1,2})\s*\}?)?"
-    r"|(?P<top>\d+)\s*/\s*(?P<bottom>\d+)"
-    r"|\\frac\s*\{\s*(?P<numerator>\d+)\s*\}\s*\{\s*(?P<denominator>\d+)\s*\})"
+    r"|(?:(?P<whole>\d+)\s+)?(?P<top>\d+)\s*/\s*(?P<bottom>\d+)"
+    r"|(?P<whole_before>\d+)?\s*"
+    r"\\frac\s*\{\s*(?P<numerator>\d+)\s*\}\s*\{\s*(?P<denominator>\d+)\s*\})"
     r"\s*(?P<percent>%|percent)?"
 )
-_WORD = re.compile(r"[A-Za-z]{2}")
+_WORD = re.compile(r"[^\W\d_]{2}")
 _PUNCTUATION = re.compile(r"(?<!\d)[.,!?'\"]|[.,!?'\"](?!\d)")
 _FUNCTION = re.compile(r"(?:arc)?(?:sin|cos|tan)|(?:sin|cos|tan)h|cot|sec|csc|log|exp|sqrt")
+_PLAIN_FUNCTION = re.compile(rf"(?<![\\A-Za-z])(?!sqrt)({_FUNCTION.pattern})(?![A-Za-z])")
 _LATEX_COMMAND = re.compile(r"\\[A-Za-z]+")
 # What math-verify drops with all that follows, and a row of numbers, which LaTeX multiplies.
 _HEDGE = re.compile(
-    r"\\(?:approx|sim|simeq|cong)(?![A-Za-z])|[\N{ALMOST EQUAL TO}~]|\d\s*[_']|\d\s+[\d.]"
+    r"\\(?:approx|sim|simeq|cong)(?![A-Za-z])|[\N{ALMOST EQUAL TO}~]"
+    r"|\d\s*[_']|(?<![_\d])\d+\s+[\d.]"
 )
-_LETTERS = re.compile(r"[A-Za-z]+")
+_LETTERS = re.compile(r"[^\W\d_]+")
+_IDEOGRAPH = re.compile("[\u3040-\u9fff\uac00-\ud7af]")
 _PLAIN_PI = re.compile(r"(?<![\\A-Za-z])pi(?![A-Za-z])")
 _ROOT_SIGN = re.compile(r"\N{SQUARE ROOT}\s*\(?(\w+)\)?")
-
-_math_verifier = MathVerifier()
 
 
 @dataclass(frozen=True)
@@ -361,24 +366,28 @@ class _Number:
     digits: int = 0
 
 
-def _leaf_equal(answer: str, truth: str) -> bool:
+def _compare_single(answer: str, truth: str) -> Verdict:
     answer, answer_unit = _split_unit(answer)
     truth, truth_unit = _split_unit(truth)
     # A unit that one side leaves out is the question's.
     if answer_unit and truth_unit and answer_unit != truth_unit:
-        return False
-    if answer == truth:
-        return True
+        return Verdict(False, "unit")
+    if _TIGHT.sub(r"\1", answer) == _TIGHT.sub(r"\1", truth):
+        return Verdict(True, "exact")
     answer_number, truth_number = _parse_number(answer), _parse_number(truth)
     if answer_number is not None and truth_number is not None:
-        return _numbers_equal(answer_number, truth_number)
+        return Verdict(_numbers_equal(answer_number, truth_number), "number")
     if _WORD.search(truth) and _words(answer) == _words(truth):
-        return True
-    return _expressions_equal(answer, truth)
+        return Verdict(True, "words")
+    if not (_is_expression(answer) and _is_expression(truth)):
+        return Verdict(False, "words")
+    return Verdict(_expressions_equal(answer, truth), "expression")
 
 
 def _split_unit(text: str) -> tuple[str, str]:
     """The text before its unit, and the unit in one spelling ("cm^2", "m/s"); "" if none."""
+    if priced := _WITH_CURRENCY.fullmatch(text):
+        return priced["sign"] + priced["body"], _CURRENCIES[priced["currency"]]
     match = _WITH_UNIT.fullmatch(text)
     if match is None:
         counted = _COUNTED.fullmatch(text)
@@ -398,9 +407,13 @@ def _parse_number(text: str) -> _Number | None:
         return None
     scale = Fraction(-1 if match["sign"] == "-" else 1, 100 if match["percent"] else 1)
     if match["decimal"] is None:
+        whole = int(match["whole"] or match["whole_before"] or 0)
         numerator = int(match["top"] or match["numerator"])
         denominator = int(match["bottom"] or match["denominator"])
-        return _Number(scale * Fraction(numerator, denominator), True) if denominator else None
+        # 2 1/2 is a mixed number, 2 7/2 is not
+        if not denominator or (whole and numerator >= denominator):
+            return None
+        return _Number(scale * (whole + Fraction(numerator, denominator)), True)
     digits = match["decimal"].replace(",", "")
     exponent = int(match["e"] or match["ten"] or 0)
     value = scale * Fraction(digits) * Fraction(10) ** exponent
@@ -429,14 +442,6 @@ def _words(text: str) -> str:
     return " ".join(_PUNCTUATION.sub(" ", text).casefold().split())
 
 
-def _expressions_equal(answer: str, truth: str) -> bool:
-    if not (_is_expression(answer) and _is_expression(truth)):
-        return False
-    if any(answer.count(relation) != truth.count(relation) for relation in "=<>"):
-        return False
-    return _math_verifier.equal(_to_latex(answer), _to_latex(truth))
-
-
 def _is_expression(text: str) -> bool:
     """Whether the text is one formula: no prose, no second value."""
     words = _LETTERS.findall(_LATEX_COMMAND.sub(" ", text))
@@ -445,9 +450,17 @@ def _is_expression(text: str) -> bool:
         and all(len(word) < 3 or _FUNCTION.fullmatch(word) for word in words)
         and text.count("=") <= 1
         and _HEDGE.search(text) is None
+        and _IDEOGRAPH.search(text) is None
     )
+
+
+def _expressions_equal(answer: str, truth: str) -> bool:
+    if any(answer.count(relation) != truth.count(relation) for relation in "=<>"):
+        return False
+    return expressions.latex_equal(_to_latex(answer), _to_latex(truth))
 
 
 def _to_latex(text: str) -> str:
     text = _ROOT_SIGN.sub(r"\\sqrt{\1}", text.replace("**", "^"))
+    text = _PLAIN_FUNCTION.sub(r"\\\1", text)
     return _PLAIN_PI.sub(r"\\pi ", text).replace("%", r"\%")
