@@ -2,6 +2,7 @@
 
     prism-megatron STAGE --config FILE [--config OVERLAY ...] [section.field=value ...] [--dry-run]
     prism-megatron checkpoint NAME ...
+    prism-megatron score --input FILE [--output FILE] [--rules reference]
     prism-megatron doctor [--json]
 
 The configuration is checked before anything imports torch. A mistake of the user ends with one
@@ -60,6 +61,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     name, *rest = arguments
     if name == "doctor":
         return exit_status(_function("prism_megatron.doctor:main"), rest)
+    if name == "score":
+        return exit_status(_function("prism_megatron.score:main"), rest)
     if name == "checkpoint":
         return exit_status(_checkpoint, rest)
     return exit_status(_stage, name, rest)
@@ -67,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _stage(name: str, arguments: Sequence[str]) -> int:
     if name not in ENTRY_POINTS:
-        commands = [*ENTRY_POINTS, "checkpoint", "doctor"]
+        commands = [*ENTRY_POINTS, "checkpoint", "score", "doctor"]
         raise ValueError(configuration.unknown("command", name, commands))
     options = _stage_parser(name).parse_intermixed_args(arguments)
     config = configuration.load(name, options.config, options.overrides)
@@ -160,6 +163,7 @@ def _overview() -> str:
             "",
             "tools:",
             f"  {'checkpoint':<12}{', '.join(CHECKPOINT_TOOLS)}",
+            f"  {'score':<12}What responses in a file earn, by the rules of RLVR.",
             f"  {'doctor':<12}Versions, active acceleration and known bad version pairs.",
         ]
     )
