@@ -36,9 +36,9 @@ SEEN = [
     (r"\{1, 2\}", r"\{2, 1\}", False, True),
     ("12", "(A) 12", True, True),
     ("0.0000001", "0", False, False),
-    ("1000000.5", "1000000", True, False),
+    ("1000000.5", "1000000", True, True),
     ("1000002", "1000000", False, False),
-    ("(1.0000005, 2)", "(1, 2)", True, False),
+    ("(1.0000005, 2)", "(1, 2)", True, True),
     ("(2, 1)", "(1, 2)", False, False),
 ]
 
@@ -62,7 +62,7 @@ RULES = [
     ("mm_gad", "x5cm", "X5 cm", "unit"),
     ("mm_gad", "1; 2", "1; 3", "number"),
     ("mm_gad", "1; 2", "1", "parts"),
-    ("mm_gad", "2x+x=0 $3x$", "$x+2x$", "expression"),
+    ("mm_gad", "12 thousand", "12", "expression"),
     ("geo3k", "1,234", "1234", "mathruler"),
     ("math_verify", "1/2", "0.5", "math-verify"),
 ]
@@ -112,7 +112,7 @@ def test_any_of_the_truths_counts(rules: str) -> None:
     [
         ("geo3k", "2 \\sqrt { 221 }", "2 \\sqrt{221}", True),
         ("geo3k", "\\frac{1}{2}", "0.5", True),
-        ("geo3k", "12 cm", "12 m", True),  # MathRuler drops some units, here both
+        ("geo3k", "12 centimeters", "12 meters", True),  # MathRuler drops both units
         ("geo3k", "13", "12", False),
         ("geo3k", "", "12", False),
         ("math_verify", "\\frac{2}{4}", "\\frac{1}{2}", True),

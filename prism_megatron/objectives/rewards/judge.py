@@ -135,7 +135,9 @@ class LLMJudge:
             "seed": _SEED,
         }
 
-    def _read(self, reply: str) -> bool:
+    def _read(self, reply: Any) -> bool:
+        if not isinstance(reply, str):
+            raise ValueError(f"{reply!r} is no text")
         if self._lenient:
             return "1" in reply.rpartition("Judgement:")[2]
         last = reply.strip().rpartition("\n")[2].strip(" *`.")
