@@ -422,6 +422,8 @@ class TrainingOptions:
     aux_loss_coef weighs the experts' load-balancing loss, averaged over layers, whose balanced
     value is top_k as in transformers' load_balancing_loss_func; z_loss_coef the squared logsumexp
     of the router's logits (ST-MoE, arXiv:2202.08906), averaged over tokens and layers.
+    entropy: what the language head says in training beside log-probabilities: nothing, the entropy
+    of each token's distribution as a number (metric), or with a gradient (loss).
     """
 
     aux_loss_coef: float = 0.0
@@ -429,6 +431,7 @@ class TrainingOptions:
     recompute: Recompute = Recompute()
     precision: Precision = Precision()
     dispatcher: Dispatcher = "alltoall"
+    entropy: Literal["none", "metric", "loss"] = "none"
 
 
 DEFAULT_OPTIONS = TrainingOptions()

@@ -9,6 +9,8 @@
                 pipeline payload to the next chunk = [hidden ; features not yet added]
                                         |
                   last chunk: final norm --> log p(label) [T]  or  score [T]
+                                             or, in training with options.entropy, [T, 2]: log
+                                             p(label) and the entropy of the distribution
 
 A pipeline stage holds one chunk of the decoder's layers, or several with virtual pipeline
 parallelism: micro-batches pass the first chunk of every stage, then the second of every stage, and
@@ -25,6 +27,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from copy import copy
+from itertools import pairwise
 from typing import Any, Literal, Protocol
 
 import torch
@@ -47,14 +50,22 @@ from model_providers.config import (
     vision_transformer_config,
 )
 from model_providers.context import ContextShare
+from model_providers.entropy import vocab_parallel_entropy
 from model_providers.image_shares import FeatureExchange, exchange
 from model_providers.layers import decoder_block
 from model_providers.packed import packed_seq_params
 from model_providers.parallel import ParallelState
-from model_providers.router import router_mask
+from model_providers.router import SectionRouter, router_mask
 from model_providers.vision import Grid, VisionModel
 
 Head = Literal["language", "score"]
+
+
+class Noise(Protocol):
+    """Gaussian noise on one sequence's embeddings."""
+
+    seed: int
+    std: float
 
 
 class Batch(Protocol):
@@ -71,6 +82,7 @@ class Batch(Protocol):
     pixel_values: Tensor | None
     grids: Sequence[Grid]
     exchange: FeatureExchange | None
+    noise: Sequence[Noise | None]
 
 
 class ScoreHead(nn.Module):
@@ -240,6 +252,18 @@ class Qwen3VLModel(nn.Module):
                 if mergers if "merger" in name else vision:
                     part.requires_grad_(False)
 
+    def take_expert_loads(self) -> Tensor:
+        """Tokens that each expert got from this rank in training since the last call, [routers, E]
+        float32."""
+        routers = [m for m in self.modules() if isinstance(m, SectionRouter)]
+        loads = torch.zeros(
+            len(routers), self.architecture.num_experts, device=self.backend.device
+        )
+        for row, router in zip(loads, routers, strict=True):
+            row += router.load
+            router.load = 0
+        return loads
+
     def lacks_gradient_scales(self) -> bool:
         """Whether fp8="delayed" has seen no gradient yet, neither here nor before a checkpoint."""
         if self.precision.fp8 != "delayed":
@@ -280,6 +304,7 @@ class Qwen3VLChunk(MegatronModule):
         self.pre_process = language_model.pre_process
         self.post_process = language_model.post_process
         self.language_model = language_model
+        self.entropy = options.entropy
         if self.pre_process:
             self.vision_model = VisionModel(
                 vision_transformer_config(config, parallel.layout, backend, options.recompute),
@@ -302,7 +327,8 @@ class Qwen3VLChunk(MegatronModule):
         self._payload = input_tensor[0] if isinstance(input_tensor, list) else input_tensor
 
     def forward(self, batch: Batch, output: Literal["head", "logits"] = "head") -> Tensor:
-        """The next chunk's payload or, of the last chunk, log p(labels) or scores, [T] fp32.
+        """The next chunk's payload or, of the last chunk, log p(labels) or scores, [T] fp32, or
+        [T, 2] with the entropies.
 
         output="logits" gives the language head's logits [T, vocab / tensor] instead.
         """
@@ -311,6 +337,8 @@ class Qwen3VLChunk(MegatronModule):
         rows = self._visual_rows(batch, share, first, size)
         if self.pre_process:
             hidden, features = self._embed(batch, share, rows)
+            if batch.noise:
+                hidden = hidden + self._noise(batch, share)[first : first + size, None]
         else:
             hidden, features = self._unpack(rows, size)
             self.language_model.decoder.set_input_tensor(hidden)
@@ -342,8 +370,13 @@ class Qwen3VLChunk(MegatronModule):
         logits = self._logits(hidden)
         if output == "logits":
             return share.gather(logits)
-        labels = share.take(batch.labels, 0)
-        return share.gather(-self.backend.cross_entropy(logits, labels, self.parallel.groups.tp))
+        labels, group = share.take(batch.labels, 0), self.parallel.groups.tp
+        if self.entropy == "none" or not self.training:
+            return share.gather(-self.backend.cross_entropy(logits, labels, group))
+        # before the cross-entropy, which may overwrite the logits
+        entropy = vocab_parallel_entropy(logits, group, with_gradient=self.entropy == "loss")
+        logprobs = -self.backend.cross_entropy(logits, labels, group)
+        return share.gather(torch.stack([logprobs, entropy], dim=-1))
 
     def _logits(self, hidden: Tensor) -> Tensor:
         weight = self.shared_embedding_or_output_weight() if self.language_model.tied else None
@@ -390,6 +423,18 @@ class Qwen3VLChunk(MegatronModule):
         features = features[:, rows.feature]
         hidden = hidden.index_copy(0, rows.local, features[0].unsqueeze(1))
         return hidden, features[1:]
+
+    def _noise(self, batch: Batch, share: ContextShare) -> Tensor:
+        """Noise on this rank's context-parallel share of the tokens, [T_local, h]. Drawn on the
+        host for whole sequences, so that it does not depend on who holds which token."""
+        row = torch.zeros(int(batch.cu_seqlens[-1]), self.architecture.hidden_size)
+        for (start, end), noise in zip(
+            pairwise(batch.cu_seqlens.tolist()), batch.noise, strict=False
+        ):
+            if noise is not None:
+                generator = torch.Generator().manual_seed(noise.seed)
+                row[start:end].normal_(0, noise.std, generator=generator)
+        return share.take(self.backend.to_device(row.T.contiguous()), 0).T.to(self.backend.dtype)
 
     def _image_features(self, batch: Batch) -> Tensor:
         """Features [1 + F, V, h] of the images that the batch shows; see image_shares.py.

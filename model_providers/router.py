@@ -25,6 +25,10 @@ def router_mask(padding: Tensor, section: Tensor) -> Tensor:
 class SectionRouter(TopKRouter):
     """See the top of the file; with config.expert_sections = 1 every token may take any expert."""
 
+    load: Tensor | int = 0
+    """[E]: tokens that took each expert in training, padding left out; whoever reads it resets it.
+    """
+
     def routing(self, logits: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """logits [T, 1, E], padding_mask [T, 2] -> weights and choices, both [T, E]."""
         assert padding_mask is not None, "the model passes router_mask"
@@ -33,7 +37,11 @@ class SectionRouter(TopKRouter):
             owner = torch.arange(logits.shape[-1], device=logits.device) % 2
             foreign = owner != section.long()[:, None]
             logits = logits.masked_fill(foreign[:, None], float("-inf"))
-        return super().routing(logits, padding)
+        probs, chosen = super().routing(logits, padding)
+        # once a token where activations are recomputed: their first pass is without gradient
+        if self.training and torch.is_grad_enabled():
+            self.load = self.load + (chosen & ~padding[:, None]).sum(0)
+        return probs, chosen
 
     def _apply_aux_loss(
         self,

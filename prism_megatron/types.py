@@ -54,6 +54,14 @@ class Rollout:
 
 
 @dataclass(frozen=True)
+class Noise:
+    """Gaussian noise on the embeddings of a sequence; the seed says which."""
+
+    seed: int
+    std: float
+
+
+@dataclass(frozen=True)
 class Sequence:
     """One training sequence: the prompt's tokens followed by the response's.
 
@@ -63,6 +71,7 @@ class Sequence:
     images, videos: in the order of their placeholder tokens.
     section: index in model_providers.config.SECTIONS of what a dedicated discriminator judges here;
     other models don't look.
+    noise: what is added to the embeddings, images' included.
     """
 
     input_ids: Tensor
@@ -71,6 +80,7 @@ class Sequence:
     per_token: dict[str, Tensor] = field(default_factory=dict)
     videos: tuple[VisualInputs, ...] = ()
     section: int = 0
+    noise: Noise | None = None
 
     def __len__(self) -> int:
         return int(self.input_ids.numel())
@@ -127,6 +137,7 @@ class PackedBatch:
     exchange                   how features come to the ranks that show them; None if none travels
     per_token    name -> [T]   values aligned with *labels* (shifted left by one, like loss_mask)
     num_sequences              S without the padding sequence
+    noise                      on the embeddings of each of these; empty if none has any
 
     cu_seqlens, visual_index, feature_index, grids and exchange stay on the host: a forward plans by
     them, and none shall wait for the device.
@@ -150,6 +161,7 @@ class PackedBatch:
     exchange: FeatureExchange | None
     num_sequences: int
     per_token: dict[str, Tensor] = field(default_factory=dict)
+    noise: tuple[Noise | None, ...] = ()
 
     def to(self, device: torch.device | str) -> PackedBatch:
         """The same batch with what is computed with on `device`; nobody waits for the copies."""

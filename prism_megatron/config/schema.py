@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -22,6 +22,17 @@ NOT_SUPPORTED = {
     ),
 }
 """What megatron.core has under these names and this system has not, and why."""
+
+LossMode = Literal["vanilla", "gspo", "cispo"]
+LossAggMode = Literal[
+    "token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm"
+]
+KL = Literal["k1", "k2", "k3"]
+RolloutIS = Literal["none", "tis", "mis", "icepop"]
+ScoreBound = Literal["none", "clip", "tanh"]
+AdvantageMode = Literal["default", "acc_gating", "gated_align", "rlvr", "rlvr_v2", "sign_align"]
+Defect = Literal["reference", "corrected"]
+"""Something that the reference implementation gets wrong: as it does it, or put right."""
 
 
 class Section(BaseModel):
@@ -154,6 +165,11 @@ class Discriminator(Model):
     """sections: captions and reasoning are scored apart; response: one score for the whole."""
     text_only: bool = False
     """Leave images out of what the discriminator reads."""
+    score_bound: ScoreBound = "none"
+    """What keeps scores within score_limit: nothing but the regulariser, tanh, or a clamp without
+    gradient beyond it (clip; the reference's in alignment, at 10)."""
+    score_limit: float = Field(10.0, gt=0)
+    """Bound of the scores, with score_bound."""
 
 
 class Optimizer(Section):
@@ -300,6 +316,109 @@ class Rollout(Section):
         return self.engines // self.nodes
 
 
+class PolicyUpdate(Section):
+    """How responses and their advantages become updates of the policy (objectives/losses.py)."""
+
+    loss_mode: LossMode = "vanilla"
+    """vanilla: PPO's clipped ratio of each token; gspo: of each sequence; cispo: clipped ratio as a
+    weight, so that every token keeps its gradient."""
+    loss_agg_mode: LossAggMode = "token-mean"
+    """What counts the same: every token, every response (by its tokens' mean or sum), or sums
+    divided by sampling.max_new_tokens (Dr. GRPO)."""
+    token_mean: Defect = "corrected"
+    """With loss_agg_mode=token-mean. corrected: over all tokens of an update; reference: over those
+    of a micro-batch, which then counts by its responses."""
+    clip_low: float = Field(0.2, gt=0)
+    """The ratio is clipped below 1 - clip_low where the advantage is negative."""
+    clip_high: float = Field(0.2, gt=0)
+    """The ratio is clipped above 1 + clip_high where the advantage is positive."""
+    dual_clip: float | None = Field(None, gt=1)
+    """Where the advantage is negative, ratios above it have no gradient; null: they have."""
+    mini_batches: int = Field(1, ge=1)
+    """Optimizer steps that one batch of rollouts is split into."""
+    epochs: int = Field(1, ge=1)
+    """Passes over a batch of rollouts."""
+    kl_coef: float = Field(0.0, ge=0)
+    """Weight of the KL divergence from the start weights, which above 0 are kept as a frozen
+    reference model."""
+    kl_estimator: KL = "k3"
+    """Estimator of that divergence from the sampled tokens."""
+    entropy_coef: float = Field(0.0, ge=0)
+    """Weight of the entropy bonus."""
+    rollout_is: RolloutIS = "none"
+    """Correction for the engine's probabilities not being the trainer's, by their ratio at each
+    token: truncated at rollout_is_high (tis), tokens above it left out (mis), or tokens outside of
+    rollout_is_low to rollout_is_high left out (icepop)."""
+    rollout_is_low: float = Field(0.5, ge=0, le=1)
+    """Lowest ratio that icepop keeps."""
+    rollout_is_high: float = Field(2.0, ge=1)
+    """Highest ratio that counts in full."""
+
+    @property
+    def updates_per_step(self) -> int:
+        """Optimizer steps on one batch of rollouts."""
+        return self.mini_batches * self.epochs
+
+    @model_validator(mode="after")
+    def _update_options_fit(self) -> Self:
+        self._check_update()
+        return self
+
+    def _check_update(self) -> None:
+        """ValueError if options contradict each other."""
+        if self.token_mean == "reference" and self.loss_agg_mode != "token-mean":
+            raise ValueError(
+                f"token_mean=reference says how loss_agg_mode=token-mean is taken, but "
+                f"loss_agg_mode is {self.loss_agg_mode}; leave one of them out"
+            )
+
+
+class Advantage(Section):
+    """How a response's scores become its advantage in the game (objectives/advantages.py)."""
+
+    advantage_mode: AdvantageMode = "default"
+    """default: the discriminator's scores alone, as in the paper; the others look at the answer's
+    accuracy too, each by its formula there."""
+    stream_combination: Literal["normalise_then_combine", "combine_then_normalise"] = (
+        "normalise_then_combine"
+    )
+    """Normalise each stream's scores and add them up (the reference's code), or add them up and
+    normalise once (the paper's equations)."""
+    invalid_samples: Defect = "corrected"
+    """What a response counts that does not split into sections. corrected: no score, one penalty
+    centred in the group; reference: the group's lowest score less 1, and the penalty besides."""
+    format_penalty: float = Field(1.5, ge=0)
+    """What a response that does not split into its sections loses in advantage."""
+    wrong_penalty: float = Field(1.0, ge=0)
+    """What a well-formed wrong answer loses, in acc_gating, gated_align, rlvr_v2 and sign_align."""
+    align_coef: float = Field(1.0, ge=0)
+    """Weight of the discriminator's part in all modes but default."""
+    accuracy_weight: float = Field(1.0, ge=0)
+    """Reward of a right answer in rlvr, rlvr_v2 and sign_align."""
+    format_weight: float = Field(1.0, ge=0)
+    """Reward of the right format in rlvr, rlvr_v2 and sign_align."""
+    gated_align_accuracy: Defect = "corrected"
+    """reference: gated_align is not told which answers are wrong, so that it gates by format."""
+
+
+class Alarms(Section):
+    """Signs of a collapsing game. A value beyond its threshold in `patience` steps running is
+    printed in capitals; null watches nothing."""
+
+    accuracy_above: float | None = Field(0.99, gt=0.5, lt=1)
+    """discriminator_accuracy: above, the policy learns from little more than noise."""
+    accuracy_below: float | None = Field(None, gt=0, le=0.5)
+    """discriminator_accuracy: below, the discriminator has lost the game."""
+    margin_above: float | None = Field(10.0, gt=0)
+    """score_gap: above, the discriminator is far ahead."""
+    load_entropy_below: float | None = Field(0.5, gt=0, lt=1)
+    """load_entropy: below, a few experts get most tokens."""
+    patience: int = Field(20, ge=1)
+    """Steps running beyond a threshold until it counts."""
+    action: Literal["warn", "stop"] = "warn"
+    """stop ends the run at the first alarm; the last checkpoint stays."""
+
+
 class Stage(Section):
     """What every training stage has."""
 
@@ -359,7 +478,7 @@ class Warmup(Stage):
     """Weight of the router's z-loss, which keeps its logits small."""
 
 
-class Align(Stage):
+class Align(Advantage, PolicyUpdate, Stage):
     """Stage 2: the adversarial game between policy and discriminator."""
 
     policy: Model
@@ -377,14 +496,37 @@ class Align(Stage):
     """Weight of the reasoning stream in the advantage."""
     response_weight: float = Field(1.0, ge=0)
     """Weight of the whole response's stream in the advantage, with streams=response."""
-    format_penalty: float = Field(1.5, ge=0)
-    """What a response that does not split into its sections loses in advantage."""
     score_reg_coef: float = Field(1e-3, ge=0)
     """Weight of the squared-score regulariser that keeps scores near zero."""
     aux_loss_coef: float = Field(0.01, ge=0)
     """Weight of the router's load-balancing loss."""
     z_loss_coef: float = Field(0.0, ge=0)
     """Weight of the router's z-loss, which keeps its logits small."""
+    discriminator_updates: int = Field(1, ge=1)
+    """Updates of the discriminator on a step's responses, for one of the policy."""
+    gradient_penalty_coef: float = Field(0.0, ge=0)
+    """Weight of the gradient penalty at the teacher's answers: the squared change of their scores
+    under noise on the embeddings, which stands for the squared gradient (approximated R1, Lin et
+    al. 2025); in its way it holds back a discriminator that gets ahead."""
+    gradient_penalty_std: float = Field(0.01, gt=0)
+    """Standard deviation of that noise."""
+    score_length_correction_beta: float = Field(0.0, ge=0)
+    """The advantage sees a section's score less this times log(1 + its tokens), so that longer does
+    not pay by itself."""
+    pair_counts: Defect = "corrected"
+    """corrected: every valid response's pair counts the same; reference: it counts by how many
+    valid responses share its micro-batch."""
+    teacher_length: Defect = "corrected"
+    """corrected: the teacher's sections are read whole; reference: cut at 512 tokens."""
+    section_ends: Defect = "corrected"
+    """corrected: every section ends with the end-of-turn token, where its score is read; reference:
+    the teacher's with a padding token (none where it was cut), the student's caption with nothing,
+    the student's reasoning with the end of the turn, so that the scored token tells the two
+    apart."""
+    positions: Defect = "corrected"
+    """corrected: the discriminator sees interleaved MRoPE positions, as in its warm-up; reference:
+    image tokens are counted one by one like text."""
+    alarms: Alarms = Alarms()
 
 
 class Judge(Section):
@@ -462,8 +604,8 @@ class Rewards(Section):
         return self
 
 
-class RLVR(Stage):
-    """Stage 3: GRPO on verifiable rewards."""
+class RLVR(PolicyUpdate, Stage):
+    """Stage 3: reinforcement learning with verifiable rewards, by GRPO and what grew out of it."""
 
     policy: Model
     policy_optimizer: Optimizer
@@ -473,12 +615,68 @@ class RLVR(Stage):
     rollout: Rollout = Rollout()
     """Where responses are sampled."""
     rewards: Rewards = Rewards()
-    clip_low: float = Field(0.2, gt=0)
-    """The ratio is clipped below 1 - clip_low where the advantage is negative."""
-    clip_high: float = Field(0.2, gt=0)
-    """The ratio is clipped above 1 + clip_high where the advantage is positive."""
-    mini_batches: int = Field(1, ge=1)
-    """Optimizer steps that one batch of rollouts is split into."""
+    algorithm: Literal["grpo", "dapo", "gspo", "dr_grpo", "cispo"] = "grpo"
+    """Names the options in ALGORITHMS, of which each can still be set by itself."""
+    norm_adv_by_std: bool = True
+    """Divide advantages by the deviation of their group's rewards; Dr. GRPO does not."""
+    overlong_buffer: int = Field(0, ge=0)
+    """Last tokens before sampling.max_new_tokens in which the reward falls by up to
+    overlong_penalty (DAPO's soft overlong punishment); 0 leaves rewards as they are."""
+    overlong_penalty: float = Field(1.0, gt=0)
+    """What a response of full length loses."""
+    dynamic_sampling: bool = False
+    """Take only prompts of which some responses are right and some wrong, and sample further ones
+    until the step has prompts_per_step of them; surplus ones wait for the next step (DAPO)."""
+    gen_batch_size: int | None = Field(None, ge=1)
+    """Prompts sampled at a time with dynamic_sampling; as many as prompts_per_step if not set."""
+    max_epochs: int | None = Field(None, ge=1)
+    """Passes over the data after which the run ends, even before train.steps; null: any number.
+    With dynamic_sampling it also ends when one pass does not fill a step."""
+
+    @model_validator(mode="after")
+    def _algorithm_fills_what_is_not_set(self) -> Self:
+        preset = ALGORITHMS[self.algorithm]
+        if self.algorithm == "dapo":
+            preset = preset | {"overlong_buffer": self.sampling.max_new_tokens // 5}
+        for name, value in preset.items():
+            if name not in self.model_fields_set:
+                # frozen is for whoever reads the configuration
+                object.__setattr__(self, name, value)
+        self._check_update()
+        return self
+
+    @model_validator(mode="after")
+    def _sampling_fits(self) -> Self:
+        if self.overlong_buffer > self.sampling.max_new_tokens:
+            raise ValueError(
+                f"overlong_buffer={self.overlong_buffer} is longer than the longest response, "
+                f"sampling.max_new_tokens={self.sampling.max_new_tokens}"
+            )
+        if self.gen_batch_size is not None and not self.dynamic_sampling:
+            raise ValueError(
+                f"gen_batch_size={self.gen_batch_size} is for dynamic_sampling, which is off; "
+                "without it a step samples prompts_per_step prompts"
+            )
+        return self
+
+
+ALGORITHMS: dict[str, dict[str, Any]] = {
+    "grpo": {},
+    # overlong_buffer: a fifth of the longest response, as in the paper (4,096 of 20,480)
+    "dapo": {"clip_high": 0.28, "dual_clip": 10.0, "dynamic_sampling": True},
+    "gspo": {
+        "loss_mode": "gspo",
+        "loss_agg_mode": "seq-mean-token-mean",
+        "clip_low": 3e-4,
+        "clip_high": 4e-4,
+    },
+    "dr_grpo": {"loss_agg_mode": "seq-mean-token-sum-norm", "norm_adv_by_std": False},
+    # no lower bound
+    "cispo": {"loss_mode": "cispo", "clip_low": 1.0},
+}
+"""What RLVR.algorithm sets, where the configuration does not; everything else is the same for all.
+Values: DAPO (Yu et al. 2025; dual_clip as in the reference), GSPO (Zheng et al. 2025), Dr. GRPO
+(Liu et al. 2025), CISPO (MiniMax-M1)."""
 
 
 class SyncCheck(Section):

@@ -86,6 +86,7 @@ def pack(
     pad_to: int | None = None,
     per_token: Ordered[str] = (),
     images: ImageShare | None = None,
+    mrope: bool = True,
 ) -> PackedBatch:
     """One packed micro-batch of the sequences in the given order.
 
@@ -93,6 +94,7 @@ def pack(
     `pad_multiple`; padding is a sequence of its own at the end. No sequences make a row of padding
     alone, for a rank that has none.
     per_token: names of the sequences' values to carry; each sequence must have every one of them.
+    mrope: positions as Qwen3-VL has them; False counts every token by one, images' too.
     images: this rank's share of what all ranks show; without it, what the sequences show is encoded
     here, once where several show it (same key). ValueError if a sequence's placeholder tokens and
     its images or videos do not match.
@@ -112,7 +114,9 @@ def pack(
     sections = [sequence.section for sequence in sequences] + [0] * bool(padding)
     input_ids = torch.cat(parts)
     positions = [
-        mrope_positions(
+        torch.arange(len(sequence)).expand(3, -1)
+        if not mrope
+        else mrope_positions(
             sequence.input_ids,
             [image.grid_thw for image in sequence.images],
             [video.grid_thw for video in sequence.videos],
@@ -149,6 +153,7 @@ def pack(
             name: _shifted([s.per_token[name] for s in sequences], length, torch.float32)
             for name in per_token
         },
+        noise=tuple(s.noise for s in sequences) if any(s.noise for s in sequences) else (),
     )
 
 

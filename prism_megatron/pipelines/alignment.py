@@ -7,13 +7,14 @@ its captions and its reasoning from the teacher's, and the discriminator learns 
                                            +--> discriminator --> scores a section
                                                      |              |
         update: teacher above student  <-------------+              v
-        (Bradley-Terry + load balance)        group-normalise each stream, combine -> advantages
-                                                                    |
-    rollout engine (version k + 1) <---- weight sync <---- policy update (no KL, no reference)
+        (Bradley-Terry + load balance,        group-normalise each stream, combine -> advantages
+         n times a step)                                            |
+    rollout engine (version k + 1) <---- weight sync <---- policy update (paper: no KL)
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence as Ordered
 from dataclasses import dataclass, field
 
 import torch
@@ -21,10 +22,17 @@ from torch import Tensor
 
 from checkpoint_tools.megatron_directory import hf_directory
 from prism_megatron.config import schema
+from prism_megatron.data.packing import plan_micro_batches
 from prism_megatron.data.prompts import PromptEncoder
 from prism_megatron.data.rows import BatchStream, PromptRow, RowError, read_prompts
+from prism_megatron.objectives import rewards
 from prism_megatron.objectives.advantages import alignment_advantage
-from prism_megatron.objectives.losses import bradley_terry_loss, score_regulariser
+from prism_megatron.objectives.losses import (
+    bound_scores,
+    bradley_terry_loss,
+    local_pair_weights,
+    score_regulariser,
+)
 from prism_megatron.objectives.sections import (
     Sections,
     response_text,
@@ -34,26 +42,40 @@ from prism_megatron.objectives.sections import (
 )
 from prism_megatron.rollout import fleet
 from prism_megatron.training import discriminator
+from prism_megatron.training.alarms import Alarms
 from prism_megatron.training.loop import Metrics, TrainingLoop
 from prism_megatron.training.policy import policy_update
 from prism_megatron.training.runner import ModelRunner
-from prism_megatron.training.setup import build_encoder, build_runner, open_quarantine, start
+from prism_megatron.training.setup import (
+    build_encoder,
+    build_policy,
+    build_runner,
+    open_quarantine,
+    start,
+)
 from prism_megatron.types import Prompt, Rollout, Sequence
 
 
 @dataclass(frozen=True)
 class Task:
-    """A prompt with the teacher's answer to it, one sequence for each stream."""
+    """A prompt with its truth and the teacher's answer to it, one sequence for each stream."""
 
     prompt: Prompt
     teacher: dict[str, Sequence]
+    truth: str
+    equivalents: tuple[str, ...]
 
 
 def run(config: schema.Align) -> None:
     """Play the game for train.steps steps and export the policy to run.dir/hf."""
     backend = start(config.backend, config.policy, config.discriminator)
     encoder = build_encoder(config.policy.path, config.data)
-    reader = discriminator.Reader(encoder, config.discriminator)
+    reader = discriminator.Reader(
+        encoder,
+        config.discriminator,
+        teacher_length=config.teacher_length,
+        section_ends=config.section_ends,
+    )
     quarantine = open_quarantine(config.run, config.data)
     stream = BatchStream(
         read_prompts(config.data.path, required=("teacher_caption", "teacher_cot")),
@@ -62,14 +84,7 @@ def run(config: schema.Align) -> None:
         batch_size=config.prompts_per_step,
         seed=config.run.seed,
     )
-    policy = build_runner(
-        config.policy,
-        config.policy_optimizer,
-        backend,
-        config.train,
-        config.run,
-        pad_id=encoder.pad_id,
-    )
+    policy, frozen = build_policy(config, backend, encoder.pad_id)
     judge = build_runner(
         config.discriminator,
         config.discriminator_optimizer,
@@ -80,6 +95,8 @@ def run(config: schema.Align) -> None:
         head="score",
         aux_loss_coef=config.aux_loss_coef,
         z_loss_coef=config.z_loss_coef,
+        updates_per_step=config.discriminator_updates,
+        mrope=config.positions == "corrected",
     )
     models = {
         "policy": (policy, config.policy.path),
@@ -94,7 +111,7 @@ def run(config: schema.Align) -> None:
         seed=config.run.seed,
         logs=config.run.dir / "engines",
     )
-    game = Game(config, reader, policy, judge, engine)
+    game = Game(config, reader, policy, frozen, judge, engine)
     game.sync(done)
     if loop.run(lambda: game.step(stream.next_batch(), loop.step)):
         loop.export("policy")
@@ -106,14 +123,17 @@ def task(encoder: PromptEncoder, reader: discriminator.Reader, row: PromptRow) -
     if teacher is None:
         raise RowError("teacher_caption and teacher_cot do not make up a well-formed response")
     prompt = encoder.encode_prompt(row)
-    return Task(prompt, reader.read(prompt, teacher))
+    return Task(
+        prompt, reader.read(prompt, teacher, teacher=True), row.ground_truth, row.equivalents
+    )
 
 
 @dataclass
 class Stream:
     """One part of the judgement, such as captions or reasoning, over the whole step.
 
-    Sequences and scores: the teacher's, one a prompt, then those of the valid responses.
+    Sequences and scores: the teacher's, one a prompt, then those of the valid responses. Scores are
+    the head's, without bound.
     """
 
     weight: float
@@ -134,41 +154,55 @@ class Game:
         config: schema.Align,
         reader: discriminator.Reader,
         policy: ModelRunner,
+        frozen: ModelRunner | None,
         judge: ModelRunner,
         engine: fleet.Fleet,
     ) -> None:
         self.config, self.reader = config, reader
-        self.policy, self.judge, self.engine = policy, judge, engine
+        self.policy, self.frozen, self.judge, self.engine = policy, frozen, judge, engine
+        self.alarms = Alarms(config.alarms)
         self.table = token_bytes(reader.encoder.tokenizer)
 
     def step(self, tasks: list[Task], number: int) -> Metrics:
         """Sample, judge, train the judge, train the policy, hand its weights to the engine."""
-        rollouts = self.engine.generate([t.prompt for t in tasks], self.config.sampling, number)
+        config = self.config
+        rollouts = self.engine.generate([t.prompt for t in tasks], config.sampling, number)
         samples = [(t.prompt, r) for t, group in zip(tasks, rollouts, strict=True) for r in group]
         sections = [self._sections(rollout) for _, rollout in samples]
-        groups = torch.arange(len(tasks)).repeat_interleave(self.config.sampling.n)
+        groups = torch.arange(len(tasks)).repeat_interleave(config.sampling.n)
         valid = torch.tensor([s is not None for s in sections])
+        accuracy = self._accuracy(tasks, sections)
 
         streams = self._score(tasks, samples, sections)
         advantages = alignment_advantage(
-            [(stream.weight, _spread(stream, valid)) for stream in streams.values()],
+            [(stream.weight, self._rewards(stream, valid)) for stream in streams.values()],
             groups,
             valid,
-            format_penalty=self.config.format_penalty,
+            options=config,
+            accuracy=accuracy,
         )
-        judged = self._update_judge(streams, groups[valid])
-        policy = policy_update(self.policy, samples, advantages, clip_low=0.2, clip_high=0.2)
+        weights = self._pair_weights(samples, valid)
+        judged = self._update_judge(streams, groups[valid], weights, number)
+        policy = policy_update(
+            self.policy,
+            samples,
+            advantages,
+            config,
+            max_tokens=config.sampling.max_new_tokens,
+            reference=self.frozen,
+        )
         self.sync(number + 1)
-        return {
-            **_means(streams, groups[valid]),
+        metrics = {
+            **self._means(streams, groups, valid),
             **judged,
-            "policy_loss": policy["policy_loss"],
-            "policy_grad_norm": policy["grad_norm"],
-            "logprob_mismatch": policy["logprob_mismatch"],
+            "policy_grad_norm": policy.pop("grad_norm"),
+            **policy,
             "format_rate": float(valid.float().mean()),
+            **({} if accuracy is None else {"accuracy": float(accuracy.mean())}),
             "response_tokens": sum(len(r.ids) for _, r in samples) / len(samples),
             "weight_version": self.engine.weight_version,
         }
+        return metrics | self.alarms.check(metrics, number + 1)
 
     def sync(self, version: int) -> None:
         """Give the engine the policy's weights; it must answer with the version."""
@@ -179,6 +213,19 @@ class Game:
             return None
         return split_sections(response_text(rollout.ids, self.table, (self.reader.encoder.end_id,)))
 
+    def _accuracy(self, tasks: list[Task], sections: list[Sections | None]) -> Tensor | None:
+        """Whether each response's answer is right, [B], if advantage_mode asks for it; 0 for an
+        ill-formed one."""
+        if self.config.advantage_mode == "default":
+            return None
+        of_response = [task for task in tasks for _ in range(self.config.sampling.n)]
+        return torch.tensor(
+            [
+                rewards.accuracy(found.answer, task.truth, task.equivalents) if found else 0.0
+                for task, found in zip(of_response, sections, strict=True)
+            ]
+        )
+
     def _score(
         self,
         tasks: list[Task],
@@ -188,7 +235,7 @@ class Game:
         """All streams in one packed pass of the discriminator. An image is encoded once for the
         sequences of a micro-batch that show it."""
         students = [
-            self.reader.read(prompt, found)
+            self.reader.read(prompt, found, teacher=False)
             for (prompt, _), found in zip(samples, sections, strict=True)
             if found is not None
         ]
@@ -200,61 +247,116 @@ class Game:
             )
             for name in self.reader.streams
         }
-        everything = [sequence for stream in streams.values() for sequence in stream.sequences]
-        scores = discriminator.score(self.judge, everything).chunk(len(streams))
+        scores = discriminator.score(self.judge, _sequences(streams)).chunk(len(streams))
         for stream, own in zip(streams.values(), scores, strict=True):
             stream.scores = own
         return streams
 
-    def _update_judge(self, streams: dict[str, Stream], groups: Tensor) -> Metrics:
-        """Teacher above student for every valid response; groups [valid] says whose teacher."""
+    def _bounded(self, scores: Tensor) -> Tensor:
+        section = self.config.discriminator
+        return bound_scores(scores, section.score_bound, section.score_limit)
+
+    def _rewards(self, stream: Stream, valid: Tensor) -> Tensor:
+        """What the policy gets for each response, [B]: its score, less what long ones lose; 0 where
+        invalid."""
+        lengths = torch.tensor([float(s.response_mask.sum()) for s in stream.student])
+        student = self._bounded(stream.scores[len(stream.teacher) :])
+        out = torch.zeros(len(valid))
+        out[valid] = student - self.config.score_length_correction_beta * lengths.log1p()
+        return out
+
+    def _pair_weights(self, samples: list[tuple[Prompt, Rollout]], valid: Tensor) -> Tensor | None:
+        """With pair_counts=reference, what each valid response's pair counts, by the micro-batches
+        that the responses as a whole would make."""
+        if self.config.pair_counts == "corrected":
+            return None
+        plan = plan_micro_batches(
+            [len(prompt.input_ids) + len(rollout.ids) for prompt, rollout in samples],
+            dp_size=self.judge.parallel.data_size,
+            max_tokens=self.judge.micro_batch_tokens,
+        )
+        return local_pair_weights([m for rank in plan for m in rank if m], valid)[valid]
+
+    def _update_judge(
+        self,
+        streams: dict[str, Stream],
+        groups: Tensor,
+        weights: Tensor | None,
+        number: int,
+    ) -> Metrics:
+        """Teacher above student for every valid response; groups [valid] says whose teacher,
+        weights [valid] what it counts beside 1.
+
+        Metrics are of the scores that the policy is trained with, before the first update; nothing
+        without a valid response.
+        """
         if not len(groups):
-            return {"discriminator_loss": 0.0, "discriminator_accuracy": 0.0, "aux_loss": 0.0,
-                    "discriminator_grad_norm": 0.0}  # fmt: skip
-        count = len(groups)
+            return {}
+        config, sequences = self.config, _sequences(streams)
+        scores = torch.cat([stream.scores for stream in streams.values()])
+        noisy: list[Sequence] = []
+        if config.gradient_penalty_coef:
+            teachers = [sequence for stream in streams.values() for sequence in stream.teacher]
+            noisy = discriminator.noisy(teachers, config.gradient_penalty_std, number)
+            scores = torch.cat([scores, discriminator.score(self.judge, noisy)])
 
         def objective(scores: Tensor) -> Tensor:
-            loss = self.config.score_reg_coef * score_regulariser(scores, scores.numel())
-            for own in scores.chunk(len(streams)):
-                teacher, student = own[:-count], own[-count:]
-                loss = loss + bradley_terry_loss(teacher[groups], student, num_pairs=count)[0]
-            return loss
+            scores, disturbed = self._bounded(scores).split([len(sequences), len(noisy)])
+            return self._loss(scores.chunk(len(streams)), disturbed, groups, weights)
 
-        sequences = [sequence for stream in streams.values() for sequence in stream.sequences]
-        scores = torch.cat([stream.scores for stream in streams.values()])
-        result = discriminator.update(self.judge, sequences, scores, objective)
-        accuracy = {f"{name}_accuracy": _accuracy(s, groups) for name, s in streams.items()}
-        return {
-            "discriminator_loss": float(objective(scores)),
-            "discriminator_accuracy": sum(accuracy.values()) / len(accuracy),
-            **accuracy,
-            "discriminator_grad_norm": result.grad_norm,
-            **result.sums,
-        }
+        metrics = self._accuracies(streams, groups)
+        metrics["discriminator_loss"] = float(objective(scores))
+        for update in range(config.discriminator_updates):
+            if update:
+                scores = discriminator.score(self.judge, [*sequences, *noisy])
+            result = discriminator.update(self.judge, [*sequences, *noisy], scores, objective)
+        return metrics | {"discriminator_grad_norm": result.grad_norm, **result.sums}
+
+    def _loss(
+        self, streams: Ordered[Tensor], noisy: Tensor, groups: Tensor, weights: Tensor | None
+    ) -> Tensor:
+        """The discriminator's, of each stream's scores (teachers, then valid students) and, with a
+        gradient penalty, the scores of all teachers under noise."""
+        config, count = self.config, len(groups)
+        scores = torch.cat([*streams])
+        loss = config.score_reg_coef * score_regulariser(scores, scores.numel())
+        for own in streams:
+            teacher, student = own[:-count], own[-count:]
+            loss = loss + bradley_terry_loss(teacher[groups], student, count, weights)[0]
+        if config.gradient_penalty_coef:
+            change = noisy - torch.cat([own[:-count] for own in streams])
+            loss = loss + config.gradient_penalty_coef * change.square().mean()
+        return loss
+
+    def _accuracies(self, streams: dict[str, Stream], groups: Tensor) -> Metrics:
+        """How often each teacher's section scores above the response's."""
+        found = {}
+        for name, stream in streams.items():
+            teachers = [stream.teacher[group] for group in groups.tolist()]
+            teacher, student = self._bounded(stream.scores).split(
+                [len(stream.teacher), len(stream.student)]
+            )
+            gaps = teacher[groups] - student
+            found[f"{name}_accuracy"] = discriminator.accuracy(teachers, stream.student, gaps)
+        return {"discriminator_accuracy": sum(found.values()) / len(found), **found}
+
+    def _means(self, streams: dict[str, Stream], groups: Tensor, valid: Tensor) -> Metrics:
+        """Mean scores of both sides, and how far the teacher is above on average; what needs a
+        valid response only where there is one."""
+        means: Metrics = {}
+        gaps = []
+        for name, stream in streams.items():
+            teacher, student = self._bounded(stream.scores).split(
+                [len(stream.teacher), len(stream.student)]
+            )
+            means[f"teacher_{name}_score"] = float(teacher.mean())
+            if len(student):
+                means[f"student_{name}_score"] = float(student.mean())
+                means[f"reward_{name}"] = float(self._rewards(stream, valid)[valid].mean())
+                gaps.append(float((teacher[groups[valid]] - student).mean()))
+        return means | ({"score_gap": sum(gaps) / len(gaps)} if gaps else {})
 
 
-def _spread(stream: Stream, valid: Tensor) -> Tensor:
-    """Scores of the valid responses at their places among all, 0 elsewhere."""
-    out = torch.zeros(len(valid))
-    out[valid] = stream.scores[len(stream.teacher) :]
-    return out
-
-
-def _accuracy(stream: Stream, groups: Tensor) -> float:
-    """How often the teacher's section scores above the response's."""
-    teachers = [stream.teacher[group] for group in groups.tolist()]
-    teacher, student = stream.scores.split([len(stream.teacher), len(stream.student)])
-    return discriminator.accuracy(teachers, stream.student, teacher[groups] - student)
-
-
-def _means(streams: dict[str, Stream], groups: Tensor) -> Metrics:
-    """Mean scores of both sides, and how far the teacher is above on average."""
-    means: Metrics = {}
-    gaps = []
-    for name, stream in streams.items():
-        teacher, student = stream.scores.split([len(stream.teacher), len(stream.student)])
-        means[f"teacher_{name}_score"] = float(teacher.mean())
-        means[f"student_{name}_score"] = float(student.mean()) if len(student) else 0.0
-        means[f"reward_{name}"] = means[f"student_{name}_score"]
-        gaps.append((teacher[groups] - student).mean() if len(student) else torch.zeros(()))
-    return means | {"score_gap": float(torch.stack(gaps).mean())}
+def _sequences(streams: dict[str, Stream]) -> list[Sequence]:
+    """What the discriminator reads in a step, stream after stream."""
+    return [sequence for stream in streams.values() for sequence in stream.sequences]

@@ -13,7 +13,7 @@ from torch import Tensor
 from prism_megatron.config import schema
 from prism_megatron.data.prompts import PromptEncoder
 from prism_megatron.data.rows import BatchStream, PairRow, RowError, read_pairs
-from prism_megatron.objectives.losses import bradley_terry_loss
+from prism_megatron.objectives.losses import bound_scores, bradley_terry_loss
 from prism_megatron.objectives.sections import sections_of
 from prism_megatron.training import discriminator
 from prism_megatron.training.loop import Metrics, TrainingLoop
@@ -59,7 +59,7 @@ def run(config: schema.Warmup) -> None:
         config, {"discriminator": (model, config.model.path)}, stream, quarantine, shown="accuracy"
     )
     loop.resume()
-    if loop.run(lambda: step(model, stream.next_batch())):
+    if loop.run(lambda: step(model, stream.next_batch(), config.model)):
         loop.export("discriminator")
 
 
@@ -70,10 +70,12 @@ def pair(encoder: PromptEncoder, reader: discriminator.Reader, row: PairRow) -> 
     if teacher is None or student is None:
         raise RowError("caption and cot do not make up a well-formed response")
     prompt = encoder.encode_prompt(row)
-    return Pair(reader.read(prompt, teacher), reader.read(prompt, student))
+    return Pair(
+        reader.read(prompt, teacher, teacher=True), reader.read(prompt, student, teacher=False)
+    )
 
 
-def step(model: ModelRunner, pairs: list[Pair]) -> Metrics:
+def step(model: ModelRunner, pairs: list[Pair], section: schema.Discriminator) -> Metrics:
     """Score, compare, update; caption and reasoning pairs weigh the same."""
     streams = {
         name: ([p.teacher[name] for p in pairs], [p.student[name] for p in pairs])
@@ -83,8 +85,9 @@ def step(model: ModelRunner, pairs: list[Pair]) -> Metrics:
     scores = discriminator.score(model, sequences)
 
     def by_stream(scores: Tensor) -> Tensor:
-        """[stream, teacher or student, pair]"""
-        return scores.view(len(streams), 2, len(pairs))
+        """[stream, teacher or student, pair], within their bound."""
+        bounded = bound_scores(scores, section.score_bound, section.score_limit)
+        return bounded.view(len(streams), 2, len(pairs))
 
     def objective(scores: Tensor) -> Tensor:
         losses = [bradley_terry_loss(*s, num_pairs=len(pairs))[0] for s in by_stream(scores)]

@@ -22,36 +22,67 @@ from torch import Tensor
 
 from model_providers.config import SECTIONS
 from prism_megatron.config import schema
+from prism_megatron.config.schema import Defect
 from prism_megatron.data.prompts import PromptEncoder
 from prism_megatron.objectives.sections import STREAMS, Sections
 from prism_megatron.training.runner import ModelRunner, StepResult
-from prism_megatron.types import PackedBatch, Prompt, Sequence
+from prism_megatron.types import Noise, PackedBatch, Prompt, Sequence
 
 SECTION_OF = {"caption": SECTIONS.index("perception"), "reasoning": SECTIONS.index("reasoning")}
 """What a dedicated discriminator judges a stream by."""
+REFERENCE_TEACHER_TOKENS = 512
+"""Where the reference cuts the teacher's sections (rl_dataset.py: max_response_length)."""
 
 Objective = Callable[[Tensor], Tensor]
 """scores [n] -> loss."""
 
 
 class Reader:
-    """What the discriminator is shown of an answer, as its section of the configuration says."""
+    """What the discriminator is shown of an answer, as its section of the configuration says.
 
-    def __init__(self, encoder: PromptEncoder, section: schema.Discriminator) -> None:
+    teacher_length, section_ends: see schema.Align, whose defects of the reference they are.
+    """
+
+    def __init__(
+        self,
+        encoder: PromptEncoder,
+        section: schema.Discriminator,
+        *,
+        teacher_length: Defect = "corrected",
+        section_ends: Defect = "corrected",
+    ) -> None:
         self.encoder, self.text_only = encoder, section.text_only
         self.streams = STREAMS[section.streams]
+        self.teacher_length, self.section_ends = teacher_length, section_ends
 
-    def read(self, prompt: Prompt, answer: Sections) -> dict[str, Sequence]:
+    def read(self, prompt: Prompt, answer: Sections, *, teacher: bool) -> dict[str, Sequence]:
         """A sequence for each of `streams`; RowError if one can't be encoded."""
         return {
-            stream: self.encoder.section_sequence(
-                prompt,
-                answer.read_by(stream),
-                section=SECTION_OF.get(stream, 0),
-                text_only=self.text_only,
+            stream: self._ended(
+                self.encoder.section_sequence(
+                    prompt,
+                    answer.read_by(stream),
+                    section=SECTION_OF.get(stream, 0),
+                    text_only=self.text_only,
+                ),
+                stream,
+                teacher,
             )
             for stream in self.streams
         }
+
+    def _ended(self, sequence: Sequence, stream: str, teacher: bool) -> Sequence:
+        """The sequence with the reference's cut and its last token, where they are asked for."""
+        ids, end = sequence.input_ids[:-1], sequence.input_ids[-1:]
+        limit = len(sequence)
+        if teacher and self.teacher_length == "reference":
+            limit = int((~sequence.response_mask).sum()) + REFERENCE_TEACHER_TOKENS
+        if self.section_ends == "reference" and teacher:
+            end = torch.full_like(end, self.encoder.pad_id)[: int(len(ids) < limit)]
+        elif self.section_ends == "reference" and stream == "caption":
+            end = end[:0]
+        ids = torch.cat([ids[:limit], end])
+        return replace(sequence, input_ids=ids, response_mask=sequence.response_mask[: len(ids)])
 
 
 def _ends(batch: PackedBatch) -> Tensor:
@@ -65,6 +96,15 @@ def score(model: ModelRunner, sequences: list[Sequence]) -> Tensor:
     reads a different kind of token for each, which alone tells them apart: value_head.py.)
     """
     return torch.stack(model.infer(sequences, lambda out, batch: list(out[_ends(batch)].cpu())))
+
+
+def noisy(sequences: list[Sequence], std: float, step: int) -> list[Sequence]:
+    """The same with noise on their embeddings, another for each step and sequence."""
+    seeds = torch.Generator().manual_seed(step)
+    return [
+        replace(s, noise=Noise(int(torch.randint(2**62, (), generator=seeds)), std))
+        for s in sequences
+    ]
 
 
 def update(

@@ -33,6 +33,11 @@ from prism_megatron.training.runner import ModelRunner
 Metrics = dict[str, float]
 
 
+class EndOfData(Exception):
+    """Raised by a step that finds no more data to train on: the run ends there, as if its last step
+    had come. The message says why."""
+
+
 class TrainingLoop:
     """The outer loop of every training stage; all ranks run it together."""
 
@@ -43,11 +48,14 @@ class TrainingLoop:
         stream: BatchStream[Any, Any],
         quarantine: Quarantine,
         shown: str,
+        carried: Callable[[], dict[str, Any]] = dict,
     ) -> None:
         """runners: each model by its name in checkpoints, with the path it was loaded from;
-        shown: the metric beside the progress bar."""
+        shown: the metric beside the progress bar; carried: what else of the stage a checkpoint
+        holds, in JSON, which `resume` leaves in `found`."""
         self.config, self.runners, self.stream = config, runners, stream
         self.quarantine, self.shown = quarantine, shown
+        self.carried, self.found = carried, dict[str, Any]()
         self.dir = config.run.dir
         self.is_writer = dist.get_rank() == 0
         self.step = 0
@@ -60,15 +68,18 @@ class TrainingLoop:
             for name, (runner, _) in self.runners.items():
                 runner.load(found[-1] / name)
             self.step, self.stream.position = state["step"], state["position"]
+            self.found = state.get("carried", {})
         if self.is_writer:
             self._drop_metrics_after(self.step)
         dist.barrier()
         return self.step
 
     def run(self, step: Callable[[], Metrics]) -> bool:
-        """Call `step` until the configured end; True if that was reached, False if stop_at was."""
+        """Call `step` until the configured end; True if that, or the data's end, was reached, False
+        if stop_at was."""
         train = self.config.train
         last = min(train.steps, train.stop_at or train.steps)
+        ended = ""
         writer = (
             SummaryWriter(self.dir / "tensorboard", purge_step=self.step)
             if self.is_writer
@@ -77,19 +88,27 @@ class TrainingLoop:
         with _Display(self.dir.name, train.steps, self.step, self.is_writer) as display:
             while self.step < last:
                 started = time.monotonic()
-                metrics = step()
+                try:
+                    metrics = step()
+                except EndOfData as end:
+                    ended = f"{self.dir.name} ends after step {self.step} of {train.steps}: {end}"
+                    break
                 self.step += 1
                 metrics |= {"step": self.step, "time": time.monotonic() - started}
                 if writer is not None:
                     self._log(metrics, writer)
-                display.update(self.step, self.shown, metrics[self.shown])
+                display.update(self.step, self.shown, metrics.get(self.shown))
                 if self.step == last or (train.save_every and self.step % train.save_every == 0):
                     self._save()
+        if ended:
+            self._save()
+            if self.is_writer:
+                print(ended, flush=True)
         if writer is not None:
             writer.close()
         if self.is_writer and self.quarantine.total:
             print(self.quarantine.summary(), flush=True)
-        return self.step >= train.steps
+        return bool(ended) or self.step >= train.steps
 
     def export(self, name: str) -> None:
         """Write run.dir/hf: that model in Hugging Face format."""
@@ -114,6 +133,7 @@ class TrainingLoop:
             runner.save(staging / name, megatron_directory.hf_directory(source))
         if self.is_writer:
             state = {"step": self.step, "position": self.stream.position}
+            state |= {"carried": self.carried()}
             (staging / "state.json").write_text(json.dumps(state))
             shutil.rmtree(final, ignore_errors=True)
             os.replace(staging, final)
@@ -160,8 +180,8 @@ class _Display:
     def __exit__(self, *error: object) -> None:
         self.progress.stop()
 
-    def update(self, step: int, name: str, value: float) -> None:
-        shown = f"{name} {value:.4f}"
+    def update(self, step: int, name: str, value: float | None) -> None:
+        shown = f"{name} -" if value is None else f"{name} {value:.4f}"
         self.progress.update(self.task, completed=step, shown=shown)
         if self.active and self.every and (step % self.every == 0 or step == self.steps):
             pace = (time.monotonic() - self.started) / (step - self.done_before)

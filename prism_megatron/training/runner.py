@@ -74,14 +74,16 @@ class ModelRunner:
         pad_id: int,
         optimizer: Optimizer | None,
         steps: int = 0,
+        mrope: bool = True,
     ) -> None:
         """Wrap a model whose weights are loaded.
 
         micro_batch_tokens: most tokens of a packed row; pad_id: token that fills rows up;
-        steps: length of the learning-rate schedule. Without an optimizer the model only infers.
+        steps: length of the learning-rate schedule; mrope: see pack. Without an optimizer the model
+        only infers.
         """
         self.model = model
-        self.micro_batch_tokens, self.pad_id = micro_batch_tokens, pad_id
+        self.micro_batch_tokens, self.pad_id, self.mrope = micro_batch_tokens, pad_id, mrope
         self.parallel = model.parallel
         self.ddp: list[DistributedDataParallel] = []
         self._has_scales = False
@@ -207,6 +209,7 @@ class ModelRunner:
                 pad_to=longest if layout.expert * layout.expert_tensor > 1 else None,
                 per_token=tuple(sequences[0].per_token),
                 images=self._image_share(rows),
+                mrope=self.mrope,
             ).to(self.model.backend.device)
 
     def _image_share(self, rows: list[list[Sequence]]) -> ImageShare:
@@ -275,7 +278,7 @@ class ModelRunner:
                 f"the loss is NaN or infinite in {broken:.0f} of {count} micro-batches; its inputs "
                 "or the weights are broken"
             )
-        return reduced | self._router_metrics(len(plan[0]))
+        return reduced | self._router_metrics(len(plan[0])) | self._load_entropy()
 
     def _reduce(self, sums: dict[str, Tensor]) -> dict[str, float]:
         """Metric sums over data-parallel ranks, from the last stage to all ranks."""
@@ -302,6 +305,22 @@ class ModelRunner:
         dist.all_reduce(value, group=self.parallel.groups.dp)
         dist.all_reduce(value, group=self.parallel.groups.pp)
         return {"aux_loss": float(value) / self.parallel.data_size}
+
+    def _load_entropy(self) -> dict[str, float]:
+        """How evenly the step's tokens spread over the experts: the entropy of their shares, mean
+        over layers, 1 when balanced and 0 when one expert gets all."""
+        experts, groups = self.model.architecture.num_experts, self.parallel.groups
+        if not experts:
+            return {}
+        loads = self.model.take_expert_loads()
+        # a stage with the embedding alone has no router
+        if len(loads):
+            dist.all_reduce(loads, group=groups.tp_dp_cp)
+        shares = loads / loads.sum(-1, keepdim=True).clamp(min=1)
+        entropy = -torch.special.xlogy(shares, shares).sum() / math.log(experts)
+        total = torch.stack([entropy, entropy.new_tensor(len(loads))])
+        dist.all_reduce(total, group=groups.pp)
+        return {"load_entropy": float(total[0] / total[1])}
 
     def _run(
         self,

@@ -4,6 +4,7 @@ refused here, before the first collective of training."""
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 import torch.distributed as dist
 
@@ -13,7 +14,17 @@ from model_providers.backend import Backend
 from model_providers.config import Precision, Qwen3VLConfig, Recompute, TrainingOptions
 from model_providers.parallel import Layout, ParallelState
 from model_providers.qwen3_vl import Head
-from prism_megatron.config.schema import Data, Discriminator, Model, Optimizer, Parallel, Run, Train
+from prism_megatron.config.schema import (
+    RLVR,
+    Align,
+    Data,
+    Discriminator,
+    Model,
+    Optimizer,
+    Parallel,
+    Run,
+    Train,
+)
 from prism_megatron.data.prompts import PromptEncoder
 from prism_megatron.data.rows import Quarantine
 from prism_megatron.training.runner import ModelRunner
@@ -26,7 +37,10 @@ def layout_of(parallel: Parallel) -> Layout:
 
 
 def options_of(
-    model: Model, aux_loss_coef: float = 0.0, z_loss_coef: float = 0.0
+    model: Model,
+    aux_loss_coef: float = 0.0,
+    z_loss_coef: float = 0.0,
+    entropy: Literal["none", "metric", "loss"] = "none",
 ) -> TrainingOptions:
     """The same for what the modules know of their training."""
     return TrainingOptions(
@@ -35,6 +49,7 @@ def options_of(
         Recompute(**model.recompute.model_dump()),
         Precision(model.fp8, model.bf16_first_layers, model.bf16_last_layers),
         model.dispatcher,
+        entropy,
     )
 
 
@@ -68,7 +83,7 @@ def _check_whole_response(architecture: Qwen3VLConfig, model: Discriminator) -> 
 
 def build_runner(
     section: Model,
-    optimizer: Optimizer,
+    optimizer: Optimizer | None,
     backend: Backend,
     train: Train,
     run: Run,
@@ -78,11 +93,13 @@ def build_runner(
     aux_loss_coef: float = 0.0,
     z_loss_coef: float = 0.0,
     updates_per_step: int = 1,
+    entropy: Literal["none", "metric", "loss"] = "none",
+    mrope: bool = True,
 ) -> ModelRunner:
-    """The section's model with its weights, ready to train."""
+    """The section's model with its weights, ready to train, or without an optimizer to infer."""
     parallel = ParallelState.create(layout_of(section.parallel))
     backend.seed(run.seed, parallel)
-    options = options_of(section, aux_loss_coef, z_loss_coef)
+    options = options_of(section, aux_loss_coef, z_loss_coef, entropy)
     model = load_model(section.path, parallel, backend, head, options)
     model.freeze(**section.freeze.model_dump())
     return ModelRunner(
@@ -91,7 +108,29 @@ def build_runner(
         pad_id=pad_id,
         optimizer=optimizer,
         steps=train.steps * updates_per_step,
+        mrope=mrope,
     )
+
+
+def build_policy(
+    config: Align | RLVR, backend: Backend, pad_id: int
+) -> tuple[ModelRunner, ModelRunner | None]:
+    """config.policy ready to train and, if the KL divergence from them counts, a frozen copy of its
+    start weights."""
+    policy = build_runner(
+        config.policy,
+        config.policy_optimizer,
+        backend,
+        config.train,
+        config.run,
+        pad_id=pad_id,
+        updates_per_step=config.updates_per_step,
+        entropy="loss" if config.entropy_coef else "metric",
+    )
+    if not config.kl_coef:
+        return policy, None
+    frozen = build_runner(config.policy, None, backend, config.train, config.run, pad_id=pad_id)
+    return policy, frozen
 
 
 def build_encoder(path: Path, data: Data) -> PromptEncoder:

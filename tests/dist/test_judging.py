@@ -110,7 +110,7 @@ def _warmup(root: Path, out: Path, variant: str) -> None:
     )
 
 
-def _align(root: Path, out: Path, judge: Path, variant: str) -> None:
+def _align(root: Path, out: Path, judge: Path, variant: str, **options: Any) -> None:
     with mock.patch.object(alignment, "LocalEngine", ScriptedEngine):
         alignment.run(
             schema.Align.model_validate(
@@ -123,6 +123,7 @@ def _align(root: Path, out: Path, judge: Path, variant: str) -> None:
                     "prompts_per_step": 3,
                     "sampling": {"n": len(RESPONSES)},
                 }
+                | options
             )
         )
 
@@ -163,6 +164,67 @@ def test_warm_up_and_alignment_with_every_discriminator(
         assert step["score_gap"] == pytest.approx(sum(gaps) / len(gaps), abs=1e-4)
     judged = {key.removesuffix("_accuracy") for key in steps[0] if key.endswith("_accuracy")}
     assert judged == {*streams, "discriminator"}
+
+
+OPTIONS = {
+    "reference": {
+        "invalid_samples": "reference",
+        "pair_counts": "reference",
+        "teacher_length": "reference",
+        "section_ends": "reference",
+        "positions": "reference",
+        "token_mean": "reference",
+        "aux_loss_coef": 0.0,
+    },
+    "corrected": {
+        "advantage_mode": "sign_align",
+        "discriminator_updates": 2,
+        "gradient_penalty_coef": 1.0,
+        "gradient_penalty_std": 0.1,
+        "score_length_correction_beta": 0.5,
+        "kl_coef": 0.1,
+        "entropy_coef": 0.01,
+        "epochs": 2,
+        "alarms": {"load_entropy_below": 0.9999, "accuracy_above": None, "patience": 1},
+    },
+}
+
+
+def _align_with(root: Path, out: Path, name: str) -> None:
+    _align(root, out, root / "shared", "shared", **OPTIONS[name])
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_alignment_with_the_options_of_reference_and_corrected_method(
+    ranks: Worlds, root: Path, tmp_path: Path, name: str
+) -> None:
+    ranks(2).run(_align_with, root, tmp_path, name)
+    for step in _metrics(tmp_path):
+        assert step["policy_grad_norm"] > 0 and step["discriminator_grad_norm"] > 0
+        assert 0 < step["load_entropy"] < 1
+        assert step["entropy"] > 1
+        # every response says 0, which is wrong for all but a prompt or two
+        assert ("accuracy" in step) == ("kl" in step) == (name == "corrected")
+        assert step["alarms"] == (name == "corrected")
+        if name == "corrected":
+            # an untrained head says little: the length counts
+            assert step["reward_reasoning"] < step["student_reasoning_score"] - 1
+    assert step["score_gap"] != 0
+
+
+def _ill_formed(root: Path, out: Path) -> None:
+    with mock.patch(f"{__name__}.RESPONSES", ["no tags", "no <caption>"]):
+        _align(root, out, root / "shared", "shared")
+
+
+def test_a_step_without_a_well_formed_response_invents_no_metric(
+    ranks: Worlds, root: Path, tmp_path: Path
+) -> None:
+    ranks(2).run(_ill_formed, root, tmp_path)
+    for step in _metrics(tmp_path):
+        assert step["format_rate"] == 0
+        judged = ("accuracy", "gap", "student", "reward", "discriminator")
+        assert [name for name in step if any(part in name for part in judged)] == []
 
 
 def _refused(root: Path, out: Path) -> str:

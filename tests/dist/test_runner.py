@@ -20,7 +20,7 @@ from model_providers.config import Precision
 from model_providers.parallel import Layout
 from model_providers.qwen3_vl import Qwen3VLModel
 from model_providers.weight_plan import iter_hf_weights
-from prism_megatron.config.schema import Optimizer
+from prism_megatron.config.schema import Optimizer, PolicyUpdate
 from prism_megatron.objectives.losses import bradley_terry_loss, policy_loss
 from prism_megatron.training import discriminator
 from prism_megatron.training.policy import policy_update
@@ -346,9 +346,8 @@ def _sequences(members: slice = slice(None)) -> list[Sequence]:
 def _policy_update(path: Path, layout: Layout, mini_batches: int) -> tuple[Outcome, Any]:
     runner = checks.make_runner(path, layout, micro_batch_tokens=33, optimizer=ADAM)
     samples, advantages = _samples()
-    metrics = policy_update(
-        runner, samples, advantages, clip_low=0.1, clip_high=0.15, mini_batches=mini_batches
-    )
+    config = PolicyUpdate(clip_low=0.1, clip_high=0.15, mini_batches=mini_batches)
+    metrics = policy_update(runner, samples, advantages, config, max_tokens=9)
     return (metrics["policy_loss"], metrics["grad_norm"], _weights(runner)), metrics
 
 
@@ -403,7 +402,7 @@ def _mini_batches_by_hand(path: Path) -> tuple[list[float], Weights]:
                 batch.loss_mask,
                 clip_low=0.1,
                 clip_high=0.15,
-                num_tokens=tokens,
+                denominator=tokens,
             )
             return value, {"loss": value.detach()}
 
@@ -432,7 +431,7 @@ def _mismatch(path: Path, shift: float) -> float:
         (p, replace(r, logprobs=tuple((logprobs[-len(r.ids) :] + shift).tolist())))
         for (p, r), logprobs in zip(samples, own, strict=True)
     ]
-    metrics = policy_update(runner, exact, advantages, clip_low=0.1, clip_high=0.1)
+    metrics = policy_update(runner, exact, advantages, PolicyUpdate(), max_tokens=9)
     return metrics["logprob_mismatch"]
 
 
@@ -504,7 +503,7 @@ def _update_with_idle_responses(path: Path, layout: Layout) -> tuple[Weights, An
     runner = checks.make_runner(path, layout, micro_batch_tokens=33, optimizer=ADAM)
     samples, advantages = _samples()
     advantages[::2] = 0.0
-    metrics = policy_update(runner, samples, advantages, clip_low=0.1, clip_high=0.15)
+    metrics = policy_update(runner, samples, advantages, PolicyUpdate(), max_tokens=9)
     return _weights(runner), metrics
 
 

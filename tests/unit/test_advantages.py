@@ -3,22 +3,36 @@
 from __future__ import annotations
 
 import statistics
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from prism_megatron.objectives.advantages import alignment_advantage, group_normalise
+from prism_megatron.config.schema import Advantage
+from prism_megatron.objectives.advantages import (
+    alignment_advantage,
+    group_normalise,
+    overlong_penalty,
+)
+
+DEFAULT = Advantage()
 
 
 def align(
-    perception: list[float], reasoning: list[float], groups: list[int], valid: list[bool]
+    perception: list[float],
+    reasoning: list[float],
+    groups: list[int],
+    valid: list[bool],
+    accuracy: list[float] | None = None,
+    **options: Any,
 ) -> Tensor:
     return alignment_advantage(
         [(0.5, torch.tensor(perception)), (0.5, torch.tensor(reasoning))],
         torch.tensor(groups),
         torch.tensor(valid),
-        format_penalty=1.5,
+        options=Advantage(**options),
+        accuracy=None if accuracy is None else torch.tensor(accuracy),
     )
 
 
@@ -94,14 +108,14 @@ def test_streams_weigh_alike_whatever_their_scale() -> None:
 def test_stream_weights() -> None:
     streams = [(0.9, torch.tensor([1.0, -1.0])), (0.2, torch.tensor([-2.0, 2.0]))]
     groups, valid = torch.tensor([4, 4]), torch.tensor([True, True])
-    actual = alignment_advantage(streams, groups, valid, format_penalty=1.5)
+    actual = alignment_advantage(streams, groups, valid, options=DEFAULT)
     close(actual, [0.7 / 2**0.5, -0.7 / 2**0.5])
 
 
 def test_a_single_stream_is_grpo_on_its_scores() -> None:
     scores, groups = torch.tensor([0.3, -1.2, 0.9, 2.0]), torch.tensor([0, 0, 0, 0])
     valid = torch.ones(4, dtype=torch.bool)
-    actual = alignment_advantage([(1.0, scores)], groups, valid, format_penalty=1.5)
+    actual = alignment_advantage([(1.0, scores)], groups, valid, options=DEFAULT)
     torch.testing.assert_close(actual, group_normalise(scores, groups))
 
 
@@ -157,3 +171,147 @@ def test_groups_do_not_influence_each_other() -> None:
     both = align([1, 2, 5, 0, 9], [0, 1, 3, 3, 0], [1, 0, 1, 0, 0], [True, True, True, True, False])
     first = align([1, 5], [0, 3], [1, 1], [True, True])
     torch.testing.assert_close(both[[0, 2]], first)
+
+
+def test_without_std_it_is_the_distance_to_the_mean() -> None:
+    scores, groups = torch.tensor([1.0, 0, 0, 5, 3]), torch.tensor([7, 7, 7, 9, 9])
+    actual = group_normalise(scores, groups, by_std=False)
+    close(actual, [2 / 3, -1 / 3, -1 / 3, 1, -1])
+
+
+# What was seen of the reference's function (grpo_multi_reward), 16 responses, weights 0.5, penalty
+# 1.5: by the number of invalid ones and the deviation of the valid scores.
+REFERENCE: dict[str, Any] = {"invalid_samples": "reference"}
+
+
+def reference_like(invalid: int, std: float, **options: Any) -> tuple[Tensor, Tensor]:
+    """Advantages of 16 responses whose valid scores have that deviation and both streams agree on,
+    and which of them are valid."""
+    generator = torch.Generator().manual_seed(2)
+    scores = torch.randn(16, generator=generator)
+    valid = torch.arange(16) >= invalid
+    if valid.sum() > 1:
+        scores = std * (scores - scores[valid].mean()) / scores[valid].std()
+    found = align(scores.tolist(), scores.tolist(), [0] * 16, valid.tolist(), **options)
+    return found, valid
+
+
+def test_reference_without_invalid_responses_is_centred() -> None:
+    found, _ = reference_like(0, 0.1, **REFERENCE)
+    assert found.mean().abs() < 1e-6
+    torch.testing.assert_close(found, reference_like(0, 0.1)[0])
+
+
+@pytest.mark.parametrize(("std", "penalised"), [(0.1, -5.0), (1.0, -3.9)])
+def test_reference_punishes_an_invalid_response_twice(std: float, penalised: float) -> None:
+    found, valid = reference_like(1, std, **REFERENCE)
+    assert found[0].item() == pytest.approx(penalised, abs=0.6)
+    assert found[~valid].min() < -3  # more than the corrected penalty allows
+    if std == 0.1:
+        assert found[valid].std() < 0.4 < 0.9 < reference_like(1, std)[0][valid].std()
+
+
+def test_reference_groups_do_not_sum_to_zero() -> None:
+    found, _ = reference_like(4, 1.0, **REFERENCE)
+    assert found.mean().item() == pytest.approx(-0.375, abs=1e-5)
+    assert reference_like(4, 1.0)[0].mean().abs() < 1e-6
+
+
+def test_reference_lone_valid_response() -> None:
+    found, _ = reference_like(15, 1.0, **REFERENCE)
+    assert found.tolist() == pytest.approx([-0.25 - 1.5] * 15 + [3.75], abs=1e-4)
+
+
+def test_reference_group_without_a_valid_response_is_pushed_down() -> None:
+    found, _ = reference_like(16, 1.0, **REFERENCE)
+    close(found, [-1.5] * 16)
+
+
+def test_reference_hands_out_the_raw_score_of_a_lone_response() -> None:
+    found = align([3.0, 1.0], [5.0, 1.0], [0, 1], [True, False], **REFERENCE)
+    close(found, [4.0, -1 - 1.5])
+
+
+def test_combine_then_normalise_lets_the_wider_stream_rule() -> None:
+    perception, reasoning = [0.0, 1.0, 0.5], [30.0, 0.0, 0.0]
+    found = align(
+        perception, reasoning, [0] * 3, [True] * 3, stream_combination="combine_then_normalise"
+    )
+    total = torch.tensor([15.0, 0.5, 0.25])
+    torch.testing.assert_close(found, group_normalise(total, torch.zeros(3).long()))
+    assert found[0] > 1 > align(perception, reasoning, [0] * 3, [True] * 3)[0]
+
+
+def test_combine_then_normalise_does_not_read_invalid_scores() -> None:
+    nan = torch.nan
+    options: dict[str, Any] = {"stream_combination": "combine_then_normalise"}
+    found = align([2, nan, 0], [4, nan, 0], [0] * 3, [True, False, True], **options)
+    spread = 1 / 2**0.5
+    close(found, [spread + 0.5, -1.0, -spread + 0.5])
+    found = align([2, nan, 0], [4, nan, 0], [0] * 3, [True, False, True], **options, **REFERENCE)
+    # 3, 0 - 1, 0: mean 2/3, deviation sqrt(13 / 3)
+    std = (13 / 3) ** 0.5
+    close(found, [7 / 3 / std, -5 / 3 / std - 1.5, -2 / 3 / std])
+
+
+# Right, wrong, invalid, right; both streams' GN are [1, -1, 0, 0] over the valid ones.
+MODES: dict[str, list[float]] = {
+    # penalties p_w=0.5 and p_f=1.5: costs [0, 0.5, 1.5, 0], mean 0.5; c=2
+    "acc_gating": [2 + 0.5, -2 + 0, -1, 0.5],
+    # the wrong one is gated
+    "gated_align": [2 + 0.5, 0, -1, 0.5],
+}
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_gated_modes_by_hand(mode: Any) -> None:
+    scores, valid = [2.0, 0.0, torch.nan, 1.0], [True, True, False, True]
+    found = align(
+        scores, scores, [0] * 4, valid, [1.0, 0.0, 1.0, 1.0], advantage_mode=mode,
+        wrong_penalty=0.5, align_coef=2.0,
+    )  # fmt: skip
+    close(found, MODES[mode])
+
+
+@pytest.mark.parametrize(
+    ("mode", "rewards", "aligned"),
+    [
+        # w_a=0.8, w_f=0.2, p_w=0.5, p_f=1.5, c=2
+        ("rlvr", [1.0, 0.2, 0.0, 1.0], [2.0, 0, 0, 0]),
+        ("rlvr_v2", [1.0, -0.3, -1.5, 1.0], [2.0, 0, 0, 0]),
+        ("sign_align", [1.0, -0.3, -1.5, 1.0], [2.0, 2.0, 0, 0]),
+    ],
+)
+def test_rewarded_modes_by_hand(mode: Any, rewards: list[float], aligned: list[float]) -> None:
+    scores, valid = [2.0, 0.0, torch.nan, 1.0], [True, True, False, True]
+    found = align(
+        scores, scores, [0] * 4, valid, [1.0, 0.0, 1.0, 1.0], advantage_mode=mode,
+        wrong_penalty=0.5, align_coef=2.0, accuracy_weight=0.8, format_weight=0.2,
+    )  # fmt: skip
+    wanted = group_normalise(torch.tensor(rewards), torch.zeros(4).long()) + torch.tensor(aligned)
+    torch.testing.assert_close(found, wanted)
+
+
+def test_reference_gated_align_does_not_know_the_wrong_ones() -> None:
+    scores, valid = [2.0, 0.0, torch.nan, 1.0], [True, True, False, True]
+    options: dict[str, Any] = {"advantage_mode": "gated_align", "invalid_samples": "corrected"}
+    found = align(
+        scores, scores, [0] * 4, valid, [1.0, 0.0, 0.0, 1.0], gated_align_accuracy="reference",
+        **options,
+    )  # fmt: skip
+    close(found, align(scores, scores, [0] * 4, valid).tolist())
+
+
+def test_reference_penalties_are_not_centred() -> None:
+    scores, valid = [2.0, 0.0, 1.0], [True] * 3
+    options: dict[str, Any] = {"advantage_mode": "acc_gating", "wrong_penalty": 0.75}
+    found = align(scores, scores, [0] * 3, valid, [1.0, 0.0, 1.0], **options, **REFERENCE)
+    close(found, [1, -1.75, 0])
+    found = align(scores, scores, [0] * 3, valid, [1.0, 0.0, 1.0], **options)
+    close(found, [1.25, -1.5, 0.25])
+
+
+def test_overlong_docstring_example() -> None:
+    found = overlong_penalty(torch.tensor([1, 6, 7, 10]), 10, 4, 1.0)
+    close(found, [0, 0, -0.25, -1])
+    close(overlong_penalty(torch.tensor([8]), 10, 4, 3.0), [-1.5])

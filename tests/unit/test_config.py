@@ -390,6 +390,64 @@ def test_the_smoke_overlay_shrinks_only_what_the_quickstart_has() -> None:
     assert all(smoke[name] <= known[name] for name in smoke)
 
 
+RLVR = ROOT / "configs/quickstart/rlvr.yaml"
+
+
+def rlvr(*overrides: str) -> schema.RLVR:
+    config = configuration.load("rlvr", RLVR, overrides)
+    assert isinstance(config, schema.RLVR)
+    return config
+
+
+def test_an_algorithm_sets_its_options_and_nothing_else() -> None:
+    plain = rlvr().model_dump()
+    assert plain["algorithm"] == "grpo"
+    for name, preset in schema.ALGORITHMS.items():
+        found = rlvr(f"algorithm={name}").model_dump()
+        changed = {key: value for key, value in found.items() if value != plain[key]}
+        wanted = preset | ({} if name == "grpo" else {"algorithm": name})
+        # a fifth of the quickstart's 64 tokens
+        assert changed == wanted | ({"overlong_buffer": 12} if name == "dapo" else {})
+
+
+def test_an_option_wins_over_its_algorithm(write: Write) -> None:
+    config = rlvr("algorithm=dapo", "clip_high=0.3", "overlong_buffer=0")
+    assert (config.clip_high, config.overlong_buffer, config.dynamic_sampling) == (0.3, 0, True)
+    saved = write("resolved.yaml", configuration.to_yaml(config))
+    assert configuration.load("rlvr", saved, []) == config
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (("gen_batch_size=3",), "gen_batch_size=3 is for dynamic_sampling, which is off"),
+        (("overlong_buffer=65",), "overlong_buffer=65 is longer than the longest response"),
+        (
+            ("token_mean=reference", "loss_agg_mode=seq-mean-token-sum"),
+            "loss_agg_mode is seq-mean-token-sum",
+        ),
+        (("token_mean=reference", "algorithm=gspo"), "loss_agg_mode is seq-mean-token-mean"),
+        (("rollout_is_high=0.9",), "greater than or equal to 1"),
+        (("dual_clip=1.0",), "greater than 1"),
+    ],
+)
+def test_options_that_contradict_each_other_are_refused(
+    overrides: tuple[str, ...], said: str
+) -> None:
+    with pytest.raises(ValueError, match=said):
+        rlvr(*overrides)
+
+
+def test_the_first_keys_of_a_stage_are_those_of_every_stage() -> None:
+    for stage in ("align", "rlvr"):
+        assert [*configuration.STAGES[stage].model_fields][:4] == [
+            "run",
+            "backend",
+            "data",
+            "train",
+        ]
+
+
 def test_every_key_has_a_meaning() -> None:
     silent = {
         f"{stage}: {key}"

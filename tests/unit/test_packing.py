@@ -10,6 +10,7 @@ from prism_megatron.data.packing import pack, packed_length, plan_micro_batches
 from prism_megatron.types import (
     FeatureExchange,
     ImageShare,
+    Noise,
     PackedBatch,
     Sequence,
     VisualInputs,
@@ -201,6 +202,18 @@ def test_positions_start_anew_in_each_sequence() -> None:
             **TOKENS,
         )
         assert torch.equal(batch.position_ids[:, start:end], alone)
+
+
+def test_positions_without_mrope_count_every_token() -> None:
+    batch = pack([sequence([1, A, 2], 1), sequence([B, 6], 1)], **SETTINGS, mrope=False)
+    counted = [*range(1 + 3 + 1), *range(4 + 1)]
+    assert batch.position_ids.tolist() == [counted] * 3
+
+
+def test_noise_goes_with_its_sequence() -> None:
+    plain, noisy = sequence([1, 2], 1), replace(sequence([3, 4], 1), noise=Noise(5, 0.1))
+    assert pack([plain, noisy], **SETTINGS, pad_to=9).noise == (None, Noise(5, 0.1))
+    assert pack([plain, plain], **SETTINGS).noise == ()
 
 
 def test_a_sequence_without_a_wanted_value_fails() -> None:

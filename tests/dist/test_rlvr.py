@@ -1,0 +1,159 @@
+"""RLVR with every algorithm, on real scans: what is sampled, kept, trained and carried on."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+from unittest import mock
+
+import pytest
+import torch.distributed as dist
+from torch import Tensor
+from transformers import AutoProcessor
+
+from prism_megatron.config import schema
+from prism_megatron.data import digit_sums
+from prism_megatron.pipelines import rlvr, tiny_model
+from prism_megatron.types import Prompt, Rollout
+from tests.dist.ranks import Ranks
+
+Worlds = Callable[[int], Ranks]
+SYSTEM_PROMPT = Path(__file__).parents[2] / "configs/quickstart/system_prompt.txt"
+ROWS = 12
+
+
+TRUTHS: list[str] = []
+
+
+class AnsweringEngine:
+    """An engine that gives some prompts right and wrong answers, the others wrong ones alone."""
+
+    asked: ClassVar[list[str]] = []
+
+    def __init__(self, path: Path, **options: Any) -> None:
+        self.tokenizer = AutoProcessor.from_pretrained(path).tokenizer
+        self.weight_version = -1
+
+    def generate(
+        self, prompts: Sequence[Prompt], sampling: schema.Sampling, step: int
+    ) -> list[list[Rollout]]:
+        self.asked.extend(prompt.row_id for prompt in prompts)
+        return [
+            [self._rollout(p, k, k < sampling.n // 2) for k in range(sampling.n)] for p in prompts
+        ]
+
+    def _rollout(self, prompt: Prompt, number: int, right: bool) -> Rollout:
+        row = int(prompt.row_id.split(":")[1])
+        answer = TRUTHS[row] if right and row % 2 else "99"
+        text = f"<caption>{number}</caption><think>.</think><answer>{answer}</answer><|im_end|>"
+        ids = tuple(self.tokenizer(text, add_special_tokens=False).input_ids)
+        return Rollout(ids, (-1.0,) * len(ids), "stop", self.weight_version)
+
+    def load_weights(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
+        assert dict(named_tensors)
+        self.weight_version = version
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("rlvr")
+    digit_sums.build(schema.DigitSums(out=out / "data", train_rows=ROWS, heldout_rows=2))
+    tiny_model.run(
+        schema.TinyModel(
+            out=out / "tiny", data=out / "data" / "sft.json", system_prompt=SYSTEM_PROMPT
+        )
+    )
+    return out
+
+
+def _run(root: Path, out: Path, steps: int, **options: Any) -> list[str]:
+    rows = rlvr.read_prompts(root / "data" / "prompts.parquet")
+    TRUTHS[:] = [rows[i].ground_truth for i in range(len(rows))]
+    AnsweringEngine.asked = []
+    config = schema.RLVR.model_validate(
+        {
+            "run": {"dir": out},
+            "data": {
+                "path": root / "data" / "prompts.parquet",
+                "system_prompt": SYSTEM_PROMPT,
+                "max_prompt_tokens": 192,
+                "max_response_tokens": 64,
+            },
+            "train": {"steps": steps, "micro_batch_tokens": 1024},
+            "policy": {"path": root / "tiny"},
+            "policy_optimizer": {"lr": 1e-4},
+            "prompts_per_step": 2,
+            "sampling": {"n": 4, "max_new_tokens": 80},
+        }
+        | options
+    )
+    with mock.patch.object(rlvr, "LocalEngine", AnsweringEngine):
+        rlvr.run(config)
+    return AnsweringEngine.asked
+
+
+def _metrics(out: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def _algorithms(root: Path, out: Path) -> None:
+    for name in schema.ALGORITHMS:
+        _run(root, out / name, 1, algorithm=name, mini_batches=2, kl_coef=0.01)
+        dist.barrier()
+
+
+def test_every_algorithm_trains(ranks: Worlds, root: Path, tmp_path: Path) -> None:
+    ranks(2).run(_algorithms, root, tmp_path)
+    losses = set()
+    for name in schema.ALGORITHMS:
+        [step] = _metrics(tmp_path / name)
+        assert step["grad_norm"] > 0 and step["weight_version"] == 1
+        assert step["kl"] >= 0 and step["entropy"] > 1
+        assert step["stale_share"] == 0
+        losses.add(round(step["policy_loss"], 6))
+        assert (tmp_path / name / "hf" / "config.json").exists()
+    # what they sample is the same but for DAPO, what they make of it is not
+    assert len(losses) == len(schema.ALGORITHMS)
+
+
+def _split(root: Path, out: Path) -> list[list[str]]:
+    """Three steps at once, and the same with a stop in between."""
+    dapo = {"algorithm": "dapo", "gen_batch_size": 7}
+    whole = _run(root, out / "whole", 3, **dapo)
+    stop = {"train": {"steps": 3, "micro_batch_tokens": 1024, "stop_at": 1}}
+    first = _run(root, out / "split", 3, **(dapo | stop))
+    second = _run(root, out / "split", 3, **dapo)
+    return [whole, first, second]
+
+
+def test_surplus_groups_are_trained_after_a_restart(
+    ranks: Worlds, root: Path, tmp_path: Path
+) -> None:
+    [(whole, first, second)] = ranks(1).run(_split, root, tmp_path)
+    assert whole == first + second
+    # 12 rows hold six prompts that teach something: 7 sampled ones give more than a step needs
+    steps, again = _metrics(tmp_path / "whole"), _metrics(tmp_path / "split")
+    assert any(step["stale_share"] > 0 for step in steps)
+    for one, other in zip(steps, again, strict=True):
+        assert {**one, "time": 0} == {**other, "time": 0}
+    saved = tmp_path / "split" / "checkpoints" / "step_000003" / "state.json"
+    assert "waiting" in json.loads(saved.read_text())["carried"]
+
+
+def _to_the_end(root: Path, out: Path) -> None:
+    _run(root, out, 50, dynamic_sampling=True, max_epochs=1)
+    # a run at its end stays there
+    _run(root, out, 50, dynamic_sampling=True, max_epochs=1)
+
+
+def test_the_end_of_the_data_ends_the_run_with_an_export(
+    ranks: Worlds, root: Path, tmp_path: Path
+) -> None:
+    ranks(1).run(_to_the_end, root, tmp_path)
+    # six prompts teach something, two a step
+    steps = _metrics(tmp_path)
+    assert [step["step"] for step in steps] == [1, 2, 3]
+    assert (tmp_path / "checkpoints" / "step_000003" / "state.json").exists()
+    assert (tmp_path / "hf" / "config.json").exists()

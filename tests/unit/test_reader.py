@@ -1,0 +1,81 @@
+"""What the discriminator is shown: the same ends for both sides, or the reference's."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import AutoProcessor
+
+from checkpoint_tools import tiny_qwen3vl
+from prism_megatron.config import schema
+from prism_megatron.data.prompts import PromptEncoder
+from prism_megatron.objectives.sections import Sections
+from prism_megatron.training import discriminator
+from prism_megatron.types import Prompt, Sequence
+
+PROMPT = Prompt("row", (5, 6, 7), ())
+SHORT = Sections("3 8", "3+8=11", "11")
+LONG = Sections("3 8", "8 3 " * 400, "11")
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory: pytest.TempPathFactory) -> PromptEncoder:
+    out: Path = tmp_path_factory.mktemp("tiny")
+    texts = ["<caption>3 8</caption><think>3+8=11</think><answer>11</answer>"] * 9
+    tiny_qwen3vl.create(out, texts, "default system", 340, seed=1)
+    return PromptEncoder(
+        AutoProcessor.from_pretrained(out),
+        system_prompt=None,
+        max_prompt_tokens=400,
+        max_response_tokens=4000,
+    )
+
+
+def read(
+    encoder: PromptEncoder, answer: Sections, teacher: bool, **options: Any
+) -> dict[str, Sequence]:
+    section = schema.Discriminator(path=Path("model"))
+    return discriminator.Reader(encoder, section, **options).read(PROMPT, answer, teacher=teacher)
+
+
+def ids(encoder: PromptEncoder, text: str) -> list[int]:
+    return list(PROMPT.input_ids) + list(encoder.encode_section(text))
+
+
+def test_corrected_both_sides_are_read_alike_and_whole(encoder: PromptEncoder) -> None:
+    for answer in (SHORT, LONG):
+        sides = [read(encoder, answer, teacher) for teacher in (True, False)]
+        for stream, text in (
+            ("caption", answer.caption_text),
+            ("reasoning", answer.reasoning_text),
+        ):
+            for side in sides:
+                assert side[stream].input_ids.tolist() == [*ids(encoder, text), encoder.end_id]
+                assert len(side[stream].response_mask) == len(side[stream])
+
+
+def test_reference_ends_differ_between_the_sides(encoder: PromptEncoder) -> None:
+    teacher = read(encoder, SHORT, True, section_ends="reference")
+    student = read(encoder, SHORT, False, section_ends="reference")
+    caption, reasoning = ids(encoder, SHORT.caption_text), ids(encoder, SHORT.reasoning_text)
+    assert teacher["caption"].input_ids.tolist() == [*caption, encoder.pad_id]
+    assert teacher["reasoning"].input_ids.tolist() == [*reasoning, encoder.pad_id]
+    assert student["caption"].input_ids.tolist() == caption
+    assert student["reasoning"].input_ids.tolist() == [*reasoning, encoder.end_id]
+    assert int(student["caption"].response_mask.sum()) == len(caption) - 3
+
+
+@pytest.mark.parametrize("ends", ["reference", "corrected"])
+def test_reference_cuts_the_teacher_alone(encoder: PromptEncoder, ends: str) -> None:
+    options = {"teacher_length": "reference", "section_ends": ends}
+    whole = ids(encoder, LONG.reasoning_text)
+    assert len(whole) > 600
+    teacher = read(encoder, LONG, True, **options)["reasoning"]
+    # no room is left for the padding token at which a shorter one is read
+    last = [encoder.end_id] if ends == "corrected" else []
+    assert teacher.input_ids.tolist() == whole[: 3 + 512] + last
+    assert int(teacher.response_mask.sum()) == 512 + len(last)
+    student = read(encoder, LONG, False, **options)["reasoning"]
+    assert student.input_ids.tolist() == [*whole, encoder.end_id]
