@@ -83,6 +83,7 @@ class Batch(Protocol):
     grids: Sequence[Grid]
     exchange: FeatureExchange | None
     noise: Sequence[Noise | None]
+    routes: Tensor | None
 
 
 class ScoreHead(nn.Module):
@@ -231,6 +232,8 @@ class Qwen3VLModel(nn.Module):
             Qwen3VLChunk(config, parallel, backend, head, options, chunk)
             for chunk in range(parallel.layout.virtual_pipeline)
         )
+        for before, chunk in pairwise(self.chunks):
+            chunk.first_router = before.first_router + len(before.routers)
 
     @property
     def config(self) -> TransformerConfig:
@@ -255,14 +258,19 @@ class Qwen3VLModel(nn.Module):
     def take_expert_loads(self) -> Tensor:
         """Tokens that each expert got from this rank in training since the last call, [routers, E]
         float32."""
-        routers = [m for m in self.modules() if isinstance(m, SectionRouter)]
-        loads = torch.zeros(
-            len(routers), self.architecture.num_experts, device=self.backend.device
-        )
+        routers = [router for chunk in self.chunks for router in chunk.routers]
+        loads = torch.zeros(len(routers), self.architecture.num_experts, device=self.backend.device)
         for row, router in zip(loads, routers, strict=True):
             row += router.load
             router.load = 0
         return loads
+
+    def record_routes(self, recording: bool) -> None:
+        """Whether each chunk keeps its last pass's experts in `routes`, [T, routers, k]."""
+        for chunk in self.chunks:
+            chunk.routes = None
+            for router in chunk.routers:
+                router.recording, router.taken = recording, None
 
     def lacks_gradient_scales(self) -> bool:
         """Whether fp8="delayed" has seen no gradient yet, neither here nor before a checkpoint."""
@@ -305,6 +313,11 @@ class Qwen3VLChunk(MegatronModule):
         self.post_process = language_model.post_process
         self.language_model = language_model
         self.entropy = options.entropy
+        self.routers = [m for m in self.modules() if isinstance(m, SectionRouter)]
+        for place, router in enumerate(self.routers):
+            router.place = place
+        self.first_router = 0
+        self.routes: Tensor | None = None
         if self.pre_process:
             self.vision_model = VisionModel(
                 vision_transformer_config(config, parallel.layout, backend, options.recompute),
@@ -356,8 +369,10 @@ class Qwen3VLChunk(MegatronModule):
                 self.backend,
                 self.parallel.groups.cp,
             ),
-            padding_mask=router_mask(padding, section) if self.architecture.num_experts else None,
+            padding_mask=self._router_mask(batch, share, local, padding, section),
         )
+        if self.routers and self.routers[0].recording:
+            self.routes = self._routes(share)
         if not self.post_process:
             return self._pack(hidden, features)
         if self.head == "score":
@@ -377,6 +392,32 @@ class Qwen3VLChunk(MegatronModule):
         entropy = vocab_parallel_entropy(logits, group, with_gradient=self.entropy == "loss")
         logprobs = -self.backend.cross_entropy(logits, labels, group)
         return share.gather(torch.stack([logprobs, entropy], dim=-1))
+
+    def _router_mask(
+        self,
+        batch: Batch,
+        share: ContextShare,
+        local: slice,
+        padding: Tensor,
+        section: Tensor,
+    ) -> Tensor | None:
+        """What this chunk's routers know of this rank's tokens; see router.py."""
+        if not self.routers:
+            return None
+        if batch.routes is None:
+            return router_mask(padding, section)
+        mine = slice(self.first_router, self.first_router + len(self.routers))
+        routes = share.take(batch.routes[:, mine].permute(1, 2, 0), 0)[..., local]
+        return router_mask(padding, section, routes.permute(2, 0, 1), self.architecture.num_experts)
+
+    def _routes(self, share: ContextShare) -> Tensor:
+        """Experts that the row's tokens took in this chunk, [T, routers, k] on every rank."""
+        taken = torch.stack([router.taken for router in self.routers], dim=1)
+        if self.config.sequence_parallel:
+            taken = tensor_parallel.gather_from_sequence_parallel_region(
+                taken, tensor_parallel_output_grad=False, group=self.parallel.groups.tp
+            )
+        return share.gather(taken)
 
     def _logits(self, hidden: Tensor) -> Tensor:
         weight = self.shared_embedding_or_output_weight() if self.language_model.tied else None

@@ -3,6 +3,8 @@
 A dedicated discriminator divides its experts among the sections that it judges: expert e is of
 section e mod S, so that expert-parallel ranks hold as many of each where they can. To a token the
 experts of other sections have logits of minus infinity.
+
+Routing replay does the same with all experts but those that the token took in an earlier pass.
 """
 
 from __future__ import annotations
@@ -13,13 +15,23 @@ from megatron.core.transformer.moe.router import TopKRouter
 from torch import Tensor
 
 
-def router_mask(padding: Tensor, section: Tensor) -> Tensor:
+def router_mask(
+    padding: Tensor, section: Tensor, routes: Tensor | None = None, num_experts: int = 0
+) -> Tensor:
     """padding, section [T] -> [2, T] bool: what the router has to know of its tokens.
+
+    routes [T, layers, k]: the experts that the chunk's layers shall take again; they add E rows a
+    layer, True at these experts.
 
     It rides through the block as `padding_mask`, which megatron.core hands on to the router alone
     (as [T, 2]), so it is an explicit input of activation recomputation.
     """
-    return torch.stack([padding, section == 1])
+    mask = torch.stack([padding, section == 1])
+    if routes is None:
+        return mask
+    taken = torch.zeros(*routes.shape[:2], num_experts, dtype=torch.bool, device=mask.device)
+    taken.scatter_(2, routes.long(), True)
+    return torch.cat([mask, taken.flatten(1).T])
 
 
 class SectionRouter(TopKRouter):
@@ -28,19 +40,31 @@ class SectionRouter(TopKRouter):
     load: Tensor | int = 0
     """[E]: tokens that took each expert in training, padding left out; whoever reads it resets it.
     """
+    place = 0
+    """Number of the layer among those of its chunk."""
+    recording = False
+    taken: Tensor | None = None
+    """[T, k]: experts of the last pass, while recording."""
 
     def routing(self, logits: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """logits [T, 1, E], padding_mask [T, 2] -> weights and choices, both [T, E]."""
+        """logits [T, 1, E], padding_mask [T, 2 or more] -> weights and choices, both [T, E]."""
         assert padding_mask is not None, "the model passes router_mask"
-        padding, section = padding_mask.unbind(1)
+        padding, section = padding_mask[:, 0], padding_mask[:, 1]
+        experts = logits.shape[-1]
+        if padding_mask.shape[1] > 2:
+            first = 2 + self.place * experts
+            again = padding_mask[:, first : first + experts]
+            logits = logits.masked_fill(~again[:, None], float("-inf"))
         if self.config.expert_sections > 1:
-            owner = torch.arange(logits.shape[-1], device=logits.device) % 2
+            owner = torch.arange(experts, device=logits.device) % 2
             foreign = owner != section.long()[:, None]
             logits = logits.masked_fill(foreign[:, None], float("-inf"))
         probs, chosen = super().routing(logits, padding)
         # once a token where activations are recomputed: their first pass is without gradient
         if self.training and torch.is_grad_enabled():
             self.load = self.load + (chosen & ~padding[:, None]).sum(0)
+        if self.recording:
+            self.taken = chosen.byte().topk(self.topk).indices
         return probs, chosen
 
     def _apply_aux_loss(

@@ -72,6 +72,8 @@ class Sequence:
     section: index in model_providers.config.SECTIONS of what a dedicated discriminator judges here;
     other models don't look.
     noise: what is added to the embeddings, images' included.
+    routes: [L, layers, k] of integers, the experts that each token shall take in the expert layers
+    that this rank's pipeline stage holds; None lets the routers choose.
     """
 
     input_ids: Tensor
@@ -81,6 +83,7 @@ class Sequence:
     videos: tuple[VisualInputs, ...] = ()
     section: int = 0
     noise: Noise | None = None
+    routes: Tensor | None = None
 
     def __len__(self) -> int:
         return int(self.input_ids.numel())
@@ -138,6 +141,7 @@ class PackedBatch:
     per_token    name -> [T]   values aligned with *labels* (shifted left by one, like loss_mask)
     num_sequences              S without the padding sequence
     noise                      on the embeddings of each of these; empty if none has any
+    routes       [T, layers, k] experts that the tokens take (see Sequence); None if they choose
 
     cu_seqlens, visual_index, feature_index, grids and exchange stay on the host: a forward plans by
     them, and none shall wait for the device.
@@ -162,6 +166,7 @@ class PackedBatch:
     num_sequences: int
     per_token: dict[str, Tensor] = field(default_factory=dict)
     noise: tuple[Noise | None, ...] = ()
+    routes: Tensor | None = None
 
     def to(self, device: torch.device | str) -> PackedBatch:
         """The same batch with what is computed with on `device`; nobody waits for the copies."""

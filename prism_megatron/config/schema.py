@@ -28,6 +28,7 @@ LossAggMode = Literal[
     "token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm"
 ]
 KL = Literal["k1", "k2", "k3"]
+RouterReplay = Literal["disabled", "R2"]
 RolloutIS = Literal["none", "tis", "mis", "icepop"]
 ScoreBound = Literal["none", "clip", "tanh"]
 AdvantageMode = Literal["default", "acc_gating", "gated_align", "rlvr", "rlvr_v2", "sign_align"]
@@ -353,6 +354,9 @@ class PolicyUpdate(Section):
     """Lowest ratio that icepop keeps."""
     rollout_is_high: float = Field(2.0, ge=1)
     """Highest ratio that counts in full."""
+    router_replay: RouterReplay = "disabled"
+    """R2: each update of a Mixture of Experts sends tokens to the experts that they took in the
+    pass of the old log-probabilities, so that a ratio is not one of other experts."""
 
     @property
     def updates_per_step(self) -> int:
@@ -370,6 +374,12 @@ class PolicyUpdate(Section):
             raise ValueError(
                 f"token_mean=reference says how loss_agg_mode=token-mean is taken, but "
                 f"loss_agg_mode is {self.loss_agg_mode}; leave one of them out"
+            )
+        if self.router_replay == "R2" and self.updates_per_step == 1:
+            raise ValueError(
+                "router_replay=R2 repeats the pass of the old log-probabilities, which a single "
+                f"update does not make (mini_batches={self.mini_batches}, epochs={self.epochs}); "
+                "raise one of them or leave router_replay out"
             )
 
 

@@ -154,6 +154,7 @@ def pack(
             for name in per_token
         },
         noise=tuple(s.noise for s in sequences) if any(s.noise for s in sequences) else (),
+        routes=_routes(sequences, length),
     )
 
 
@@ -165,6 +166,16 @@ def _shifted(values: Ordered[Tensor], length: int, dtype: torch.dtype) -> Tensor
         row[start : start + len(value) - 1] = value[1:]
         start += len(value)
     return row
+
+
+def _routes(sequences: Ordered[Sequence], length: int) -> Tensor | None:
+    """[T, layers, k]: the sequences' routes, 0 on padding; None if they have none."""
+    found = [sequence.routes for sequence in sequences if sequence.routes is not None]
+    assert len(found) in (0, len(sequences)), "some sequences have routes, others not"
+    if not found:
+        return None
+    routes = torch.cat(found)
+    return torch.cat([routes, routes.new_zeros(length - len(routes), *routes.shape[1:])])
 
 
 def _feature_index(

@@ -1,13 +1,15 @@
 """The policy in training: policy-gradient updates on sampled responses.
 
 samples, advantages --> sequences, with the log-probabilities of the engine, of the policy
-                        before the first update, and of the frozen reference model
+                        before the first update (and the experts that its tokens took), and of the
+                        frozen reference model
 epochs x mini-batches --> loss = policy + kl_coef * KL - entropy_coef * entropy --> update
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence as Ordered
+from dataclasses import replace
 from itertools import pairwise
 
 import torch
@@ -61,10 +63,16 @@ def policy_update(
     # a part without any advantage still takes its step, on a gradient of zero
     trained = [[i for i in part if run_all or advantages[i] != 0] or [part[0]] for part in parts]
     sequences = {i: _sequence(*samples[i], advantages[i]) for part in trained for i in part}
+    routes: list[Tensor] = []
     if config.updates_per_step > 1:
-        _add_logprobs(model, "old_logprobs", sequences)
+        routes = _add_logprobs(model, "old_logprobs", sequences, config.router_replay == "R2")
     if reference is not None:
         _add_logprobs(reference, "ref_logprobs", sequences)
+    if routes:
+        sequences = {
+            i: replace(sequence, routes=own)
+            for (i, sequence), own in zip(sequences.items(), routes, strict=True)
+        }
     updates: list[Metrics] = []
     for _ in range(config.epochs):
         for part, members in zip(parts, trained, strict=True):
@@ -155,11 +163,19 @@ def _sequence(prompt: Prompt, rollout: Rollout, advantage: Tensor) -> Sequence:
     return rollout_sequence(prompt, rollout.ids, values)
 
 
-def _add_logprobs(model: ModelRunner, name: str, sequences: dict[int, Sequence]) -> None:
-    """Give each sequence the model's log-probabilities under that name."""
-    found = model.infer(list(sequences.values()), response_logprobs)
-    for sequence, logprobs in zip(sequences.values(), found, strict=True):
+def _add_logprobs(
+    model: ModelRunner, name: str, sequences: dict[int, Sequence], with_routes: bool = False
+) -> list[Tensor]:
+    """Give each sequence the model's log-probabilities under that name; the experts that its tokens
+    took, if asked for."""
+    values, routes = list(sequences.values()), list[Tensor]()
+    if with_routes:
+        found, routes = model.infer_with_routes(values, response_logprobs)
+    else:
+        found = model.infer(values, response_logprobs)
+    for sequence, logprobs in zip(values, found, strict=True):
         sequence.per_token[name] = logprobs
+    return routes
 
 
 def _segments(batch: PackedBatch) -> Tensor:

@@ -16,7 +16,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from itertools import tee
+from itertools import accumulate, pairwise, tee
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +87,7 @@ class ModelRunner:
         self.parallel = model.parallel
         self.ddp: list[DistributedDataParallel] = []
         self._has_scales = False
+        self._recorded: list[list[Tensor]] | None = None
         if optimizer is None:
             model.requires_grad_(False)
             return
@@ -157,6 +158,38 @@ class ModelRunner:
                     "NaN or infinity; its input or the weights are broken"
                 )
         return results
+
+    def infer_with_routes(
+        self, sequences: list[Sequence], extract: ExtractFn
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """As infer, and the experts that each sequence's tokens took: [L, layers, k] uint8 or int16
+        of the expert layers of this rank's pipeline stage, for Sequence.routes."""
+        self._recorded = [[] for _ in self.model.chunks]
+        self.model.record_routes(True)
+        results = self.infer(sequences, extract)
+        self.model.record_routes(False)
+        recorded, self._recorded = self._recorded, None
+        rows = self._plan(sequences)[self.parallel.data_rank]
+        found: dict[int, Tensor] = {}
+        for members, parts in zip(rows, zip(*recorded, strict=True), strict=True):
+            bounds = [0, *accumulate(len(sequences[i]) for i in members)]
+            row = torch.cat(parts, dim=1)
+            found.update((i, row[a:b]) for i, (a, b) in zip(members, pairwise(bounds), strict=True))
+        gathered: list[Any] = [None] * self.parallel.data_size
+        dist.all_gather_object(gathered, found, group=self.parallel.groups.dp)
+        merged = {index: routes for part in gathered for index, routes in part.items()}
+        return results, [merged[i] for i in range(len(sequences))]
+
+    def _record_routes(self, wrapped: Any, batch: PackedBatch) -> None:
+        """Keep what a chunk's routers chose in the micro-batch that it has just passed."""
+        assert self._recorded is not None
+        chunk = getattr(wrapped, "module", wrapped)
+        small = torch.uint8 if self.model.architecture.num_experts <= 256 else torch.int16
+        routes = chunk.routes
+        if routes is None:
+            # a chunk with the embedding alone has no router
+            routes = torch.zeros(len(batch.input_ids), 0, self.model.architecture.top_k)
+        self._recorded[list(self.model.chunks).index(chunk)].append(routes.to(small).cpu())
 
     def _share(self, found: dict[int, Tensor], count: int) -> list[Tensor]:
         """Results of all data-parallel ranks, from the last pipeline stage to every rank."""
@@ -341,7 +374,10 @@ class ModelRunner:
                 # the count is unused: losses are already divided (see finalize below)
                 return value, torch.zeros((), dtype=torch.int), sums
 
-            return model(batch), loss
+            output = model(batch)
+            if self._recorded is not None:
+                self._record_routes(model, batch)
+            return output, loss
 
         groups = self.parallel.groups
         pipeline, virtual = self.parallel.layout.pipeline, self.parallel.layout.virtual_pipeline

@@ -116,7 +116,10 @@ def build_policy(
     config: Align | RLVR, backend: Backend, pad_id: int
 ) -> tuple[ModelRunner, ModelRunner | None]:
     """config.policy ready to train and, if the KL divergence from them counts, a frozen copy of its
-    start weights."""
+    start weights.
+
+    ValueError if router_replay is asked of a model without experts.
+    """
     policy = build_runner(
         config.policy,
         config.policy_optimizer,
@@ -127,6 +130,10 @@ def build_policy(
         updates_per_step=config.updates_per_step,
         entropy="loss" if config.entropy_coef else "metric",
     )
+    if config.router_replay != "disabled" and not policy.model.architecture.num_experts:
+        raise ValueError(
+            f"router_replay={config.router_replay}, but {config.policy.path} is dense; leave it out"
+        )
     if not config.kl_coef:
         return policy, None
     frozen = build_runner(config.policy, None, backend, config.train, config.run, pad_id=pad_id)

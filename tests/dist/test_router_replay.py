@@ -1,0 +1,114 @@
+"""Routing replay: an update sends every token to the experts of the old log-probabilities' pass."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from model_providers.config import Recompute, TrainingOptions
+from model_providers.parallel import Layout
+from model_providers.router import SectionRouter
+from model_providers.weight_map import iter_hf_weights
+from prism_megatron.config.schema import Optimizer, PolicyUpdate
+from prism_megatron.training.policy import policy_update, response_logprobs
+from tests.dist import checks
+from tests.dist.ranks import Ranks
+from tests.dist.test_objectives import samples
+
+Worlds = Callable[[int], Ranks]
+# large enough that the first update changes the experts of many tokens
+ADAM = Optimizer(lr=2e-2, eps=1e-3)
+
+
+def _update(
+    path: Path, layout: Layout, tokens: int, replay: Any, options: TrainingOptions
+) -> tuple[list[Tensor], float, Any]:
+    """Experts by router in each training pass of two epochs, loss, weights."""
+    runner = checks.make_runner(
+        path, layout, micro_batch_tokens=tokens, training=options, optimizer=ADAM
+    )
+    seen: list[Tensor] = []
+
+    def record(module: Any, inputs: Any, output: Any) -> None:
+        if module.training and torch.is_grad_enabled():
+            seen.append(output[1].clone())
+
+    for module in runner.model.modules():
+        if isinstance(module, SectionRouter):
+            module.register_forward_hook(record)
+    config = PolicyUpdate(epochs=2, router_replay=replay)
+    metrics = policy_update(runner, *samples(), config, max_tokens=25)
+    weights = {name: tensor.clone() for name, tensor in iter_hf_weights(runner.model)}
+    return seen, metrics["policy_loss"], weights if dist.get_rank() == 0 else {}
+
+
+PLAIN = TrainingOptions()
+
+
+@pytest.mark.parametrize("recompute", ["none", "full"])
+def test_replay_repeats_the_experts_of_the_first_pass(
+    ranks: Worlds, hf_models: dict[str, Path], recompute: Any
+) -> None:
+    options = TrainingOptions(recompute=Recompute(recompute))
+    path, one = hf_models["moe"], (Layout(), 4096)
+    [(free, _, _)] = ranks(1).run(_update, path, *one, "disabled", options)
+    [(replayed, _, _)] = ranks(1).run(_update, path, *one, "R2", options)
+    layers = len(free) // 2
+    # recomputation runs layer by layer from the last one; both epochs do so alike
+    assert any(not torch.equal(a, b) for a, b in zip(free[:layers], free[layers:], strict=True))
+    for first, second, before in zip(
+        replayed[:layers], replayed[layers:], free[:layers], strict=True
+    ):
+        assert torch.equal(first, second)
+        # nothing had changed in the first epoch
+        assert torch.equal(first, before)
+        assert (first.sum(1) == 2).all()
+
+
+def _routes(path: Path, layout: Layout, tokens: int) -> list[Tensor]:
+    runner = checks.make_runner(path, layout, micro_batch_tokens=tokens)
+    return runner.infer_with_routes(checks.mixed_batch(), response_logprobs)[1]
+
+
+@pytest.fixture(scope="module")
+def on_one_rank(ranks: Worlds, hf_models: dict[str, Path]) -> Any:
+    [routes] = ranks(1).run(_routes, hf_models["moe"], Layout(), 4096)
+    [update] = ranks(1).run(_update, hf_models["moe"], Layout(), 4096, "R2", PLAIN)
+    return routes, update
+
+
+@pytest.mark.parametrize(
+    "layout, tokens",
+    [
+        (Layout(expert=2), 33),
+        (Layout(tensor=2, expert=2, sequence_parallel=True), 40),
+        (Layout(context=2), 33),
+        (Layout(pipeline=2, virtual_pipeline=2), 24),
+    ],
+    ids=["ep2", "tp2-ep2-sp", "cp2", "pp2-vpp2"],
+)
+def test_replay_is_that_of_one_rank(
+    ranks: Worlds, hf_models: dict[str, Path], on_one_rank: Any, layout: Layout, tokens: int
+) -> None:
+    wanted, (_, loss, weights) = on_one_rank
+    found = ranks(2).run(_routes, hf_models["moe"], layout, tokens)
+    for index, sequence in enumerate(checks.mixed_batch()):
+        assert wanted[index].shape == (len(sequence), 4, 2)
+        per_rank = [routes[index].sort(-1).values for routes in found]
+        if layout.pipeline > 1:
+            # chunks 0 and 2 are on the first stage, 1 and 3 on the second
+            whole = torch.stack([per_rank[i % 2][:, i // 2] for i in range(4)], dim=1)
+            assert torch.equal(whole, wanted[index].sort(-1).values)
+        else:
+            assert all(torch.equal(r, wanted[index].sort(-1).values) for r in per_rank)
+    _, other_loss, other_weights = ranks(2).run(
+        _update, hf_models["moe"], layout, tokens, "R2", PLAIN
+    )[0]
+    assert other_loss == pytest.approx(loss, rel=1e-3)
+    assert max(float((other_weights[n] - w).abs().max()) for n, w in weights.items()) < 2e-4
