@@ -25,7 +25,6 @@ from prism_megatron.config import schema
 from prism_megatron.data.packing import plan_micro_batches
 from prism_megatron.data.prompts import PromptEncoder
 from prism_megatron.data.rows import BatchStream, PromptRow, RowError, read_prompts
-from prism_megatron.objectives import rewards
 from prism_megatron.objectives.advantages import alignment_advantage
 from prism_megatron.objectives.losses import (
     bound_scores,
@@ -33,6 +32,7 @@ from prism_megatron.objectives.losses import (
     local_pair_weights,
     score_regulariser,
 )
+from prism_megatron.objectives.rewards.scorer import Scorer
 from prism_megatron.objectives.sections import (
     Sections,
     response_text,
@@ -41,6 +41,8 @@ from prism_megatron.objectives.sections import (
     token_bytes,
 )
 from prism_megatron.rollout import fleet
+from prism_megatron.rollout.fleet import share_out
+from prism_megatron.rollout.rewards import reward_item
 from prism_megatron.training import discriminator
 from prism_megatron.training.alarms import Alarms
 from prism_megatron.training.loop import Metrics, TrainingLoop
@@ -58,12 +60,11 @@ from prism_megatron.types import Prompt, Rollout, Sequence
 
 @dataclass(frozen=True)
 class Task:
-    """A prompt with its truth and the teacher's answer to it, one sequence for each stream."""
+    """A prompt, its row, and the teacher's answer to it, one sequence for each stream."""
 
     prompt: Prompt
     teacher: dict[str, Sequence]
-    truth: str
-    equivalents: tuple[str, ...]
+    row: PromptRow
 
 
 def run(config: schema.Align) -> None:
@@ -123,9 +124,7 @@ def task(encoder: PromptEncoder, reader: discriminator.Reader, row: PromptRow) -
     if teacher is None:
         raise RowError("teacher_caption and teacher_cot do not make up a well-formed response")
     prompt = encoder.encode_prompt(row)
-    return Task(
-        prompt, reader.read(prompt, teacher, teacher=True), row.ground_truth, row.equivalents
-    )
+    return Task(prompt, reader.read(prompt, teacher, teacher=True), row)
 
 
 @dataclass
@@ -162,6 +161,8 @@ class Game:
         self.policy, self.frozen, self.judge, self.engine = policy, frozen, judge, engine
         self.alarms = Alarms(config.alarms)
         self.table = token_bytes(reader.encoder.tokenizer)
+        judges_answers = config.advantage_mode != "default"
+        self.scorer = Scorer(config.rewards) if judges_answers else None
 
     def step(self, tasks: list[Task], number: int) -> Metrics:
         """Sample, judge, train the judge, train the policy, hand its weights to the engine."""
@@ -171,7 +172,7 @@ class Game:
         sections = [self._sections(rollout) for _, rollout in samples]
         groups = torch.arange(len(tasks)).repeat_interleave(config.sampling.n)
         valid = torch.tensor([s is not None for s in sections])
-        accuracy = self._accuracy(tasks, sections)
+        accuracy = self._accuracy(tasks, samples)
 
         streams = self._score(tasks, samples, sections)
         advantages = alignment_advantage(
@@ -211,20 +212,22 @@ class Game:
     def _sections(self, rollout: Rollout) -> Sections | None:
         if rollout.finish_reason != "stop":
             return None
-        return split_sections(response_text(rollout.ids, self.table, (self.reader.encoder.end_id,)))
+        return split_sections(self._text(rollout))
 
-    def _accuracy(self, tasks: list[Task], sections: list[Sections | None]) -> Tensor | None:
+    def _text(self, rollout: Rollout) -> str:
+        return response_text(rollout.ids, self.table, (self.reader.encoder.end_id,))
+
+    def _accuracy(self, tasks: list[Task], samples: list[tuple[Prompt, Rollout]]) -> Tensor | None:
         """Whether each response's answer is right, [B], if advantage_mode asks for it; 0 for an
         ill-formed one."""
-        if self.config.advantage_mode == "default":
+        if self.scorer is None:
             return None
-        of_response = [task for task in tasks for _ in range(self.config.sampling.n)]
-        return torch.tensor(
-            [
-                rewards.accuracy(found.answer, task.truth, task.equivalents) if found else 0.0
-                for task, found in zip(of_response, sections, strict=True)
-            ]
-        )
+        rows = [task.row for task in tasks for _ in range(self.config.sampling.n)]
+        items = [
+            reward_item(row, self._text(rollout), finished=rollout.finish_reason == "stop")
+            for row, (_, rollout) in zip(rows, samples, strict=True)
+        ]
+        return torch.tensor([r.accuracy for r in share_out(items, self.scorer.score)])
 
     def _score(
         self,

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from prism_megatron.data.rows import BatchStream, Quarantine
-from prism_megatron.objectives.rewards import Reward
+from prism_megatron.objectives.rewards.types import Reward
 from prism_megatron.training.dynamic_sampling import DynamicSampler, Group
 from prism_megatron.training.loop import EndOfData
 from prism_megatron.types import Prompt, Rollout
@@ -66,7 +66,9 @@ def sampler(
     def group(task: Task, step: int) -> Group[Task]:
         second = float(not teaches(int(task.prompt.row_id.split(":")[1])))
         rollouts = [Rollout((step, 7), (-0.1, -1 / 3), "stop", step)] * 2
-        return Group(task, rollouts, [Reward(1.0, 1.0, 1.0), Reward(second, second, 1.0)])
+        return Group(
+            task, rollouts, [Reward(1.0, 1.0, 1.0, "number"), Reward(second, second, 1.0, "number")]
+        )
 
     return DynamicSampler(
         stream,
