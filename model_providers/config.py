@@ -164,6 +164,21 @@ class Qwen3VLConfig:
         )
 
     @property
+    def token_weights(self) -> int:
+        """Weights of a decoder layer's linear layers that a token passes."""
+        heads, kv_heads = self.num_heads, self.num_kv_heads
+        weights = self.hidden_size * self.head_dim * (2 * heads + 2 * kv_heads)
+        if self.num_experts:
+            weights += self.hidden_size * self.num_experts
+            return weights + 3 * self.top_k * self.hidden_size * self.moe_intermediate_size
+        return weights + 3 * self.hidden_size * self.intermediate_size
+
+    def work(self, tokens: int) -> float:
+        """What the decoder computes for a sequence, beside another's: linear layers, and causal
+        attention (multiply-adds a layer)."""
+        return tokens * (self.token_weights + self.num_heads * self.head_dim * tokens)
+
+    @property
     def num_deepstack(self) -> int:
         """Decoder layers that get a deepstack feature added after them."""
         return len(self.vision.deepstack_visual_indexes)

@@ -40,21 +40,14 @@ def training_flops(
     lengths, grids = list(lengths), list(grids)
     attention = sum(2 * config.num_heads * config.head_dim * length**2 for length in lengths)
     return Flops(
-        text=3.0 * sum(lengths) * _token(config, head),
+        text=6.0
+        * sum(lengths)
+        * (
+            config.num_layers * config.token_weights + head * config.hidden_size * config.vocab_size
+        ),
         attention=3.0 * config.num_layers * attention,
         vision=3.0 * sum(t * _frame(config, h * w) for t, h, w in grids),
     )
-
-
-def _token(config: Qwen3VLConfig, head: bool) -> float:
-    heads, kv_heads = config.num_heads, config.num_kv_heads
-    weights = config.hidden_size * config.head_dim * (2 * heads + 2 * kv_heads)
-    if config.num_experts:
-        weights += config.hidden_size * config.num_experts
-        weights += 3 * config.top_k * config.hidden_size * config.moe_intermediate_size
-    else:
-        weights += 3 * config.hidden_size * config.intermediate_size
-    return 2.0 * (config.num_layers * weights + head * config.hidden_size * config.vocab_size)
 
 
 def _frame(config: Qwen3VLConfig, patches: int) -> float:

@@ -19,16 +19,24 @@ from prism_megatron.types import ImageShare, PackedBatch, Sequence, VisualInputs
 
 
 def plan_micro_batches(
-    lengths: Ordered[int], *, dp_size: int, max_tokens: int, multiple: int = 1
+    lengths: Ordered[int],
+    *,
+    dp_size: int,
+    max_tokens: int,
+    multiple: int = 1,
+    costs: Ordered[float] | None = None,
 ) -> list[list[list[int]]]:
     """Indices of the sequences of each micro-batch: plan[dp_rank][micro_batch] -> indices.
 
+    lengths: tokens of each sequence; costs: the work of each, their lengths if not given.
+
     Every rank gets the same number of micro-batches, a multiple of `multiple`; no micro-batch
-    exceeds `max_tokens`, and the k-th micro-batches of the ranks hold about equally many tokens
-    (longest sequence first into the lightest micro-batch). Lists are empty where there are fewer
-    sequences than micro-batches on all ranks. The plan depends on the arguments alone. ValueError
-    if one sequence is longer than `max_tokens`.
+    exceeds `max_tokens`, and the k-th micro-batches of the ranks cost about equally much (most
+    costly sequence first into the cheapest micro-batch that has room). Lists are empty where there
+    are fewer sequences than micro-batches on all ranks. The plan depends on the arguments alone.
+    ValueError if one sequence is longer than `max_tokens`.
     """
+    costs = lengths if costs is None else costs
     for index, length in enumerate(lengths):
         if length > max_tokens:
             raise ValueError(
@@ -36,25 +44,33 @@ def plan_micro_batches(
                 f"train.micro_batch_tokens={max_tokens}; raise it or lower the data's token limits"
             )
     num_micro_batches = max(1, -(-sum(lengths) // (max_tokens * dp_size * multiple))) * multiple
-    while (bins := _lightest_first(lengths, num_micro_batches * dp_size, max_tokens)) is None:
+    while (
+        bins := _cheapest_first(lengths, costs, num_micro_batches * dp_size, max_tokens)
+    ) is None:
         num_micro_batches += multiple
-    # Neighbours in load run at the same time on different ranks.
-    bins.sort(key=lambda members: (-sum(lengths[i] for i in members), members))
+    # Neighbours in cost run at the same time on different ranks.
+    bins.sort(key=lambda members: (-sum(costs[i] for i in members), members))
     return [[sorted(bins[k]) for k in range(rank, len(bins), dp_size)] for rank in range(dp_size)]
 
 
-def _lightest_first(
-    lengths: Ordered[int], num_bins: int, max_tokens: int
+def _cheapest_first(
+    lengths: Ordered[int], costs: Ordered[float], num_bins: int, max_tokens: int
 ) -> list[list[int]] | None:
-    """Longest sequence first into the lightest bin; None if one does not fit."""
-    heap: list[tuple[int, int]] = [(0, number) for number in range(num_bins)]
+    """Most costly sequence first into the cheapest bin with room for it; None if one fits none."""
+    heap: list[tuple[float, int]] = [(0, number) for number in range(num_bins)]
     bins: list[list[int]] = [[] for _ in range(num_bins)]
-    for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        load, number = heapq.heappop(heap)
-        if load + lengths[index] > max_tokens:
+    room = [max_tokens] * num_bins
+    for index in sorted(range(len(lengths)), key=lambda i: (-costs[i], i)):
+        full = []
+        while heap and room[heap[0][1]] < lengths[index]:
+            full.append(heapq.heappop(heap))
+        if not heap:
             return None
+        cost, number = heapq.heappop(heap)
         bins[number].append(index)
-        heapq.heappush(heap, (load + lengths[index], number))
+        room[number] -= lengths[index]
+        for entry in (*full, (cost + costs[index], number)):
+            heapq.heappush(heap, entry)
     return bins
 
 

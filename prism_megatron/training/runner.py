@@ -209,8 +209,12 @@ class ModelRunner:
 
     def _plan(self, sequences: list[Sequence]) -> list[list[list[int]]]:
         layout = self.parallel.layout
+        lengths = [len(s) for s in sequences]
         return plan_micro_batches(
-            [len(s) for s in sequences],
+            lengths,
+            # without their images: the ranks share those out by cost themselves, and wait for each
+            # other's features before the decoder begins
+            costs=[self.model.architecture.work(length) for length in lengths],
             dp_size=self.parallel.data_size,
             max_tokens=self.micro_batch_tokens,
             # the interleaved schedule sends as many micro-batches as there are stages through one

@@ -263,3 +263,36 @@ def test_fewer_sequences_than_ranks_leave_some_without() -> None:
 def test_plan_names_the_sequence_that_is_too_long() -> None:
     with pytest.raises(ValueError, match=r"sequence 2 has 101 tokens.*micro_batch_tokens=100"):
         plan_micro_batches([5, 100, 101], dp_size=2, max_tokens=100)
+
+
+def test_plan_balances_costs_where_tokens_do_not_tell_them() -> None:
+    """Attention makes the one long sequence cost more than the short ones with as many tokens."""
+    lengths = [80, *[10] * 10]
+    costs = [length * (100 + length) for length in lengths]
+    by_tokens = plan_micro_batches(lengths, dp_size=2, max_tokens=110)
+    by_cost = plan_micro_batches(lengths, dp_size=2, max_tokens=110, costs=costs)
+
+    def spread(plan: list[list[list[int]]]) -> int:
+        loads = [sum(costs[i] for i in rank[0]) for rank in plan]
+        return max(loads) - min(loads)
+
+    assert [len(rank) for rank in by_cost] == [len(rank) for rank in by_tokens] == [1, 1]
+    assert sorted(i for rank in by_cost for i in rank[0]) == list(range(11))
+    assert spread(by_cost) == 3400 and spread(by_tokens) == 5600
+    assert by_cost[0][0] == [0] and len(by_cost[1][0]) == 10
+
+
+def test_plan_by_cost_holds_the_limit_where_the_cheapest_is_full() -> None:
+    """The last sequence has no room in the cheapest micro-batch, and goes to the other one."""
+    plan = plan_micro_batches([60, 50, 40, 30], dp_size=2, max_tokens=100, costs=[1, 2, 30, 40])
+    assert sorted(plan) == [[[0, 3]], [[1, 2]]]
+
+
+def test_plan_by_lengths_is_the_plan_without_costs() -> None:
+    generator = torch.Generator().manual_seed(5)
+    lengths = torch.randint(5, 100, (53,), generator=generator).tolist()
+    for dp_size, max_tokens in ((1, 120), (3, 200), (4, 1000)):
+        options = {"dp_size": dp_size, "max_tokens": max_tokens}
+        assert plan_micro_batches(lengths, **options) == plan_micro_batches(
+            lengths, costs=lengths, **options
+        )
