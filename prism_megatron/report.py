@@ -24,6 +24,7 @@ from checkpoint_tools.files import write_atomically
 from prism_megatron import plots
 from prism_megatron.config import schema
 from prism_megatron.data.rows import ImageSource, read_prompts
+from prism_megatron.data.sources import open_source
 
 METRICS = {
     "answer_accuracy": "answer",
@@ -210,7 +211,7 @@ def rows_to_show(stages: Sequence[Stage]) -> tuple[list[str], list[str]]:
 
 def read_images(data: Path, row_ids: Sequence[str]) -> dict[str, list[str]]:
     """Row id -> its images as data URIs."""
-    rows = read_prompts(data)
+    rows = open_source(schema.Source(path=data), read_prompts)
     index = {rows.row_id(i): i for i in range(len(rows))}
     return {
         row_id: [thumbnail(image) for image in rows[index[row_id]].images] for row_id in row_ids

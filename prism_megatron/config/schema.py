@@ -214,19 +214,68 @@ class Train(Section):
     schedules still run to `steps`."""
 
 
-class Data(Section):
-    """A data file and what to do with rows that can't be used."""
+class Source(Section):
+    """One source of a blend, and what holds for its rows alone."""
 
     path: Path
-    """SFT: sharegpt JSON; alignment and RLVR: parquet; warm-up: JSONL."""
+    """As data.path."""
+    weight: float = Field(1.0, gt=0)
+    """Share of the rows of every batch, in relation to the other sources' weights."""
+    name: str | None = None
+    """What its counters and statistics go by; by default that of the file or data set."""
+    num_samples: int | None = Field(None, ge=1)
+    """Use so many rows of it, the same ones in every run; all if not set."""
+    system_prompt: Path | None = None
+    """Text file, put before prompts that bring no system turn; goes before data.system_prompt."""
+    media_dir: Path | None = None
+    """Folder that image paths start from; by default that of the data file."""
+
+
+class Data(Section):
+    """Where the rows are and what to do with those that can't be used."""
+
+    path: Path | None = None
+    """SFT: sharegpt rows; alignment and RLVR: prompts; warm-up: pairs. A parquet, JSON or JSONL
+    file, a pattern of several, DIR/dataset_info.json:ENTRY as LLaMA-Factory has it, or a data set
+    of the Hugging Face hub, owner/name or owner/name:FILE."""
+    sources: tuple[Source, ...] = ()
+    """Several sources that are blended, instead of path. Each is shuffled anew at each of its own
+    epochs; the weights say how many rows of a batch are whose."""
     system_prompt: Path | None = None
     """Text file put before every prompt as the system turn, unless the row brings its own."""
     max_prompt_tokens: int = Field(2048, ge=1)
     """Longest prompt, image tokens included; longer rows are quarantined."""
     max_response_tokens: int = Field(6144, ge=1)
-    """Longest response or demonstration; longer rows are quarantined."""
+    """Longest response or demonstration, the end of the turn included."""
+    overlong: Literal["quarantine", "truncate_response"] = "quarantine"
+    """What becomes of a row whose response is longer: it is left out and counted (as verl's
+    filter_overlong_prompts does with prompts), or, in sft, cut off without an end of the turn
+    (as LLaMA-Factory's cutoff_len). An overlong prompt is always left out: images can't be cut."""
+    min_pixels: int | None = Field(None, ge=1)
+    """Images with fewer pixels are enlarged; default: what the model's processor has."""
+    max_pixels: int | None = Field(None, ge=1)
+    """Images with more pixels are made smaller; default: what the model's processor has."""
+    image_resize: Literal["corrected", "reference"] = "corrected"
+    """corrected: once, to multiples of the model's patch size times its merge size. reference:
+    before that to multiples of 28, within the reference's own limits (verl vision_utils.py)."""
+    num_workers: int = Field(2, ge=0)
+    """Threads of each rank that read rows and prepare images of the next batch during a step."""
+    cache_dir: Path | None = None
+    """Folder of the indexes of large files; default $XDG_CACHE_HOME/prism-megatron."""
     max_bad_share: float = Field(0.01, ge=0, le=1)
-    """Share of rows that may be quarantined before the run stops."""
+    """Share of a source's rows that may be quarantined before the run stops; 0: the first one
+    stops it."""
+
+    @model_validator(mode="after")
+    def _one_place(self) -> Self:
+        if (self.path is None) != bool(self.sources):
+            raise ValueError(
+                f"path is {self.path} and {len(self.sources)} sources are given; give one of both"
+            )
+        low, high = self.min_pixels, self.max_pixels
+        if low is not None and high is not None and low > high:
+            raise ValueError(f"min_pixels={low} is above max_pixels={high}; no image fits")
+        return self
 
 
 class Sampling(Section):
@@ -514,6 +563,15 @@ class Stage(Section):
     train: Train
 
     @model_validator(mode="after")
+    def _only_demonstrations_are_cut(self) -> Self:
+        if self.data.overlong == "truncate_response" and not isinstance(self, SFT):
+            raise ValueError(
+                "data.overlong=truncate_response: a cut teacher's or student's text is told by its "
+                "end, and a cut answer is no answer; leave it at quarantine"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _the_backend_has_the_optimizer(self) -> Self:
         for name in type(self).model_fields:
             section = getattr(self, name)
@@ -548,6 +606,48 @@ class Pairs(Section):
     sampling: Sampling
     out: Path
     """Pairwise JSONL that is written."""
+
+
+class FilterDifficulty(Section):
+    """Prompts that the policy solves sometimes: neither always nor never (before RLVR)."""
+
+    run: Run
+    backend: Literal["cpu", "cuda"] = "cpu"
+    """Device that samples."""
+    data: Data
+    model: Path
+    """Hugging Face directory of the policy."""
+    sampling: Sampling
+    low: float = Field(0.2, ge=0, le=1)
+    """Lowest share of right responses of a prompt that is kept."""
+    high: float = Field(0.8, ge=0, le=1)
+    """Highest share of right responses of a prompt that is kept."""
+    out: Path
+    """Parquet that is written: the columns of the data, and pass_rate."""
+
+
+class MakeAlignmentSet(Section):
+    """Alignment data from demonstrations: their responses as teacher_caption and teacher_cot."""
+
+    run: Run
+    data: Data
+    rows: Literal["sft", "prompts"] = "sft"
+    """What the rows are: demonstrations, or prompts with a teacher_response."""
+    heldout_share: float = Field(0.02, ge=0, lt=1)
+    """Share of the images that are held out, with every question about them."""
+    out: Path
+    """Folder that gets train.parquet and heldout.parquet."""
+
+
+class DataStats(Section):
+    """Lengths, images and unusable rows of each source, as a table, JSON and a figure."""
+
+    run: Run
+    data: Data
+    model: Path
+    """Hugging Face directory whose tokenizer and image processor count."""
+    rows: Literal["sft", "prompts", "pairs"] = "sft"
+    """What the rows are: for SFT, for alignment and RLVR, or for the warm-up."""
 
 
 class Warmup(Stage):
@@ -726,6 +826,12 @@ class Evaluate(Section):
     batch_size: int = Field(64, ge=1)
     """Prompts decoded at once."""
     rewards: Rewards = Rewards()
+
+    @model_validator(mode="after")
+    def _one_file(self) -> Self:
+        if self.data.path is None:
+            raise ValueError("data.sources: models are compared on the rows of one data.path")
+        return self
 
 
 class Convert(Section):

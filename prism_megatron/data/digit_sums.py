@@ -24,17 +24,16 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from PIL import Image
 from sklearn.datasets import load_digits
 
 from checkpoint_tools.files import write_atomically
 from prism_megatron.config import schema
+from prism_megatron.data.rows import PROMPT_FIELDS, prompt_writer
 
 DATA_SOURCE = "digit_sums"
 SCAN_PIXELS = 32
 HELDOUT_SHARE = 0.2
-ROW_GROUP_ROWS = 256
 
 QUESTIONS = {
     "sum": (
@@ -54,14 +53,7 @@ ANSWER = re.compile(r"<answer>\s*(\d+)\s*</answer>\s*$")
 
 PROMPT_SCHEMA = pa.schema(
     [
-        ("prompt", pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))),
-        ("images", pa.list_(pa.struct([("bytes", pa.binary()), ("path", pa.string())]))),
-        ("teacher_response", pa.string()),
-        ("teacher_caption", pa.string()),
-        ("teacher_cot", pa.string()),
-        ("data_source", pa.string()),
-        ("answer", pa.string()),
-        ("reward_model", pa.struct([("ground_truth", pa.string()), ("style", pa.string())])),
+        *PROMPT_FIELDS,
         (
             "extra_info",
             pa.struct(
@@ -202,11 +194,9 @@ def _write_sft(out: Path, questions: Sequence[Question], scans: np.ndarray) -> N
 
 
 def _write_prompts(path: Path, questions: Sequence[Question], scans: np.ndarray) -> None:
-    rows = [_prompt_row(question, _png(question, scans)) for question in questions]
-    buffer = io.BytesIO()
-    table = pa.Table.from_pylist(rows, schema=PROMPT_SCHEMA)
-    pq.write_table(table, buffer, row_group_size=ROW_GROUP_ROWS)
-    write_atomically(path, buffer.getvalue())
+    with prompt_writer(path, PROMPT_SCHEMA) as add:
+        for question in questions:
+            add(_prompt_row(question, _png(question, scans)))
 
 
 def _prompt_row(question: Question, image: bytes) -> dict[str, Any]:

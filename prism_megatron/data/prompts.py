@@ -13,15 +13,17 @@ import hashlib
 import io
 import re
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
+from threading import Lock
 from typing import Any, Self
 
 import torch
 from PIL import Image
 from torch import Tensor
 from transformers import AutoProcessor
+from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
 
 from prism_megatron.config import schema
 from prism_megatron.data.rows import ImageSource, Message, Row, RowError
@@ -35,10 +37,11 @@ CACHED_PATCH_BYTES = 512 * 2**20
 
 
 class PromptEncoder:
-    """Turns rows into prompts and texts into training sequences.
+    """Turns rows into prompts and texts into training sequences; several threads may use one.
 
     processor: a Qwen3VLProcessor. system_prompt: the system turn of rows that bring none; None
-    leaves it to the chat template. Rows that can't be encoded raise RowError.
+    leaves it to the chat template. Rows that can't be encoded raise RowError. For the others see
+    schema.Data.
     """
 
     def __init__(
@@ -48,12 +51,17 @@ class PromptEncoder:
         system_prompt: str | None,
         max_prompt_tokens: int,
         max_response_tokens: int,
+        truncate_response: bool = False,
+        min_pixels: int | None = None,
+        max_pixels: int | None = None,
+        image_resize: str = "corrected",
     ):
         self.processor = processor
         self.tokenizer = processor.tokenizer
         self.system_prompt = system_prompt
         self.max_prompt_tokens = max_prompt_tokens
         self.max_response_tokens = max_response_tokens
+        self.truncate_response = truncate_response
         self.image_token_id: int = processor.image_token_id
         self.end_id: int = self.tokenizer.convert_tokens_to_ids(END_OF_TURN)
         self.pad_id: int = self.tokenizer.pad_token_id
@@ -62,7 +70,9 @@ class PromptEncoder:
         self.merge_size: int = processor.image_processor.merge_size
         control = [t.content for t in self.tokenizer.added_tokens_decoder.values() if t.special]
         self._control = re.compile("|".join(map(re.escape, control)))
-        self._images = _ImageCache(processor.image_processor)
+        self._images = _ImageCache(
+            _Preprocessor(processor.image_processor, min_pixels, max_pixels, image_resize)
+        )
         if system_prompt is not None and (found := self._control.search(system_prompt)):
             raise ValueError(
                 f"the system prompt contains the control token {found[0]!r}; remove it"
@@ -76,6 +86,10 @@ class PromptEncoder:
             system_prompt=data.system_prompt.read_text().strip() if data.system_prompt else None,
             max_prompt_tokens=data.max_prompt_tokens,
             max_response_tokens=data.max_response_tokens,
+            truncate_response=data.overlong == "truncate_response",
+            min_pixels=data.min_pixels,
+            max_pixels=data.max_pixels,
+            image_resize=data.image_resize,
         )
 
     def encode_prompt(self, row: Row) -> Prompt:
@@ -99,23 +113,29 @@ class PromptEncoder:
 
     def encode_section(self, text: str) -> tuple[int, ...]:
         """Ids of a response or a part of one, without the end of the turn."""
-        if found := self._control.search(text):
-            raise RowError(f"control token in a text: {found[0]!r}")
-        ids = self.tokenizer(text, add_special_tokens=False).input_ids
+        ids = self._text_ids(text)
         if len(ids) + 1 > self.max_response_tokens:
             raise RowError(
                 f"overlong response: {len(ids) + 1} tokens with the end of the turn, "
                 f"data.max_response_tokens={self.max_response_tokens}"
             )
-        return tuple(ids)
+        return ids
 
     def encode_response(self, text: str) -> tuple[int, ...]:
         """Ids of a whole response as a model samples it: the end-of-turn token is the last."""
         return (*self.encode_section(text), self.end_id)
 
     def sft_sequence(self, prompt: Prompt, response_text: str) -> Sequence:
-        """A demonstration: response and end of turn are trained, the prompt is not."""
-        return rollout_sequence(prompt, self.encode_response(response_text), {})
+        """A demonstration: response and end of turn are trained, the prompt is not.
+
+        One that is too long is a RowError, or cut off where the encoder truncates: it has no end
+        of turn then, so that ending there is not learned.
+        """
+        if self.truncate_response:
+            ids = (*self._text_ids(response_text), self.end_id)[: self.max_response_tokens]
+        else:
+            ids = self.encode_response(response_text)
+        return rollout_sequence(prompt, ids, {})
 
     def section_sequence(
         self, prompt: Prompt, section_text: str, *, section: int = 0, text_only: bool = False
@@ -140,6 +160,11 @@ class PromptEncoder:
         text = ids[:-1] if ids and ids[-1] == self.end_id else ids
         decoded: str = self.tokenizer.decode(text, skip_special_tokens=False)
         return decoded
+
+    def _text_ids(self, text: str) -> tuple[int, ...]:
+        if found := self._control.search(text):
+            raise RowError(f"control token in a text: {found[0]!r}")
+        return tuple(self.tokenizer(text, add_special_tokens=False).input_ids)
 
     def _render(self, messages: tuple[Message, ...]) -> list[int]:
         """Ids of the chat with one placeholder token an image."""
@@ -200,19 +225,25 @@ def _typed(message: Message) -> dict[str, Any]:
 class _ImageCache:
     """Preprocessed images by the content of their files, the least recently used dropped first."""
 
-    def __init__(self, image_processor: Any):
-        self._processor = image_processor
+    def __init__(self, preprocess: Callable[[str, bytes], VisualInputs]):
+        self._preprocess = preprocess
         self._entries: OrderedDict[str, VisualInputs] = OrderedDict()
         self._bytes = 0
+        self._lock = Lock()
 
     def get(self, source: ImageSource) -> VisualInputs:
         """The image's patches; RowError if it can't be read, decoded or resized."""
         data = source.read()
         key = hashlib.sha256(data).hexdigest()
-        if key not in self._entries:
-            self._add(_preprocess(self._processor, key, data))
-        self._entries.move_to_end(key)
-        return self._entries[key]
+        with self._lock:
+            if key in self._entries:
+                self._entries.move_to_end(key)
+                return self._entries[key]
+        image = self._preprocess(key, data)
+        with self._lock:
+            if key not in self._entries:
+                self._add(image)
+            return self._entries[key]
 
     def _add(self, image: VisualInputs) -> None:
         self._entries[image.key] = image
@@ -222,12 +253,51 @@ class _ImageCache:
             self._bytes -= dropped.pixel_values.nbytes
 
 
-def _preprocess(image_processor: Any, key: str, data: bytes) -> VisualInputs:
-    """Decode and cut into patches; resized once only, by the processor."""
-    try:
-        image = Image.open(io.BytesIO(data)).convert("RGB")
-        inputs = image_processor(images=[image], return_tensors="pt")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise RowError(f"unreadable image: {error}") from error
-    t, h, w = inputs["image_grid_thw"][0].tolist()
-    return VisualInputs(key, inputs["pixel_values"], (t, h, w))
+class _Preprocessor:
+    """Decodes images and cuts them into patches; the processor alone resizes them, once.
+
+    Image processors take a limit only together with the other one, and drop a single one silently
+    (the reference's warm-up lost its max_pixels so), so both are always given.
+    """
+
+    def __init__(
+        self, image_processor: Any, min_pixels: int | None, max_pixels: int | None, resize: str
+    ):
+        size = image_processor.size
+        self._processor = image_processor
+        self._size = {
+            "shortest_edge": min_pixels or size["shortest_edge"],
+            "longest_edge": max_pixels or size["longest_edge"],
+        }
+        if self._size["shortest_edge"] > self._size["longest_edge"]:
+            raise ValueError(
+                f"images of {self._size['shortest_edge']} to {self._size['longest_edge']} pixels: "
+                "no image fits; set data.min_pixels and data.max_pixels"
+            )
+        self._is_reference = resize == "reference"
+
+    def __call__(self, key: str, data: bytes) -> VisualInputs:
+        """RowError if the bytes are no image that can be resized."""
+        try:
+            image = Image.open(io.BytesIO(data)).convert("RGB")
+            if self._is_reference:
+                image = _resized_as_the_reference(image)
+            inputs = self._processor(images=[image], size=self._size, return_tensors="pt")
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+            raise RowError(f"unreadable image: {error}") from error
+        t, h, w = inputs["image_grid_thw"][0].tolist()
+        return VisualInputs(key, inputs["pixel_values"], (t, h, w))
+
+
+def _resized_as_the_reference(image: Image.Image) -> Image.Image:
+    """qwen_vl_utils.fetch_image with its default patch size of 14 (verl vision_utils.py), which the
+    reference runs before Qwen3-VL's own processor and its patches of 16."""
+    factor = 14 * 2
+    height, width = smart_resize(
+        image.height,
+        image.width,
+        factor=factor,
+        min_pixels=4 * factor**2,
+        max_pixels=16384 * factor**2,
+    )
+    return image.resize((width, height))

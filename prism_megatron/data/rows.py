@@ -1,9 +1,9 @@
-"""Readers of the published data formats, and what happens to rows that can't be used.
+"""Rows of the published data: what they hold, how they are read and written.
 
-Three formats, three readers: `read_sft` (sharegpt multimodal JSON), `read_prompts` (parquet of the
-alignment and RLVR stages), `read_pairs` (JSONL of the discriminator warm-up). Each gives `Rows`: a
-length and random access by index. A file that is empty or of another format is a ValueError at
-once; a single bad row raises RowError when it is read, and `Quarantine` records it.
+Three kinds of rows, three readers: `read_sft` (sharegpt multimodal), `read_prompts` (alignment and
+RLVR), `read_pairs` (discriminator warm-up). A file of any kind may be parquet, JSON lines or a JSON
+list (files.py). A reader gives a length and random access by index. A file that is empty or holds
+other rows is a ValueError at once; a single bad row raises RowError when it is read.
 
 Images stay encoded bytes or a path until a row is turned into tokens.
 """
@@ -13,21 +13,20 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from checkpoint_tools.files import write_atomically
+from prism_megatron.data.files import BATCH_ROWS, Items, ParquetItems, open_items
 
-CACHED_ROW_GROUPS = 4
 ROLES = {"human": "user", "gpt": "assistant"}
+TEACHER_SECTIONS = ("teacher_caption", "teacher_cot")
 PAIR_SECTIONS = ("teacher_caption", "student_caption", "teacher_cot", "student_cot")
 
 
@@ -112,9 +111,10 @@ class PairRow(Row):
 
 
 class Rows[R](Protocol):
-    """A data file: `rows[i]` parses row i and raises RowError if it can't be used."""
+    """Rows by index: `rows[i]` parses row i and raises RowError if it can't be used."""
 
-    source: Path
+    source: str
+    """What the rows are from, as the quarantine names it."""
 
     def __len__(self) -> int: ...
 
@@ -125,100 +125,189 @@ class Rows[R](Protocol):
         ...
 
 
-class JSONRows[R]:
-    """Rows of a JSON file, kept as read and parsed one by one."""
+@dataclass(frozen=True)
+class FileOptions:
+    """How a file is read that is not just as it was published.
 
-    def __init__(self, source: Path, items: list[Any], parse: Callable[[Any, str, Path], R]):
-        self.source = source
-        self._items = items
-        self._parse = parse
+    cache_dir: see open_items. media_dir: folder of the images; default is the file's own.
+    mapping: makes a stored row one with the keys that the reader knows.
+    """
+
+    cache_dir: Path | None = None
+    media_dir: Path | None = None
+    mapping: Callable[[Any], Any] | None = None
+
+
+AS_PUBLISHED = FileOptions()
+
+
+class FileRows[R]:
+    """Rows of one file, parsed one by one."""
+
+    def __init__(
+        self,
+        path: Path,
+        items: Items,
+        parse: Callable[[Any, str, Path], R],
+        options: FileOptions = AS_PUBLISHED,
+    ):
+        self.path, self.source = path, str(path)
+        self._items, self._parse = items, parse
+        self._mapping = options.mapping
+        self._media_dir = options.media_dir or path.parent
 
     def __len__(self) -> int:
         return len(self._items)
 
     def row_id(self, index: int) -> str:
-        return f"{self.source.stem}:{index}"
+        return f"{self.path.stem}:{index}"
 
     def __getitem__(self, index: int) -> R:
-        return self._parse(self._items[index], self.row_id(index), self.source.parent)
+        return self._parse(self.stored(index), self.row_id(index), self._media_dir)
 
-
-class ParquetRows:
-    """Rows of a parquet file; only the last few row groups that were touched are in memory."""
-
-    def __init__(self, source: Path, file: pq.ParquetFile, required: tuple[str, ...]):
-        self.source = source
-        self._required = required
-        groups = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
-        self._starts = np.cumsum([0, *groups])
-        self._group = lru_cache(CACHED_ROW_GROUPS)(file.read_row_group)
-
-    def __len__(self) -> int:
-        return int(self._starts[-1])
-
-    def row_id(self, index: int) -> str:
-        return f"{self.source.stem}:{index}"
-
-    def __getitem__(self, index: int) -> PromptRow:
+    def stored(self, index: int) -> Any:
+        """The row as the file holds it, under the names that the reader knows."""
         if not 0 <= index < len(self):
-            raise IndexError(f"row {index} of {self.source}, which has {len(self)} rows")
-        group = int(np.searchsorted(self._starts, index, side="right")) - 1
-        table: pa.Table = self._group(group)
-        item = table.slice(index - int(self._starts[group]), 1).to_pylist()[0]
-        return _prompt_row(item, self.row_id(index), self.source.parent, self._required)
+            raise IndexError(f"row {index} of {self.path}, which has {len(self)} rows")
+        try:
+            item = self._items[index]
+        except ValueError as error:
+            raise RowError(f"malformed row: not a JSON object: {error}") from error
+        try:
+            return self._mapping(item) if self._mapping else item
+        except (TypeError, ValueError) as error:
+            raise RowError(f"malformed row: {error}") from error
+
+    @property
+    def schema(self) -> pa.Schema | None:
+        """Columns and their types, of a parquet file."""
+        return self._items.schema if isinstance(self._items, ParquetItems) else None
 
 
-def read_sft(path: Path) -> JSONRows[SFTRow]:
-    """Rows of a sharegpt multimodal JSON file.
+class Read[R](Protocol):
+    """One of the readers below."""
+
+    def __call__(self, path: Path, /, options: FileOptions = ...) -> FileRows[R]: ...
+
+
+def read_sft(path: Path, options: FileOptions = AS_PUBLISHED) -> FileRows[SFTRow]:
+    """Rows of a sharegpt multimodal file.
 
     A row has `messages` (role, content) or `conversations` (from, value), and optionally `images`
-    (paths, absolute or relative to the file) and `system`; its last turn is the assistant's.
+    (bytes, {bytes, path}, or paths, absolute or relative to the file) and `system`; its last turn
+    is the assistant's.
     """
-    try:
-        items = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not JSON: {error}; sharegpt data is one JSON list") from error
-    if not isinstance(items, list):
-        raise ValueError(f"{path} holds a {type(items).__name__}; sharegpt data is one JSON list")
-    _check_keys(path, items, (("messages", "conversations"),))
-    return JSONRows(path, items, _sft_row)
+    return _open(path, options, _sft_row, (("messages", "conversations"),))
 
 
-def read_pairs(path: Path) -> JSONRows[PairRow]:
-    """Rows of a warm-up JSONL file.
+def read_pairs(path: Path, options: FileOptions = AS_PUBLISHED) -> FileRows[PairRow]:
+    """Rows of a warm-up file.
 
-    A line has `prompt` (or `question`), the four sections `teacher_caption`, `student_caption`,
+    A row has `prompt` (or `question`), the four sections `teacher_caption`, `student_caption`,
     `teacher_cot`, `student_cot`, and optionally `image` (a path). A prompt without a literal
-    <image> gets one in front when the line has an image.
+    <image> gets one in front when the row has an image.
     """
-    lines: list[Any] = [line for line in path.read_text().split("\n") if line.strip()]
-    parsed = [_json_or_none(line) for line in lines[:100]]
-    _check_keys(path, parsed, (("prompt", "question"), *((key,) for key in PAIR_SECTIONS)))
-    return JSONRows(path, lines, _pair_row)
+    wanted = (("prompt", "question"), *((key,) for key in PAIR_SECTIONS))
+    return _open(path, options, _pair_row, wanted)
 
 
-def read_prompts(path: Path, required: tuple[str, ...] = ()) -> ParquetRows:
-    """Rows of an alignment or RLVR parquet file.
+def read_prompts(
+    path: Path, options: FileOptions = AS_PUBLISHED, *, required: tuple[str, ...] = ()
+) -> FileRows[PromptRow]:
+    """Rows of an alignment or RLVR file.
 
     Columns: `prompt` (list of role and content), `images` (list of bytes, of {bytes, path}, or of
     paths), `reward_model` {ground_truth}, and optionally `data_source`, `extra_info`,
     `teacher_response`, `teacher_caption`, `teacher_cot`. `required` names more columns that the
     file must have and that no row may leave empty: alignment needs the teacher's two sections.
     """
-    try:
-        file = pq.ParquetFile(path)
-    except pa.ArrowInvalid as error:
-        raise ValueError(f"{path} is not a parquet file: {error}") from error
-    if file.metadata.num_rows == 0:
-        raise ValueError(f"{path} has no rows")
     wanted = ("prompt", "reward_model", *required)
-    missing = [name for name in wanted if name not in file.schema_arrow.names]
-    if missing:
-        raise ValueError(
-            f"{path} lacks the columns {missing}; it has {file.schema_arrow.names}, "
-            f"wanted are {list(wanted)}"
-        )
-    return ParquetRows(path, file, wanted)
+
+    def parse(item: Any, row_id: str, folder: Path) -> PromptRow:
+        return _prompt_row(item, row_id, folder, wanted)
+
+    return _open(path, options, parse, tuple((name,) for name in wanted))
+
+
+def _open[R](
+    path: Path,
+    options: FileOptions,
+    parse: Callable[[Any, str, Path], R],
+    wanted: tuple[tuple[str, ...], ...],
+) -> FileRows[R]:
+    """ValueError if no row is there, or none has all the wanted keys (each a tuple of names that
+    will do)."""
+    items = open_items(path, options.cache_dir)
+    if not len(items):
+        raise ValueError(f"{path} has no rows")
+    rows = FileRows(path, items, parse, options)
+    if items.columns is not None and options.mapping is None:
+        found = [items.columns]
+    else:
+        found = [[k for k, value in item.items() if value is not None] for item in _first(rows)]
+    if not any(all(set(names) & set(keys) for names in wanted) for keys in found):
+        names = [" or ".join(names) for names in wanted]
+        raise ValueError(f"no row of {path} has the keys {names}; the first has {found[:1]}")
+    return rows
+
+
+def _first(rows: FileRows[Any]) -> Iterable[dict[str, Any]]:
+    """Those of the first hundred rows that are objects."""
+    for index in range(min(100, len(rows))):
+        try:
+            item = rows.stored(index)
+        except RowError:
+            continue
+        if isinstance(item, dict):
+            yield item
+
+
+IMAGES = pa.list_(pa.struct([("bytes", pa.binary()), ("path", pa.string())]))
+PROMPT_FIELDS: list[tuple[str, pa.DataType]] = [
+    ("prompt", pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))),
+    ("images", IMAGES),
+    ("teacher_response", pa.string()),
+    ("teacher_caption", pa.string()),
+    ("teacher_cot", pa.string()),
+    ("data_source", pa.string()),
+    ("answer", pa.string()),
+    ("reward_model", pa.struct([("ground_truth", pa.string()), ("style", pa.string())])),
+]
+"""Columns of the published alignment and RLVR parquet files, but for `extra_info`."""
+
+
+@contextmanager
+def prompt_writer(path: Path, schema: pa.Schema) -> Iterator[Callable[[Mapping[str, Any]], None]]:
+    """A function that adds one stored row to a parquet file that `read_prompts` reads.
+
+    Memory holds BATCH_ROWS of them, and a row group too, so that one row is cheap to read. The file
+    appears when all rows are written.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    group: list[Mapping[str, Any]] = []
+
+    def flush() -> None:
+        writer.write_table(pa.Table.from_pylist(group, schema=schema))
+        group.clear()
+
+    def add(row: Mapping[str, Any]) -> None:
+        group.append(row)
+        if len(group) == BATCH_ROWS:
+            flush()
+
+    try:
+        with pq.ParquetWriter(temporary, schema) as writer:
+            yield add
+            flush()
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def stored_images(images: Sequence[ImageSource]) -> list[dict[str, Any]]:
+    """Images as the published parquet files hold them: encoded bytes. RowError as in `read`."""
+    return [{"bytes": image.read(), "path": None} for image in images]
 
 
 def write_pairs(path: Path, rows: Iterable[PairRow]) -> int:
@@ -228,14 +317,18 @@ def write_pairs(path: Path, rows: Iterable[PairRow]) -> int:
     one image at most, and its prompt is its last user turn: the format has no more room.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    lines = []
-    for row in rows:
-        line = {"id": row.row_id, "prompt": row.question}
-        if row.images:
-            line["image"] = _store_image(row, path)
-        lines.append(json.dumps(line | {key: getattr(row, key) for key in PAIR_SECTIONS}) + "\n")
-    write_atomically(path, "".join(lines))
-    return len(lines)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    written = 0
+    with temporary.open("w") as file:
+        for row in rows:
+            line = {"id": row.row_id, "prompt": row.question}
+            if row.images:
+                line["image"] = _store_image(row, path)
+            line |= {key: getattr(row, key) for key in PAIR_SECTIONS}
+            file.write(json.dumps(line) + "\n")
+            written += 1
+    os.replace(temporary, path)
+    return written
 
 
 def _store_image(row: PairRow, path: Path) -> str:
@@ -252,23 +345,6 @@ def _store_image(row: PairRow, path: Path) -> str:
         target.parent.mkdir(exist_ok=True)
         write_atomically(target, data)
     return name
-
-
-def _check_keys(path: Path, items: list[Any], wanted: tuple[tuple[str, ...], ...]) -> None:
-    """Fail unless some row has all the wanted keys (each a tuple of names that will do)."""
-    if not items:
-        raise ValueError(f"{path} has no rows")
-    found = [list(item) for item in items if isinstance(item, dict)]
-    if not any(all(set(names) & set(keys) for names in wanted) for keys in found):
-        names = [" or ".join(names) for names in wanted]
-        raise ValueError(f"no row of {path} has the keys {names}; the first has {found[:1]}")
-
-
-def _json_or_none(line: str) -> Any:
-    try:
-        return json.loads(line)
-    except json.JSONDecodeError:
-        return None
 
 
 def _text(item: Mapping[str, Any], *names: str) -> str:
@@ -309,9 +385,13 @@ def _image(value: Any, folder: Path) -> ImageSource:
     return ImageSource(path=folder / value)
 
 
-def _sft_row(item: Any, row_id: str, folder: Path) -> SFTRow:
+def _check_object(item: Any) -> None:
     if not isinstance(item, dict):
         raise RowError(f"malformed row: a JSON object is wanted, not a {type(item).__name__}")
+
+
+def _sft_row(item: Any, row_id: str, folder: Path) -> SFTRow:
+    _check_object(item)
     column = "messages" if "messages" in item else "conversations"
     *prompt, last = _messages(item.get(column), column)
     if last.role != "assistant" or not last.content or not prompt:
@@ -322,10 +402,8 @@ def _sft_row(item: Any, row_id: str, folder: Path) -> SFTRow:
     return SFTRow(row_id, tuple(prompt), images, response=last.content)
 
 
-def _pair_row(line: str, row_id: str, folder: Path) -> PairRow:
-    item = _json_or_none(line)
-    if not isinstance(item, dict):
-        raise RowError("malformed row: the line is not a JSON object")
+def _pair_row(item: Any, row_id: str, folder: Path) -> PairRow:
+    _check_object(item)
     text = _text(item, "prompt", "question")
     images = _images([item["image"]] if item.get("image") else [], folder)
     if images and "<image>" not in text:
@@ -334,9 +412,8 @@ def _pair_row(line: str, row_id: str, folder: Path) -> PairRow:
     return PairRow(str(item.get("id", row_id)), (Message("user", text),), images, **sections)
 
 
-def _prompt_row(
-    item: dict[str, Any], row_id: str, folder: Path, required: tuple[str, ...]
-) -> PromptRow:
+def _prompt_row(item: Any, row_id: str, folder: Path, required: tuple[str, ...]) -> PromptRow:
+    _check_object(item)
     for column in required:
         if not item.get(column):
             raise RowError(f"missing required column {column!r}")
@@ -363,124 +440,3 @@ def _prompt_row(
         teacher_cot=item.get("teacher_cot"),
         extra_info=extra,
     )
-
-
-class Quarantine:
-    """Rows that can't be used: each written once with its reason, counted, and limited in share.
-
-    path: JSON lines {row, source, reason}; a run that goes on keeps what is already there.
-    write: False on all ranks but one, which then count alike without writing.
-    """
-
-    def __init__(self, path: Path, max_bad_share: float, *, write: bool = True):
-        self.path = path
-        self._write = write
-        self.max_bad_share = max_bad_share
-        self.counts: Counter[str] = Counter()
-        self._seen: set[tuple[str, str]] = set()
-        if path.exists():
-            for line in path.read_text().splitlines():
-                entry = json.loads(line)
-                self._count(entry["row"], entry["source"], entry["reason"])
-
-    @property
-    def total(self) -> int:
-        """Distinct rows quarantined."""
-        return len(self._seen)
-
-    def add(self, row_id: str, source: Path, reason: str) -> None:
-        """Record a row; one that is already recorded is not counted again."""
-        if not self._count(row_id, str(source), reason) or not self._write:
-            return
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        entry = json.dumps({"row": row_id, "source": str(source), "reason": reason})
-        # One write to a file opened for appending: a killed run leaves whole lines.
-        handle = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-        try:
-            os.write(handle, f"{entry}\n".encode())
-        finally:
-            os.close(handle)
-
-    def check(self, num_rows: int) -> None:
-        """ValueError if more than the allowed share of a file's `num_rows` rows is bad."""
-        if self.total > self.max_bad_share * num_rows:
-            raise ValueError(
-                f"{self.total} of {num_rows} rows can't be used, more than "
-                f"data.max_bad_share={self.max_bad_share:g} allows: {self._reasons()}; "
-                f"see {self.path}"
-            )
-
-    def summary(self) -> str:
-        """One line for the end of a run."""
-        if not self.total:
-            return "0 rows quarantined"
-        return f"{self.total} rows quarantined ({self._reasons()}), listed in {self.path}"
-
-    def _count(self, row_id: str, source: str, reason: str) -> bool:
-        if (source, row_id) in self._seen:
-            return False
-        self._seen.add((source, row_id))
-        # Up to the first colon a reason is its kind; after it stand the row's own numbers.
-        self.counts[reason.split(":")[0]] += 1
-        return True
-
-    def _reasons(self) -> str:
-        return ", ".join(f"{reason}: {count}" for reason, count in self.counts.most_common())
-
-
-def convert_all[R, T](rows: Rows[R], convert: Callable[[R], T], quarantine: Quarantine) -> list[T]:
-    """Every usable row of a file, converted, in file order."""
-    converted = []
-    for index in range(len(rows)):
-        try:
-            converted.append(convert(rows[index]))
-        except RowError as error:
-            quarantine.add(rows.row_id(index), rows.source, str(error))
-            quarantine.check(len(rows))
-    return converted
-
-
-class BatchStream[R, T]:
-    """Endless batches of converted rows, reshuffled every epoch.
-
-    A row that can't be read or converted is quarantined and the next one takes its place, so every
-    batch is full. The order follows from the seed, and `position` (rows drawn so far) is all the
-    state there is: a run that saves and restores it goes on with the batch it would have had.
-    """
-
-    def __init__(
-        self,
-        rows: Rows[R],
-        convert: Callable[[R], T],
-        quarantine: Quarantine,
-        *,
-        batch_size: int,
-        seed: int,
-    ):
-        self.position = 0
-        self._rows = rows
-        self._convert = convert
-        self._quarantine = quarantine
-        self._batch_size = batch_size
-        self._order = lru_cache(1)(
-            lambda epoch: np.random.default_rng((seed, epoch)).permutation(len(rows))
-        )
-
-    def next_batch(self) -> list[T]:
-        """The next `batch_size` usable rows; ValueError when too many rows can't be used."""
-        batch: list[T] = []
-        failures = 0
-        while len(batch) < self._batch_size:
-            epoch, offset = divmod(self.position, len(self._rows))
-            index = int(self._order(epoch)[offset])
-            self.position += 1
-            try:
-                batch.append(self._convert(self._rows[index]))
-                failures = 0
-            except RowError as error:
-                failures += 1
-                self._quarantine.add(self._rows.row_id(index), self._rows.source, str(error))
-                self._quarantine.check(len(self._rows))
-            if failures > 2 * len(self._rows):
-                raise ValueError(f"no row of {self._rows.source} can be used")
-        return batch

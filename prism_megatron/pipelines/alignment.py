@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence as Ordered
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -24,7 +25,9 @@ from checkpoint_tools.megatron_directory import hf_directory
 from prism_megatron.config import schema
 from prism_megatron.data.packing import plan_micro_batches
 from prism_megatron.data.prompts import PromptEncoder
-from prism_megatron.data.rows import BatchStream, PromptRow, RowError, read_prompts
+from prism_megatron.data.rows import TEACHER_SECTIONS, PromptRow, RowError, read_prompts
+from prism_megatron.data.sources import open_sources
+from prism_megatron.data.stream import BatchStream
 from prism_megatron.objectives.advantages import alignment_advantage
 from prism_megatron.objectives.losses import (
     bound_scores,
@@ -79,11 +82,12 @@ def run(config: schema.Align) -> None:
     )
     quarantine = open_quarantine(config.run, config.data)
     stream = BatchStream(
-        read_prompts(config.data.path, required=("teacher_caption", "teacher_cot")),
+        open_sources(config.data, partial(read_prompts, required=TEACHER_SECTIONS)),
         lambda row: task(encoder, reader, row),
         quarantine,
         batch_size=config.prompts_per_step,
         seed=config.run.seed,
+        num_workers=config.data.num_workers,
     )
     policy, frozen = build_policy(config, backend, encoder.pad_id)
     judge = build_runner(

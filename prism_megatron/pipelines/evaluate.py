@@ -23,7 +23,9 @@ from checkpoint_tools.files import write_atomically
 from prism_megatron.config import load, schema
 from prism_megatron.data import digit_sums
 from prism_megatron.data.prompts import PromptEncoder
-from prism_megatron.data.rows import PromptRow, Quarantine, convert_all, read_prompts
+from prism_megatron.data.rows import PromptRow, read_prompts
+from prism_megatron.data.sources import open_sources
+from prism_megatron.data.stream import Quarantine, convert_all
 from prism_megatron.objectives.rewards.scorer import Scorer
 from prism_megatron.objectives.rewards.types import Reward
 from prism_megatron.rollout.collate import collate_prompts
@@ -88,7 +90,7 @@ def read_examples(config: schema.Evaluate, encoder: PromptEncoder) -> tuple[list
     path.unlink(missing_ok=True)
     quarantine = Quarantine(path, config.data.max_bad_share)
     examples = convert_all(
-        read_prompts(config.data.path),
+        open_sources(config.data, read_prompts),
         lambda row: Example(row, encoder.encode_prompt(row)),
         quarantine,
     )

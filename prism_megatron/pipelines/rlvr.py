@@ -15,7 +15,9 @@ from torch import Tensor
 from checkpoint_tools.megatron_directory import hf_directory
 from prism_megatron.config import schema
 from prism_megatron.data.prompts import PromptEncoder
-from prism_megatron.data.rows import BatchStream, PromptRow, read_prompts
+from prism_megatron.data.rows import PromptRow, read_prompts
+from prism_megatron.data.sources import find_row, open_sources
+from prism_megatron.data.stream import BatchStream
 from prism_megatron.objectives.advantages import group_normalise, overlong_penalty
 from prism_megatron.objectives.rewards.scorer import Scorer, failure_counts
 from prism_megatron.objectives.rewards.types import RewardItem
@@ -48,13 +50,14 @@ def run(config: schema.RLVR) -> None:
     def task(row: PromptRow) -> Task:
         return Task(encoder.encode_prompt(row), row)
 
-    rows = read_prompts(config.data.path)
+    sources = open_sources(config.data, read_prompts)
     stream = BatchStream(
-        rows,
+        sources,
         task,
         quarantine,
         batch_size=config.gen_batch_size or config.prompts_per_step,
         seed=config.run.seed,
+        num_workers=config.data.num_workers,
     )
     policy, reference = build_policy(config, backend, encoder.pad_id)
     engine = fleet.build(
@@ -70,7 +73,7 @@ def run(config: schema.RLVR) -> None:
         trainer.sample,
         batch_size=config.prompts_per_step,
         filtered=config.dynamic_sampling,
-        num_rows=len(rows),
+        num_rows=sum(map(len, sources)),
         max_epochs=config.max_epochs,
     )
     loop = TrainingLoop(
@@ -83,8 +86,7 @@ def run(config: schema.RLVR) -> None:
     )
     done = loop.resume()
     if loop.found:
-        names = {rows.row_id(i): i for i in range(len(rows))}
-        sampler.load_state_dict(loop.found, lambda name: task(rows[names[name]]))
+        sampler.load_state_dict(loop.found, lambda name: task(find_row(sources, name)))
     trainer.sync(done)
     if loop.run(lambda: trainer.step(*sampler.next_batch(loop.step), loop.step)):
         loop.export("policy")

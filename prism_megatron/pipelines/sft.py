@@ -1,6 +1,6 @@
 """Stage 1, supervised fine-tuning.
 
-sharegpt JSON --> prompt + demonstration --> packed micro-batches --> -mean log p(response)
+sharegpt rows --> prompt + demonstration --> packed micro-batches --> -mean log p(response)
 """
 
 from __future__ import annotations
@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from prism_megatron.config import schema
-from prism_megatron.data.rows import BatchStream, SFTRow, read_sft
+from prism_megatron.data.rows import SFTRow, read_sft
+from prism_megatron.data.sources import open_sources
+from prism_megatron.data.stream import BatchStream
 from prism_megatron.objectives.losses import sft_loss
 from prism_megatron.training.loop import Metrics, TrainingLoop
 from prism_megatron.training.runner import ModelRunner
@@ -27,11 +29,12 @@ def run(config: schema.SFT) -> None:
         return encoder.sft_sequence(encoder.encode_prompt(row), row.response)
 
     stream = BatchStream(
-        read_sft(config.data.path),
+        open_sources(config.data, read_sft),
         demonstration,
         quarantine,
         batch_size=config.batch_size,
         seed=config.run.seed,
+        num_workers=config.data.num_workers,
     )
     model = build_runner(
         config.model,

@@ -12,7 +12,9 @@ from torch import Tensor
 
 from prism_megatron.config import schema
 from prism_megatron.data.prompts import PromptEncoder
-from prism_megatron.data.rows import BatchStream, PairRow, RowError, read_pairs
+from prism_megatron.data.rows import PairRow, RowError, read_pairs
+from prism_megatron.data.sources import open_sources
+from prism_megatron.data.stream import BatchStream
 from prism_megatron.objectives.losses import bound_scores, bradley_terry_loss
 from prism_megatron.objectives.sections import sections_of
 from prism_megatron.training import discriminator
@@ -38,11 +40,12 @@ def run(config: schema.Warmup) -> None:
     quarantine = open_quarantine(config.run, config.data)
 
     stream = BatchStream(
-        read_pairs(config.data.path),
+        open_sources(config.data, read_pairs),
         lambda row: pair(encoder, reader, row),
         quarantine,
         batch_size=config.batch_size,
         seed=config.run.seed,
+        num_workers=config.data.num_workers,
     )
     model = build_runner(
         config.model,

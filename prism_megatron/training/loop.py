@@ -27,7 +27,7 @@ from checkpoint_tools import hf_writer, megatron_directory
 from checkpoint_tools.files import write_atomically
 from model_providers.weight_plan import iter_hf_weights
 from prism_megatron.config.schema import Stage
-from prism_megatron.data.rows import BatchStream, Quarantine
+from prism_megatron.data.stream import BatchStream, Quarantine
 from prism_megatron.training.runner import ModelRunner
 
 Metrics = dict[str, float]
@@ -67,7 +67,8 @@ class TrainingLoop:
             state = json.loads((found[-1] / "state.json").read_text())
             for name, (runner, _) in self.runners.items():
                 runner.load(found[-1] / name)
-            self.step, self.stream.position = state["step"], state["position"]
+            self.stream.restore(state["data"])
+            self.step = state["step"]
             self.found = state.get("carried", {})
         if self.is_writer:
             self._drop_metrics_after(self.step)
@@ -95,6 +96,7 @@ class TrainingLoop:
                     break
                 self.step += 1
                 metrics |= {"step": self.step, "time": time.monotonic() - started}
+                metrics |= {f"epoch/{name}": n for name, n in self.stream.epochs.items()}
                 if writer is not None:
                     self._log(metrics, writer)
                 display.update(self.step, self.shown, metrics.get(self.shown))
@@ -132,8 +134,7 @@ class TrainingLoop:
         for name, (runner, source) in self.runners.items():
             runner.save(staging / name, megatron_directory.hf_directory(source))
         if self.is_writer:
-            state = {"step": self.step, "position": self.stream.position}
-            state |= {"carried": self.carried()}
+            state = {"step": self.step, "data": self.stream.state, "carried": self.carried()}
             (staging / "state.json").write_text(json.dumps(state))
             shutil.rmtree(final, ignore_errors=True)
             os.replace(staging, final)

@@ -26,7 +26,7 @@ from prism_megatron.config.schema import (
     Train,
 )
 from prism_megatron.data.prompts import PromptEncoder
-from prism_megatron.data.rows import Quarantine
+from prism_megatron.data.stream import Quarantine
 from prism_megatron.training.runner import ModelRunner
 
 

@@ -132,7 +132,7 @@ def test_too_many_bad_rows_stop_the_evaluation(tmp_path: Path, model_dir: Path, 
     settings = config(tmp_path, model_dir, data).model_copy(
         update={"data": schema.Data(path=data, max_prompt_tokens=5)}
     )
-    with pytest.raises(ValueError, match=r"rows can't be used.*overlong prompt"):
+    with pytest.raises(ValueError, match=r"rows of .* can't be used.*overlong prompt"):
         evaluate.run(settings)
     assert not (settings.run.dir / "eval.json").exists()
 

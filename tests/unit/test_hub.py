@@ -23,6 +23,14 @@ FILES = {
     "model.safetensors": bytes(range(256)) * 120_000,
     "pytorch_model.bin": b"a pickle",
 }
+ROW = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}
+DATA = {
+    "README.md": b"about",
+    "data/train-0.jsonl": json.dumps(ROW).encode(),
+    "data/train-1.jsonl": json.dumps(ROW | {"id": 1}).encode(),
+    "pairs.jsonl": b"{}",
+}
+"""The data set team/set; team/one has the first two files."""
 
 
 class Hub(ThreadingHTTPServer):
@@ -50,7 +58,7 @@ class Handler(BaseHTTPRequestHandler):
     server: Hub
 
     def do_HEAD(self) -> None:
-        self._file(FILES[self.path.rpartition("/")[2]], is_head=True)
+        self._file(self._asked(), is_head=True)
 
     def do_GET(self) -> None:
         self._note()
@@ -60,10 +68,20 @@ class Handler(BaseHTTPRequestHandler):
         elif self.path.startswith("/api/models/team/tiny/tree/"):
             entries = [{"type": "file", "path": n, "size": len(c)} for n, c in FILES.items()]
             self._json([entry | {"oid": "0" * 40} for entry in entries])
+        elif self.path.startswith(("/api/datasets/team/set/", "/api/datasets/team/one/")):
+            names = list(DATA)[: 2 if "/one/" in self.path else None]
+            siblings = [{"rfilename": name} for name in names]
+            files = [{"type": "file", "path": n, "size": len(DATA[n]), "oid": "0"} for n in names]
+            is_tree = "/tree/" in self.path
+            self._json(files if is_tree else {"id": "x", "sha": COMMIT, "siblings": siblings})
         elif "/resolve/" in self.path:
-            self._file(FILES[self.path.rpartition("/")[2]], is_head=False)
+            self._file(self._asked(), is_head=False)
         else:
             self._json({"error": "not found"}, 404)
+
+    def _asked(self) -> bytes:
+        name = self.path.partition(f"/resolve/{COMMIT}/")[2]
+        return (DATA if self.path.startswith("/datasets/") else FILES)[name]
 
     def do_POST(self) -> None:
         self._note()
@@ -160,6 +178,10 @@ def hub() -> Iterator[Hub]:
 
 
 def _tool(hub: Hub, home: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return _python(hub, home, "-m", "checkpoint_tools.hub", *arguments)
+
+
+def _python(hub: Hub, home: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     environment = os.environ | {
         "HF_ENDPOINT": hub.url,
         "HF_HUB_OFFLINE": "0",
@@ -167,9 +189,13 @@ def _tool(hub: Hub, home: Path, *arguments: str) -> subprocess.CompletedProcess[
         "HF_HOME": str(home),
         "HF_TOKEN": "hf_secret",
     }
-    command = [sys.executable, "-m", "checkpoint_tools.hub", *arguments]
     return subprocess.run(
-        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120
+        [sys.executable, *arguments],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
     )
 
 
@@ -218,3 +244,40 @@ def test_what_is_no_model_is_not_sent(hub: Hub, tmp_path: Path) -> None:
     done = _tool(hub, tmp_path / "home", "--upload", str(tmp_path), "--to", "team/new")
     assert done.returncode == 2 and "has no config.json" in done.stderr
     assert not hub.log
+
+
+def _data(hub: Hub, home: Path, name: str) -> subprocess.CompletedProcess[str]:
+    """Prints the number of rows of the data set, and the files that hold them."""
+    code = (
+        "import sys; from pathlib import Path; from prism_megatron.config import schema;"
+        "from prism_megatron.data.rows import read_sft;"
+        "from prism_megatron.data.sources import open_sources;"
+        "from checkpoint_tools.command import exit_status\n"
+        "def main():\n"
+        "    [source] = open_sources(schema.Data(path=Path(sys.argv[1])), read_sft)\n"
+        "    print(len(source), source[len(source) - 1].response, source.name)\n"
+        "sys.exit(exit_status(main))"
+    )
+    return _python(hub, home, "-c", code, name)
+
+
+@pytest.mark.parametrize(
+    ("name", "rows"),
+    [("team/one", 1), ("team/set:data/train-1.jsonl", 1), ("team/set:data/*.jsonl", 2)],
+)
+def test_rows_of_a_data_set_by_its_id(hub: Hub, tmp_path: Path, name: str, rows: int) -> None:
+    done = _data(hub, tmp_path, name)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == [str(rows), "a", name]
+    loaded = {path.rpartition("/")[2] for _, path, _ in hub.log if "/resolve/" in path}
+    assert "pairs.jsonl" not in loaded and len(loaded) == (2 if name == "team/one" else rows)
+
+
+def test_which_files_of_a_data_set_are_meant_has_to_be_said(hub: Hub, tmp_path: Path) -> None:
+    done = _data(hub, tmp_path, "team/set")
+    assert done.returncode == 2
+    assert "has 3 files: data/train-0.jsonl, data/train-1.jsonl, pairs.jsonl" in done.stderr
+    done = _data(hub, tmp_path, "team/set:other.json")
+    assert done.returncode == 2 and "data set team/set has no file other.json" in done.stderr
+    done = _data(hub, tmp_path, "team/none")
+    assert done.returncode == 2 and "team/none is neither a file here nor a data" in done.stderr

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import io
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -252,3 +253,72 @@ def test_from_config_reads_the_system_prompt_file(folder: Path, tmp_path: Path) 
     encoder = PromptEncoder.from_config(folder, data)
     assert encoder.system_prompt == "Be brief."
     assert (encoder.max_prompt_tokens, encoder.max_response_tokens) == (77, 6144)
+
+
+def test_a_cut_demonstration_does_not_learn_to_end(processor: Any) -> None:
+    encoder = make_encoder(processor, max_response_tokens=5, truncate_response=True)
+    prompt = encoder.encode_prompt(row(("user", "?")))
+    whole = make_encoder(processor).sft_sequence(prompt, "1 2 3")
+    cut = encoder.sft_sequence(prompt, "1 2 3")
+    assert cut.response_mask.sum() == 5 and whole.response_mask.sum() == 6
+    assert torch.equal(cut.input_ids, whole.input_ids[:-1])
+    assert encoder.sft_sequence(prompt, "1 2").input_ids[-1] == encoder.end_id
+    with pytest.raises(RowError, match="overlong response"):
+        encoder.encode_response("1 2 3")
+
+
+@pytest.mark.parametrize(
+    ("limits", "grid"),
+    [
+        ({}, (1, 10, 20)),
+        ({"max_pixels": 64 * 128}, (1, 4, 8)),
+        ({"min_pixels": 320 * 640, "max_pixels": 640 * 1280}, (1, 20, 40)),
+        ({"min_pixels": 60_000}, (1, 12, 22)),
+    ],
+)
+def test_either_limit_of_pixels_holds_alone(
+    processor: Any, limits: dict[str, int], grid: tuple[int, int, int]
+) -> None:
+    """The processor itself drops a single limit."""
+    encoder = make_encoder(processor, max_prompt_tokens=2000, **limits)
+    prompt = encoder.encode_prompt(row(("user", "<image>"), images=(png(320, 160),)))
+    assert prompt.images[0].grid_thw == grid
+    with pytest.raises(ValueError, match="no image fits; set data.min_pixels"):
+        make_encoder(processor, min_pixels=10**9)
+
+
+def test_an_image_is_resized_once_and_by_the_reference_twice(
+    processor: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    resized = []
+    kinds = {"tensor": type(processor.image_processor), "PIL": Image.Image}
+    for kind, owner in kinds.items():
+        resize = owner.resize
+
+        def counted(
+            self: Any, *args: Any, kind: str = kind, resize: Any = resize, **kw: Any
+        ) -> Any:
+            resized.append(kind)
+            return resize(self, *args, **kw)
+
+        monkeypatch.setattr(owner, "resize", counted)
+    question = row(("user", "<image>"), images=(png(200, 104),))
+    corrected = make_encoder(processor).encode_prompt(question).images[0]
+    assert resized == ["tensor"]
+    reference = make_encoder(processor, image_resize="reference").encode_prompt(question).images[0]
+    assert resized == ["tensor", "PIL", "tensor"]
+    # 200 x 104 is rounded to 192 x 96, but by way of multiples of 28, 196 x 112, to 192 x 128
+    assert (corrected.grid_thw, reference.grid_thw) == ((1, 6, 12), (1, 8, 12))
+
+
+def test_threads_share_an_encoder(processor: Any) -> None:
+    questions = [row(("user", f"<image> {i}"), images=(png(64, 32, i % 5),)) for i in range(40)]
+    alone = make_encoder(processor)
+    want = [alone.encode_prompt(question) for question in questions]
+    shared = make_encoder(processor)
+    with ThreadPoolExecutor(8) as workers:
+        found = list(workers.map(shared.encode_prompt, questions))
+    for prompt, expected in zip(found, want, strict=True):
+        assert prompt.input_ids == expected.input_ids
+        assert torch.equal(prompt.images[0].pixel_values, expected.images[0].pixel_values)
+    assert len({id(prompt.images[0]) for prompt in found}) == 5

@@ -10,13 +10,13 @@ import pyarrow.parquet as pq
 import pytest
 
 from prism_megatron.data.rows import (
-    BatchStream,
+    PROMPT_FIELDS,
+    FileOptions,
     ImageSource,
     Message,
     PairRow,
-    Quarantine,
     RowError,
-    convert_all,
+    prompt_writer,
     read_pairs,
     read_prompts,
     read_sft,
@@ -118,9 +118,7 @@ def test_file_of_another_format_names_wanted_and_found(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"messages or conversations.*text.*label"):
         read_sft(path)
     path.write_text("not json")
-    with pytest.raises(ValueError, match="not JSON"):
-        read_sft(path)
-    with pytest.raises(ValueError, match="not a parquet file"):
+    with pytest.raises(ValueError, match=r"neither parquet nor JSON.*begins with b'not json'"):
         read_prompts(path)
     path.write_text('{"prompt": "q"}\n')
     with pytest.raises(ValueError, match=r"student_cot.*the first has.*prompt"):
@@ -131,7 +129,7 @@ def test_parquet_without_a_required_column_names_it(tmp_path: Path) -> None:
     items = [{k: v for k, v in prompt_item(0).items() if k != "teacher_cot"}]
     path = write_parquet(tmp_path / "p.parquet", items)
     assert len(read_prompts(path)) == 1
-    with pytest.raises(ValueError, match=r"lacks the columns \['teacher_cot'\]; it has \['prompt'"):
+    with pytest.raises(ValueError, match=r"no row of .*teacher_cot.*the first has \[\['prompt'"):
         read_prompts(path, required=("teacher_caption", "teacher_cot"))
 
 
@@ -234,100 +232,50 @@ def test_published_pair_lines_are_read(tmp_path: Path) -> None:
         rows[2]
 
 
-def test_quarantine_writes_counts_and_goes_on(tmp_path: Path) -> None:
-    path = tmp_path / "run" / "quarantine.jsonl"
-    first = Quarantine(path, 0.5)
-    assert first.summary() == "0 rows quarantined"
-    first.add("a:1", Path("a"), "overlong prompt: 9 tokens")
-    first.add("a:2", Path("a"), "overlong prompt: 8 tokens")
-    first.add("a:2", Path("a"), "overlong prompt: 8 tokens")
-    again = Quarantine(path, 0.5)
-    again.add("a:2", Path("a"), "overlong prompt: 8 tokens")
-    again.add("b:2", Path("b"), "missing image: x.png")
-    lines = [json.loads(line) for line in path.read_text().splitlines()]
-    assert [line["row"] for line in lines] == ["a:1", "a:2", "b:2"]
-    assert lines[2] == {"row": "b:2", "source": "b", "reason": "missing image: x.png"}
-    assert again.total == 3
-    assert again.counts == {"overlong prompt": 2, "missing image": 1}
-    assert "3 rows quarantined (overlong prompt: 2, missing image: 1)" in again.summary()
+@pytest.mark.parametrize("suffix", ["json", "jsonl", "parquet"])
+def test_every_kind_of_rows_may_be_in_every_kind_of_file(tmp_path: Path, suffix: str) -> None:
+    def write(name: str, items: list[dict[str, Any]]) -> Path:
+        path = tmp_path / f"{name}.{suffix}"
+        if suffix == "parquet":
+            return write_parquet(path, items)
+        whole = suffix == "json"
+        path.write_text(json.dumps(items) if whole else "\n".join(map(json.dumps, items)))
+        return path
+
+    prompts = [prompt_item(i, images=["a.png"]) for i in range(4)]
+    pairs = [{"id": str(i), "prompt": "q", **PAIR} for i in range(5)]
+    assert read_prompts(write("prompts", prompts))[3].ground_truth == "3"
+    assert read_pairs(write("pairs", pairs))[4].row_id == "4"
+    assert read_sft(write("sft", [sft_item(i) for i in range(6)]))[5].response == "answer 5"
 
 
-def test_quarantine_stops_a_run_with_too_many_bad_rows(tmp_path: Path) -> None:
-    quarantine = Quarantine(tmp_path / "q.jsonl", 0.1, write=False)
-    quarantine.add("a:1", Path("a"), "missing image: x.png")
-    quarantine.check(10)
-    with pytest.raises(ValueError, match=r"1 of 9 rows.*max_bad_share=0\.1.*missing image: 1"):
-        quarantine.check(9)
-    assert not (tmp_path / "q.jsonl").exists()
+def test_demonstrations_with_their_images_in_parquet(tmp_path: Path) -> None:
+    images = [{"bytes": b"encoded", "path": "1.png"}]
+    path = write_parquet(tmp_path / "sft.parquet", [sft_item(0) | {"images": images}])
+    row = read_sft(path)[0]
+    assert row.images == (ImageSource(data=b"encoded"),)
+    assert row.response == "answer 0"
 
 
-class Numbers:
-    """Rows 0 to n-1, some of which can't be read."""
-
-    def __init__(self, count: int, bad: tuple[int, ...] = ()):
-        self.source = Path("numbers")
-        self.count = count
-        self.bad = bad
-
-    def __len__(self) -> int:
-        return self.count
-
-    def row_id(self, index: int) -> str:
-        return f"numbers:{index}"
-
-    def __getitem__(self, index: int) -> int:
-        if index in self.bad:
-            raise RowError(f"bad number: {index}")
-        return index
+def test_images_may_lie_in_another_folder(tmp_path: Path) -> None:
+    path = write_sft(tmp_path / "sft.json", [sft_item(0)])
+    rows = read_sft(path, FileOptions(media_dir=tmp_path / "media"))
+    assert rows[0].images == (ImageSource(path=tmp_path / "media/images/0.png"),)
 
 
-def stream(rows: Numbers, tmp_path: Path, share: float = 0.5, **kwargs: int) -> BatchStream:
-    quarantine = Quarantine(tmp_path / "q.jsonl", share)
-    options = {"batch_size": 3, "seed": 1} | kwargs
-    return BatchStream(rows, lambda number: number * 10, quarantine, **options)
-
-
-def test_stream_gives_every_row_once_an_epoch_in_a_new_order(tmp_path: Path) -> None:
-    batches = stream(Numbers(12), tmp_path)
-    epochs = [[n for _ in range(4) for n in batches.next_batch()] for _ in range(2)]
-    assert sorted(epochs[0]) == sorted(epochs[1]) == [n * 10 for n in range(12)]
-    assert epochs[0] != epochs[1]
-    assert stream(Numbers(12), tmp_path).next_batch() == epochs[0][:3]
-    assert stream(Numbers(12), tmp_path, seed=2).next_batch() != epochs[0][:3]
-
-
-def test_stream_fills_batches_past_bad_rows(tmp_path: Path) -> None:
-    rows = Numbers(10, bad=(2, 5))
-    batches = stream(rows, tmp_path, batch_size=4)
-    drawn = [batches.next_batch() for _ in range(6)]
-    assert all(len(batch) == 4 for batch in drawn)
-    assert {n for batch in drawn for n in batch} == {n * 10 for n in range(10)} - {20, 50}
-    assert len((tmp_path / "q.jsonl").read_text().splitlines()) == 2
-
-
-def test_stream_goes_on_from_its_position(tmp_path: Path) -> None:
-    rows = Numbers(10, bad=(4,))
-    whole = stream(rows, tmp_path)
-    for _ in range(5):
-        whole.next_batch()
-    resumed = stream(rows, tmp_path)
-    resumed.position = whole.position
-    assert [resumed.next_batch() for _ in range(4)] == [whole.next_batch() for _ in range(4)]
-
-
-def test_stream_stops_when_too_many_rows_are_bad(tmp_path: Path) -> None:
-    batches = stream(Numbers(10, bad=(1, 2, 3)), tmp_path, share=0.2)
-    with pytest.raises(ValueError, match="3 of 10 rows can't be used"):
-        for _ in range(10):
-            batches.next_batch()
-
-
-def test_stream_ends_when_no_row_is_left(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="no row of numbers"):
-        stream(Numbers(2, bad=(0, 1)), tmp_path, share=1.0).next_batch()
-
-
-def test_convert_all_keeps_file_order(tmp_path: Path) -> None:
-    quarantine = Quarantine(tmp_path / "q.jsonl", 0.5)
-    assert convert_all(Numbers(5, bad=(1,)), str, quarantine) == ["0", "2", "3", "4"]
-    assert quarantine.counts == {"bad number": 1}
+def test_a_prompt_file_appears_when_it_is_complete(tmp_path: Path) -> None:
+    path = tmp_path / "out" / "p.parquet"
+    schema = pa.schema([*PROMPT_FIELDS])
+    with pytest.raises(RuntimeError, match="stop"), prompt_writer(path, schema) as add:
+        for number in range(70):
+            add(prompt_item(number))
+        raise RuntimeError("stop")
+    assert list(path.parent.iterdir()) == []
+    with prompt_writer(path, schema) as add:
+        for number in range(70):
+            add(prompt_item(number))
+    rows = read_prompts(path)
+    assert [rows[i].ground_truth for i in range(len(rows))] == [str(i) for i in range(70)]
+    assert rows[69].images[0].read() == b"encoded 69"
+    assert pq.ParquetFile(path).num_row_groups == 2
+    assert [file.name for file in path.parent.iterdir()] == ["p.parquet"]
