@@ -21,7 +21,7 @@ from typing import Any
 
 from checkpoint_tools.command import exit_status, rank
 from prism_megatron.config import load as configuration
-from prism_megatron.config.schema import Pairs, Section, Stage
+from prism_megatron.config.schema import Evaluate, Section
 
 ENTRY_POINTS = {
     "digit-sums": "prism_megatron.data.digit_sums:build",
@@ -29,9 +29,12 @@ ENTRY_POINTS = {
     "convert": "prism_megatron.pipelines.convert:run",
     "sft": "prism_megatron.pipelines.sft:run",
     "upcycle": "prism_megatron.pipelines.upcycle:run",
+    "data-stats": "prism_megatron.data_stats:run",
     "pairs": "prism_megatron.pipelines.pairs:run",
+    "make-alignment-set": "prism_megatron.pipelines.make_alignment_set:run",
     "warmup": "prism_megatron.pipelines.warmup:run",
     "align": "prism_megatron.pipelines.alignment:run",
+    "filter-difficulty": "prism_megatron.pipelines.filter_difficulty:run",
     "rlvr": "prism_megatron.pipelines.rlvr:run",
     "sync-check": "prism_megatron.pipelines.sync_check:run",
     "evaluate": "prism_megatron.pipelines.evaluate:run",
@@ -86,9 +89,11 @@ def _stage(name: str, arguments: Sequence[str]) -> int:
 
 
 def _save(config: Section) -> None:
-    """Record the configuration of a stage that owns its run folder, once for all ranks."""
-    if isinstance(config, Stage | Pairs) and rank() == 0:
-        configuration.save(config, config.run.dir)
+    """Record the configuration of a stage that owns its run folder, once for all ranks; `evaluate`
+    writes into that of the stage that it looks at."""
+    run = getattr(config, "run", None)
+    if run is not None and not isinstance(config, Evaluate) and rank() == 0:
+        configuration.save(config, run.dir)
 
 
 def _checkpoint(arguments: Sequence[str]) -> int:
@@ -149,7 +154,7 @@ def _keys(section: type[Section]) -> str:
 def _overview() -> str:
     """The help without a stage: every command with the first sentence of its meaning."""
     stages = [
-        f"  {name:<12}{(configuration.STAGES[name].__doc__ or '').splitlines()[0]}"
+        f"  {name:<20}{(configuration.STAGES[name].__doc__ or '').splitlines()[0]}"
         for name in ENTRY_POINTS
     ]
     usage = (__doc__ or "").split("\n\n")[1]
@@ -162,8 +167,8 @@ def _overview() -> str:
             *stages,
             "",
             "tools:",
-            f"  {'checkpoint':<12}{', '.join(CHECKPOINT_TOOLS)}",
-            f"  {'score':<12}What responses in a file earn, by the rules of RLVR.",
-            f"  {'doctor':<12}Versions, active acceleration and known bad version pairs.",
+            f"  {'checkpoint':<20}{', '.join(CHECKPOINT_TOOLS)}",
+            f"  {'score':<20}What responses in a file earn, by the rules of RLVR.",
+            f"  {'doctor':<20}Versions, active acceleration and known bad version pairs.",
         ]
     )

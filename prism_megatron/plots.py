@@ -1,4 +1,5 @@
-"""The report's figure: accuracy by stage above, one training curve a panel below."""
+"""Figures: the report's (accuracy by stage above, one training curve a panel below), and the
+lengths of data-stats."""
 
 from __future__ import annotations
 
@@ -61,6 +62,32 @@ def summary_png(stages: Mapping[str, EvaluatedStage]) -> bytes:
     draw_accuracies(figure.add_subplot(grid[0, :]), stages)
     for column, panel in enumerate(panels):
         draw_curves(figure.add_subplot(grid[1, column]), panel, stages[panel.stage].metrics)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=130)
+    return buffer.getvalue()
+
+
+def lengths_png(sources: Mapping[str, Mapping[str, Sequence[int]]]) -> bytes:
+    """A PNG with a histogram for each count of tokens, one line a source.
+
+    sources: name of a source -> name of a count -> its value for each row.
+    """
+    names = [name for columns in sources.values() for name in columns if name.endswith("_tokens")]
+    figure = Figure(figsize=(max(5, 4 * len(set(names))), 3.6), layout="constrained")
+    for axes, name in zip(
+        figure.subplots(1, max(1, len(set(names))), squeeze=False)[0],
+        dict.fromkeys(names),
+        strict=False,
+    ):
+        for i, (source, columns) in enumerate(sources.items()):
+            if name in columns:
+                color = COLORS[i % len(COLORS)]
+                axes.hist(columns[name], bins=40, histtype="step", color=color, label=source)
+        axes.set_title(name.replace("_", " "), loc="left", fontsize=11)
+        axes.set_xlabel("tokens")
+        axes.set_ylabel("rows")
+        axes.legend(frameon=False, fontsize=9)
+        _plain(axes)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=130)
     return buffer.getvalue()

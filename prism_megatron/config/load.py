@@ -18,7 +18,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, TypeGuard, get_args
 
 import yaml
 from omegaconf import DictConfig, ListConfig, OmegaConf
@@ -36,9 +36,12 @@ STAGES: dict[str, type[Section]] = {
     "convert": schema.Convert,
     "sft": schema.SFT,
     "upcycle": schema.Upcycle,
+    "data-stats": schema.DataStats,
     "pairs": schema.Pairs,
+    "make-alignment-set": schema.MakeAlignmentSet,
     "warmup": schema.Warmup,
     "align": schema.Align,
+    "filter-difficulty": schema.FilterDifficulty,
     "rlvr": schema.RLVR,
     "sync-check": schema.SyncCheck,
     "evaluate": schema.Evaluate,
@@ -199,13 +202,23 @@ def describe(section: type[Section], prefix: str = "") -> Iterator[tuple[str, st
     for name, field in section.model_fields.items():
         annotation = field.annotation
         meaning = " ".join((field.description or "").split())
-        if isinstance(annotation, type) and issubclass(annotation, Section):
+        if _is_section(annotation):
             meaning = meaning or " ".join((annotation.__doc__ or "").split())
             yield f"{prefix}{name}", "section", meaning
             yield from describe(annotation, f"{prefix}{name}.")
             continue
+        elements = [part for part in get_args(annotation) if _is_section(part)]
+        for element in elements:
+            yield f"{prefix}{name}", "section", f"list. {meaning}"
+            yield from describe(element, f"{prefix}{name}.")
+        if elements:
+            continue
         default = "required" if field.is_required() else f"default {_plain(field.default)}"
         yield f"{prefix}{name}", f"{_type_name(annotation)}, {default}", meaning
+
+
+def _is_section(annotation: Any) -> TypeGuard[type[Section]]:
+    return isinstance(annotation, type) and issubclass(annotation, Section)
 
 
 def _plain(value: Any) -> str:
