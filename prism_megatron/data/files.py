@@ -37,8 +37,10 @@ CHUNK = 16 * 2**20
 
 BOM = b"\xef\xbb\xbf"
 QUOTE, BACKSLASH, COMMA, NEWLINE = b'"\\,\n'
-OPENING, CLOSING = b"[{", b"]}"
-_MARKS = np.isin(np.arange(256), list(b'"\\,[]{}'))
+_OUTER = np.isin(np.arange(256), list(b",[]{}"))
+_MARKS = _OUTER | np.isin(np.arange(256), [QUOTE, BACKSLASH])
+_STEPS = np.array([(chr(i) in "[{") - (chr(i) in "]}") for i in range(256)])
+"""How much deeper it is after a byte that stands outside of strings."""
 
 Bounds = NDArray[np.int64]
 """[rows, 2]: first byte of each row, and the byte after its last."""
@@ -148,11 +150,8 @@ def scan_lines(path: Path) -> Bounds:
         # what is longer than this and blank is a bad row rather than a blank line
         for i in np.flatnonzero(keep & (ends - starts < 16)):
             line = os.pread(file.fileno(), int(ends[i] - starts[i]), int(starts[i]))
-            keep[i] = bool(line.removeprefix(BOM).strip())
-        bounds = np.stack([starts[keep], ends[keep]], axis=1)
-        if len(bounds) and os.pread(file.fileno(), len(BOM), 0) == BOM:
-            bounds[0, 0] += len(BOM)
-    return bounds
+            keep[i] = bool(line.strip())
+    return np.stack([starts[keep], ends[keep]], axis=1)
 
 
 def scan_list(path: Path) -> Bounds:
@@ -169,17 +168,15 @@ def scan_list(path: Path) -> Bounds:
         while chunk := file.read(CHUNK):
             data = np.frombuffer(chunk, np.uint8)
             places = np.flatnonzero(_MARKS[data])
-            escaped = _escaped(places[data[places] == BACKSLASH], is_escaped)
-            is_escaped = bool(len(escaped)) and int(escaped[-1]) == len(data)
-            quotes = places[data[places] == QUOTE]
-            quotes = quotes[~np.isin(quotes, escaped)]
-            others = places[(data[places] != QUOTE) & (data[places] != BACKSLASH)]
-            outside = (np.searchsorted(quotes, others) + in_string) % 2 == 0
-            in_string = (len(quotes) + in_string) % 2 == 1
-            others = others[outside]
-            marks = data[others]
-            steps = np.isin(marks, list(OPENING)).astype(np.int64)
-            steps -= np.isin(marks, list(CLOSING))
+            marks = data[places]
+            escaped = np.zeros(len(data) + 1, bool)
+            escaped[_escaped(places[marks == BACKSLASH], is_escaped)] = True
+            is_escaped = bool(escaped[-1])
+            quotes = np.cumsum((marks == QUOTE) & ~escaped[places]) + in_string
+            in_string = bool(quotes[-1] % 2) if len(quotes) else in_string
+            outside = (quotes % 2 == 0) & _OUTER[marks]
+            others, marks = places[outside], marks[outside]
+            steps = _STEPS[marks]
             depths = depth + np.cumsum(steps)
             depth = int(depths[-1]) if len(depths) else depth
             if closed_at >= 0 and len(others):
@@ -202,10 +199,8 @@ def scan_list(path: Path) -> Bounds:
         ends = np.concatenate(separators)
         head = os.pread(file.fileno(), 4096, 0)
         starts = np.append(head.index(b"[") + 1, ends[:-1] + 1)
-        if (
-            len(ends) == 1
-            and not os.pread(file.fileno(), int(ends[0] - starts[0]), int(starts[0])).strip()
-        ):
+        first, last = int(starts[0]), int(ends[0])
+        if len(ends) == 1 and not os.pread(file.fileno(), last - first, first).strip():
             return np.zeros((0, 2), np.int64)
     return np.stack([starts, ends], axis=1)
 

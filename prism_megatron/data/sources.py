@@ -147,7 +147,8 @@ def locate(path: Path) -> Place:
         raise ValueError(
             f"{path} is a folder; name its files: {path}/*.parquet, or {path}/{DATASET_INFO}:ENTRY"
         )
-    if before.count("/") == 1 and not before.startswith((".", "/", "~")):
+    looks_local = before.startswith((".", "/", "~")) or before.endswith(DATA_SUFFIXES)
+    if before.count("/") == 1 and not looks_local:
         return _from_hub(before, part)
     raise FileNotFoundError(f"data file {path} does not exist")
 

@@ -168,9 +168,9 @@ class BatchStream[R: Row, T]:
 
         @lru_cache(maxsize=len(self._sources))
         def order(number: int, epoch: int) -> NDArray[np.int64]:
-            # without its number for the first, so that one source alone has the order of its own
-            key = (seed, epoch, number) if number else (seed, epoch)
-            return np.random.default_rng(key).permutation(len(self._sources[number]))
+            # a last zero does not change numpy's generator: the first source has (seed, epoch)
+            rng = np.random.default_rng((seed, epoch, number))
+            return rng.permutation(len(self._sources[number]))
 
         self._order = order
         self._ahead: Future[tuple[list[T], tuple[Counters, ...]]] | None = None

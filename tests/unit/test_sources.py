@@ -57,6 +57,8 @@ def test_what_is_not_there_says_what_would_be(shards: Path, tmp_path: Path) -> N
         opened(shards / "*.parquet")
     with pytest.raises(FileNotFoundError, match=r"gone\.json does not exist"):
         opened(tmp_path / "gone.json")
+    with pytest.raises(FileNotFoundError, match=r"runs/gone\.json does not exist"):
+        opened("runs/gone.json")
     with pytest.raises(ValueError, match=r"is a folder; name its files: .*/\*\.parquet"):
         opened(shards)
 
