@@ -116,7 +116,7 @@ def counts(row: Row, encoder: PromptEncoder) -> dict[str, int]:
 
 def summary(source: Source[Row], columns: Columns, quarantine: Quarantine) -> dict[str, Any]:
     """Rows, quarantined rows by reason, and of each count its mean and QUANTILES."""
-    reasons = quarantine.counts.get(source.source, {})
+    reasons = quarantine.counts.get(source.name, {})
     lengths = {name: values for name, values in columns.items() if name != "truncated"}
     result: dict[str, Any] = {
         "rows": len(source),

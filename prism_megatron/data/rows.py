@@ -113,8 +113,8 @@ class PairRow(Row):
 class Rows[R](Protocol):
     """Rows by index: `rows[i]` parses row i and raises RowError if it can't be used."""
 
-    source: str
-    """What the rows are from, as the quarantine names it."""
+    name: str
+    """What the quarantine and statistics call them."""
 
     def __len__(self) -> int: ...
 
@@ -151,7 +151,7 @@ class FileRows[R]:
         parse: Callable[[Any, str, Path], R],
         options: FileOptions = AS_PUBLISHED,
     ):
-        self.path, self.source = path, str(path)
+        self.path, self.name = path, path.stem
         self._items, self._parse = items, parse
         self._mapping = options.mapping
         self._media_dir = options.media_dir or path.parent
@@ -160,7 +160,7 @@ class FileRows[R]:
         return len(self._items)
 
     def row_id(self, index: int) -> str:
-        return f"{self.path.stem}:{index}"
+        return f"{self.name}:{index}"
 
     def __getitem__(self, index: int) -> R:
         return self._parse(self.stored(index), self.row_id(index), self._media_dir)

@@ -47,7 +47,6 @@ class Source[R: Row]:
         system_prompt: str | None = None,
     ):
         self.name, self.weight, self.files = name, weight, files
-        self.source = str(files[0].path) if len(files) == 1 else name
         self._system_prompt = system_prompt
         self._starts = [0, *accumulate(map(len, files))]
         self._chosen = None
@@ -61,7 +60,7 @@ class Source[R: Row]:
     def place(self, index: int) -> tuple[FileRows[R], int]:
         """The file that holds row `index`, and which of its rows it is."""
         if not 0 <= index < len(self):
-            raise IndexError(f"row {index} of {self.source}, which has {len(self)} rows")
+            raise IndexError(f"row {index} of {self.name}, which has {len(self)} rows")
         index = index if self._chosen is None else int(self._chosen[index])
         number = bisect_right(self._starts, index) - 1
         return self.files[number], index - self._starts[number]
@@ -183,7 +182,10 @@ def _from_hub(repository: str, pattern: str) -> Place:
 
 def _entry(path: Path, name: str) -> Place:
     """An entry of a dataset_info.json: its files and how their columns are called."""
-    entries = json.loads(path.read_text())
+    try:
+        entries = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
     if not name and len(entries) == 1:
         (name,) = entries
     if name not in entries:

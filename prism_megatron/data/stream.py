@@ -59,7 +59,7 @@ class Quarantine:
 
         ValueError if more than the allowed share of its source's rows is bad now.
         """
-        row_id, source = rows.row_id(index), rows.source
+        row_id, source = rows.row_id(index), rows.name
         with self._lock:
             if self._count(row_id, source, reason) and self._write:
                 self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -231,7 +231,7 @@ class BatchStream[R: Row, T]:
                 states[number] = replace(state, used=state.used - 1, failed=state.failed + 1)
                 self._quarantine.add(rows, index, str(result))
                 if state.failed > 2 * len(rows):
-                    raise ValueError(f"no row of {rows.source} can be used")
+                    raise ValueError(f"no row of {rows.name} can be used")
         return batch, tuple(states)
 
     def _draw(self, states: list[Counters]) -> tuple[int, int]:

@@ -86,13 +86,13 @@ def difficulty(out: Path, folder: Path, policy: Path, **changes: Any) -> schema.
 
 
 def answers_of(data: Path) -> Callable[[int, int], tuple[str, bool]]:
-    """Prompt i has min(i, 5) right responses of five; prompt 4 has its last one cut off."""
+    """Prompt i has min(i, 5) right responses of five; a right and a wrong one are cut off."""
     rows = pq.read_table(data / "prompts.parquet").to_pylist()
 
     def answer(prompt: int, number: int) -> tuple[str, bool]:
         right = rows[prompt]["teacher_response"]
         wrong = right.replace("<answer>", "<answer>9")
-        return (right if number < prompt else wrong, (prompt, number) != (4, 3))
+        return (right if number < prompt else wrong, (prompt, number) not in ((4, 3), (0, 2)))
 
     return answer
 
@@ -207,9 +207,9 @@ def test_pairs_are_the_policys_sections_beside_the_teachers(
     # the row with a broken teacher is not sampled for
     assert sorted(asked) == sorted(f"prompts:{i}" for i in range(NUM_PROMPTS) if i != 3)
     rows = [row for row in read_pairs(config.out)]
-    # right responses equal the teacher's, and one of prompt 4 is cut off
+    # right responses equal the teacher's, and a wrong one of prompt 0 is cut off
     assert Counter(row.row_id.split("/")[0] for row in rows) == {
-        f"prompts:{i}": wrong for i, wrong in enumerate([5, 4, 3, 0, 1]) if wrong
+        f"prompts:{i}": wrong for i, wrong in enumerate([4, 4, 3, 0, 1]) if wrong
     }
     assert "<answer>9" in rows[0].student_cot and "<answer>9" not in rows[0].teacher_cot
     assert rows[0].student_caption == rows[0].teacher_caption == items[0]["teacher_caption"]
@@ -351,3 +351,12 @@ def test_statistics_of_what_the_discriminator_reads(
     sections += ["student_caption", "student_cot"] if kind == "pairs" else []
     assert {f"{name}_tokens" for name in sections} <= source["counts"].keys()
     assert source["counts"]["teacher_caption_tokens"]["min"] > 3
+
+
+def test_statistics_of_one_file_twice_are_apart(tmp_path: Path, data: Path, model: Path) -> None:
+    path = data / "sft.json"
+    sources = [{"path": path}, {"path": path, "name": "few", "num_samples": 4}]
+    limits = {"sources": sources, "max_prompt_tokens": 5}
+    found = stats(tmp_path / "run", model, data=limits)["sources"]
+    counts = {name: values["quarantined"]["overlong prompt"] for name, values in found.items()}
+    assert counts == {"sft": NUM_PROMPTS, "few": 4}

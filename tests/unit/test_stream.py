@@ -27,7 +27,7 @@ class Numbers:
         weight: float = 1.0,
         first: int = 0,
     ):
-        self.name = self.source = name
+        self.name = name
         self.count, self.bad, self.weight, self.first = count, bad, weight, first
 
     def __len__(self) -> int:
