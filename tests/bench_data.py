@@ -99,15 +99,20 @@ def measure(path: Path, model: Path, cache: Path, batches: int) -> None:
     result = {"rows": len(sources[0]), "start_s": round(time.monotonic() - start, 2)}
     for _ in range(WARM_BATCHES):
         stream.next_batch()
-    # what is only mapped belongs to the page cache, which gives it back when asked
-    resident = process.memory_full_info().uss
+    resident = _resident(process)
     start = time.monotonic()
     for _ in range(batches):
         stream.next_batch()
     result["rows_per_s"] = round(batches * BATCH / (time.monotonic() - start))
     result["rss_mib"] = round(resident / 2**20)
-    result["rss_growth_mib"] = round((process.memory_full_info().uss - resident) / 2**20)
+    result["rss_growth_mib"] = round((_resident(process) - resident) / 2**20)
     print(json.dumps(result | {"batches": batches}))
+
+
+def _resident(process: psutil.Process) -> int:
+    """Bytes without those of mapped files, which the system takes back when it needs memory."""
+    found = process.memory_info()
+    return int(found.rss - found.shared)
 
 
 def main() -> None:

@@ -107,7 +107,7 @@ class ParquetItems:
 
     def __init__(self, path: Path, cache_dir: Path):
         try:
-            file = pq.ParquetFile(path)
+            file = _parquet_file(path)
         except pa.ArrowInvalid as error:
             raise ValueError(f"{path} is not a whole parquet file: {error}") from error
         self.schema: pa.Schema = file.schema_arrow.remove_metadata()
@@ -235,14 +235,21 @@ def _cached_bounds(path: Path, cache_dir: Path, scan: Callable[[Path], Bounds]) 
     return bounds
 
 
+def _parquet_file(path: Path) -> pq.ParquetFile:
+    """Opened so that it holds what is asked for: pre-buffering reads a whole row group's columns
+    for its first row."""
+    return pq.ParquetFile(path, memory_map=True, pre_buffer=False)
+
+
 def _copy_to_arrow(path: Path, out: Path) -> None:
     options = pa.ipc.IpcWriteOptions(unify_dictionaries=True)
     with (
-        pq.ParquetFile(path) as file,
+        _parquet_file(path) as file,
         pa.ipc.new_file(str(out), file.schema_arrow, options=options) as writer,
     ):
-        for batch in file.iter_batches(BATCH_ROWS):
+        for batch in file.iter_batches(BATCH_ROWS, use_threads=False):
             writer.write_batch(batch)
+    pa.default_memory_pool().release_unused()
 
 
 def _made_once(source: Path, cache_dir: Path, suffix: str, make: Callable[[Path], None]) -> Path:
