@@ -5,552 +5,84 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
-NOT_SUPPORTED = {
-    "cuda_graph_impl": "packed micro-batches differ in length, so no graph fits the next one",
-    "overlap_moe_expert_parallel_comm": (
-        "megatron.core overlaps two micro-batches in the layers of its own GPTModel alone, which "
-        "has no deepstack; dispatcher=deepep is what is left"
-    ),
-    "fine_grained_activation_offloading": (
-        "megatron.core plans it once, for as many micro-batches in every step, which packing does "
-        "not give; use recompute, or optimizer.offload"
-    ),
-    "fp8_param_gather": (
-        "weights stay in BF16, from which every sync to the rollout engine and every export is made"
-    ),
-}
-"""What megatron.core has under these names and this system has not, and why."""
+from prism_megatron.config.sections import (
+    KL,
+    NOT_SUPPORTED,
+    Advantage,
+    AdvantageMode,
+    Alarms,
+    Data,
+    Defect,
+    Discriminator,
+    Freeze,
+    Judge,
+    LossAggMode,
+    LossMode,
+    Model,
+    Optimizer,
+    Parallel,
+    PolicyUpdate,
+    Recompute,
+    Rewards,
+    Rollout,
+    RolloutIS,
+    RouterReplay,
+    Run,
+    Sampling,
+    ScoreBound,
+    Section,
+    Source,
+    Train,
+)
 
-LossMode = Literal["vanilla", "gspo", "cispo"]
-LossAggMode = Literal[
-    "token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm"
+__all__ = [
+    "ALGORITHMS",
+    "KL",
+    "NOT_SUPPORTED",
+    "RLVR",
+    "SFT",
+    "Advantage",
+    "AdvantageMode",
+    "Alarms",
+    "Align",
+    "Convert",
+    "Data",
+    "DataStats",
+    "Defect",
+    "DigitSums",
+    "Discriminator",
+    "Evaluate",
+    "FilterDifficulty",
+    "Freeze",
+    "Judge",
+    "LossAggMode",
+    "LossMode",
+    "MakeAlignmentSet",
+    "Model",
+    "Optimizer",
+    "Pairs",
+    "Parallel",
+    "PolicyUpdate",
+    "Recompute",
+    "Report",
+    "Rewards",
+    "Rollout",
+    "RolloutIS",
+    "RouterReplay",
+    "Run",
+    "Sampling",
+    "ScoreBound",
+    "Section",
+    "Source",
+    "Stage",
+    "SyncCheck",
+    "TinyModel",
+    "Train",
+    "Upcycle",
+    "Warmup",
 ]
-KL = Literal["k1", "k2", "k3"]
-RouterReplay = Literal["disabled", "R2"]
-RolloutIS = Literal["none", "tis", "mis", "icepop"]
-ScoreBound = Literal["none", "clip", "tanh"]
-AdvantageMode = Literal["default", "acc_gating", "gated_align", "rlvr", "rlvr_v2", "sign_align"]
-Defect = Literal["reference", "corrected"]
-"""Something that the reference implementation gets wrong: as it does it, or put right."""
-
-
-class Section(BaseModel):
-    """Base of all configuration sections: frozen, and a misspelt key fails."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
-
-
-class Run(Section):
-    """Where a stage writes and what it draws random numbers from."""
-
-    dir: Path
-    """Folder of this stage's outputs: checkpoints/, hf/, metrics.jsonl, quarantine.jsonl."""
-    seed: int = 1234
-    """Seed of data order, sampling and initialisation."""
-
-
-class Parallel(Section):
-    """How one model is split over the ranks.
-
-    Data-parallel size is world / (tensor * context * pipeline); that of the experts is
-    world / (expert_tensor * expert * pipeline).
-    """
-
-    tensor: int = Field(1, ge=1)
-    """Tensor-parallel ranks."""
-    context: int = Field(1, ge=1)
-    """Context-parallel ranks; each holds its share of every sequence of a micro-batch."""
-    pipeline: int = Field(1, ge=1)
-    """Pipeline stages."""
-    virtual_pipeline: int = Field(1, ge=1)
-    """Parts that a stage's layers are cut into, which micro-batches pass in turn (interleaved
-    schedule): a smaller bubble for more communication."""
-    first_stage_layers: int | None = Field(None, ge=1)
-    """Decoder layers of the first pipeline stage; the other stages share the rest evenly."""
-    last_stage_layers: int | None = Field(None, ge=1)
-    """Decoder layers of the last pipeline stage; the other stages share the rest evenly."""
-    embedding_as_layer: bool = False
-    """The embedding and the vision tower take the place of a decoder layer on the first stage."""
-    loss_as_layer: bool = False
-    """The head and the loss take the place of a decoder layer on the last stage."""
-    expert: int = Field(1, ge=1)
-    """Expert-parallel ranks; experts are spread over them."""
-    expert_tensor: int = Field(1, ge=1)
-    """Tensor-parallel ranks of each expert, independent of `tensor`."""
-    sequence: bool = True
-    """Sequence parallelism: activations between blocks are split over the tensor-parallel ranks.
-    Has no effect at tensor=1."""
-
-    @property
-    def sequence_parallel(self) -> bool:
-        return self.sequence and self.tensor > 1
-
-
-class Freeze(Section):
-    """Parts of a model that stay as they are: no gradient, no optimizer state."""
-
-    language: bool = False
-    """Embeddings, decoder and head."""
-    vision: bool = False
-    """The vision tower without its mergers."""
-    mergers: bool = False
-    """The mergers from patches to the decoder's tokens, those of deepstack included."""
-
-    @model_validator(mode="after")
-    def _something_is_left(self) -> Self:
-        if self.language and self.vision and self.mergers:
-            raise ValueError(
-                "language, vision and mergers are all frozen, so nothing is trained; set one of "
-                "them to false"
-            )
-        return self
-
-
-class Recompute(Section):
-    """Activations that the backward pass computes again instead of keeping them."""
-
-    granularity: Literal["none", "selective", "full"] = "none"
-    """Of the decoder: nothing, the named modules of each layer, or whole layers."""
-    modules: tuple[Literal["core_attn", "mlp", "moe", "layernorm", "moe_act"], ...] = ()
-    """What selective computes again: attention without its projections, the dense or the expert
-    layer, the norms, the experts' activation. The CPU backend has only the first three."""
-    layers: int | None = Field(None, ge=1)
-    """How many decoder layers of each (virtual) stage full computes again, the first ones; all if
-    not set."""
-    vision: bool = False
-    """Compute every layer of the vision tower again."""
-
-    @model_validator(mode="after")
-    def _settings_belong_to_the_granularity(self) -> Self:
-        if (self.granularity == "selective") != bool(self.modules):
-            raise ValueError(
-                f"granularity is {self.granularity!r} with {len(self.modules)} modules; selective "
-                "needs some, the others none"
-            )
-        if self.layers is not None and self.granularity != "full":
-            raise ValueError(
-                f"layers={self.layers} belongs to granularity 'full', not {self.granularity!r}"
-            )
-        return self
-
-
-class Model(Section):
-    """Which model, and how it is laid out."""
-
-    path: Path
-    """Hugging Face directory or Megatron checkpoint; either holds config, processor and weights."""
-    parallel: Parallel = Parallel()
-    """Parallel layout of this model alone."""
-    freeze: Freeze = Freeze()
-    """Parts that are not trained."""
-    recompute: Recompute = Recompute()
-    """Trade of computation for memory."""
-    fp8: Literal["delayed", "tensorwise", "blockwise"] | None = None
-    """Scaling of the decoder's matrix products in FP8, with backend=cuda: by a history of maxima,
-    by the tensor's own maximum, or by the maxima of blocks of 128; null computes in BF16."""
-    bf16_first_layers: int = Field(0, ge=0)
-    """Decoder layers at the start that stay in BF16, with fp8 tensorwise or blockwise."""
-    bf16_last_layers: int = Field(0, ge=0)
-    """Decoder layers at the end that stay in BF16, with fp8 tensorwise or blockwise."""
-    dispatcher: Literal["alltoall", "deepep", "hybridep"] = "alltoall"
-    """How tokens get to experts on other ranks: NCCL's all-to-all, or DeepEP's kernels where they
-    are installed."""
-
-
-class Discriminator(Model):
-    """The discriminator, and what it is shown. Its architecture is in its config.json (upcycle)."""
-
-    streams: Literal["sections", "response"] = "sections"
-    """sections: captions and reasoning are scored apart; response: one score for the whole."""
-    text_only: bool = False
-    """Leave images out of what the discriminator reads."""
-    score_bound: ScoreBound = "none"
-    """What keeps scores within score_limit: nothing but the regulariser, tanh, or a clamp without
-    gradient beyond it (clip; the reference's in alignment, at 10)."""
-    score_limit: float = Field(10.0, gt=0)
-    """Bound of the scores, with score_bound."""
-
-
-class Optimizer(Section):
-    """AdamW with a warm-up and a constant or cosine schedule."""
-
-    lr: float = Field(gt=0)
-    """Peak learning rate."""
-    weight_decay: float = Field(0.01, ge=0)
-    """Decoupled weight decay; biases and norms are exempt."""
-    betas: tuple[float, float] = (0.9, 0.999)
-    """Adam's exponential decay rates."""
-    eps: float = Field(1e-8, gt=0)
-    """Adam's denominator offset."""
-    clip_grad: float = Field(1.0, ge=0)
-    """Global gradient-norm limit over all ranks; 0 turns clipping off."""
-    moments: Literal["float32", "bfloat16"] = "float32"
-    """Type of Adam's moments; bfloat16, with backend=cuda, takes 8 instead of 12 bytes a weight
-    together with the main weight, shared by the data-parallel ranks."""
-    offload: bool = False
-    """Main weights and moments lie in host memory except during the update, with backend=cuda."""
-    warmup_steps: int = Field(0, ge=0)
-    """Steps of linear learning-rate warm-up."""
-    schedule: Literal["constant", "cosine"] = "constant"
-    """What follows the warm-up; cosine falls to almost zero at the last step."""
-
-
-class Train(Section):
-    """Length of a run, its micro-batches and its checkpoints."""
-
-    steps: int = Field(ge=0)
-    """Optimizer steps."""
-    micro_batch_tokens: int = Field(4096, ge=1)
-    """Most tokens in one packed micro-batch, over all context-parallel ranks; a longer single
-    sequence is an error."""
-    save_every: int = Field(0, ge=0)
-    """Steps between training checkpoints; 0 saves only at the end."""
-    keep_checkpoints: int = Field(1, ge=1)
-    """Training checkpoints kept; older ones are removed after a newer one is complete."""
-    stop_at: int | None = Field(None, ge=1)
-    """Stop cleanly (checkpoint written, no export) after this step, as a preemption would; the
-    schedules still run to `steps`."""
-
-
-class Source(Section):
-    """One source of a blend, and what holds for its rows alone."""
-
-    path: Path
-    """As data.path."""
-    weight: float = Field(1.0, gt=0)
-    """Share of the rows of every batch, in relation to the other sources' weights."""
-    name: str | None = None
-    """What its counters and statistics go by; by default that of the file or data set."""
-    num_samples: int | None = Field(None, ge=1)
-    """Use so many rows of it, the same ones in every run; all if not set."""
-    system_prompt: Path | None = None
-    """Text file, put before prompts that bring no system turn; goes before data.system_prompt."""
-    media_dir: Path | None = None
-    """Folder that image paths start from; by default that of the data file."""
-
-
-class Data(Section):
-    """Where the rows are and what to do with those that can't be used."""
-
-    path: Path | None = None
-    """SFT: sharegpt rows; alignment and RLVR: prompts; warm-up: pairs. A parquet, JSON or JSONL
-    file, a pattern of several, DIR/dataset_info.json:ENTRY as LLaMA-Factory has it, or a data set
-    of the Hugging Face hub, owner/name or owner/name:FILE."""
-    sources: tuple[Source, ...] = ()
-    """Several sources that are blended, instead of path. Each is shuffled anew at each of its own
-    epochs; the weights say how many rows of a batch are whose."""
-    system_prompt: Path | None = None
-    """Text file put before every prompt as the system turn, unless the row brings its own."""
-    max_prompt_tokens: int = Field(2048, ge=1)
-    """Longest prompt, image tokens included; longer rows are quarantined."""
-    max_response_tokens: int = Field(6144, ge=1)
-    """Longest response or demonstration, the end of the turn included."""
-    overlong: Literal["quarantine", "truncate_response"] = "quarantine"
-    """What becomes of a row whose response is longer: it is left out and counted (as verl's
-    filter_overlong_prompts does with prompts), or, in sft, cut off without an end of the turn
-    (as LLaMA-Factory's cutoff_len). An overlong prompt is always left out: images can't be cut."""
-    min_pixels: int | None = Field(None, ge=1)
-    """Images with fewer pixels are enlarged; default: what the model's processor has."""
-    max_pixels: int | None = Field(None, ge=1)
-    """Images with more pixels are made smaller; default: what the model's processor has."""
-    image_resize: Literal["corrected", "reference"] = "corrected"
-    """corrected: once, to multiples of the model's patch size times its merge size. reference:
-    before that to multiples of 28, within the reference's own limits (verl vision_utils.py)."""
-    num_workers: int = Field(2, ge=0)
-    """Threads of each rank that read rows and prepare images of the next batch during a step."""
-    cache_dir: Path | None = None
-    """Folder of the indexes of large files; default $XDG_CACHE_HOME/prism-megatron."""
-    max_bad_share: float = Field(0.01, ge=0, le=1)
-    """Share of a source's rows that may be quarantined before the run stops; 0: the first one
-    stops it."""
-
-    @model_validator(mode="after")
-    def _one_place(self) -> Self:
-        if (self.path is None) != bool(self.sources):
-            raise ValueError(
-                f"path is {self.path} and {len(self.sources)} sources are given; give one of both"
-            )
-        low, high = self.min_pixels, self.max_pixels
-        if low is not None and high is not None and low > high:
-            raise ValueError(f"min_pixels={low} is above max_pixels={high}; no image fits")
-        return self
-
-
-class Sampling(Section):
-    """How responses are sampled."""
-
-    n: int = Field(16, ge=1)
-    """Responses a prompt."""
-    max_new_tokens: int = Field(6144, ge=1)
-    """Longest response."""
-    temperature: float = Field(1.0, gt=0)
-    """Softmax temperature; greedy decoding is not a policy that can be trained."""
-    top_p: float = Field(1.0, gt=0, le=1)
-    """Nucleus mass."""
-    batch_size: int = Field(64, ge=1)
-    """Responses that the embedded engine decodes at once."""
-
-
-class Rollout(Section):
-    """Where responses are sampled: in every rank, or by engines that Ray places and watches."""
-
-    kind: Literal["embedded", "local", "sglang", "vllm"] = "embedded"
-    """embedded: a Hugging Face model in every rank; local: the same in Ray actors, on CPUs; sglang,
-    vllm: servers on GPUs."""
-    engines: int = Field(1, ge=1)
-    """Engines in all; the same number on every node."""
-    nodes: int = Field(1, ge=1)
-    """Nodes that engines are placed on."""
-    node_resource: str | None = None
-    """Ray resource that marks the nodes for engines (ray start --resources); any node if null."""
-    cpus: int = Field(1, ge=1)
-    """CPU cores of an engine, in Ray's account."""
-    tensor: int = Field(1, ge=1)
-    """Tensor-parallel GPUs of a server, all on one node."""
-    gpus: tuple[int, ...] = ()
-    """Ids of the GPUs that servers get on every node, `tensor` for each in this order; trainers may
-    have the same ones."""
-    interface: str | None = None
-    """Network interface that servers listen on, such as eth0; loopback if null, which only ranks
-    of the same node reach."""
-    server_args: tuple[str, ...] = ()
-    """Further arguments of the server's command line."""
-    python: Path | None = None
-    """Interpreter of the environment that servers run in; the trainer's if null."""
-    sync_folder: Path | None = None
-    """Folder that trainers and servers see, through which weights go to servers that share neither
-    GPUs nor a network of GPUs with the trainers; null otherwise."""
-    start_timeout: float = Field(600, gt=0)
-    """Seconds that an engine may take to start."""
-    request_timeout: float = Field(1800, gt=0)
-    """Seconds that the responses to one prompt may take."""
-    health_interval: float = Field(10, gt=0)
-    """Seconds between two health checks of an engine."""
-    health_timeout: float = Field(30, gt=0)
-    """Seconds that a health check may take."""
-    max_failures: int = Field(3, ge=1)
-    """Failed requests, or failed health checks, in a row after which an engine is restarted."""
-    max_restarts: int = Field(3, ge=0)
-    """Restarts of an engine without an answered request in between; then it is given up."""
-    max_attempts: int = Field(4, ge=1)
-    """Engines that a prompt is tried on before the run stops."""
-    max_outstanding_tokens: int = Field(524288, ge=1)
-    """Most tokens, prompts and longest responses, that an engine is asked for at the same time."""
-
-    @model_validator(mode="after")
-    def _engines_fit_the_nodes(self) -> Self:
-        if self.engines % self.nodes:
-            raise ValueError(
-                f"engines={self.engines} can't be shared out evenly among nodes={self.nodes}; make "
-                "it a multiple"
-            )
-        fields = type(self).model_fields.items()
-        given = [name for name, field in fields if getattr(self, name) != field.default]
-        if self.kind == "embedded" and given:
-            raise ValueError(
-                f"kind=embedded has one engine in every rank and no use for {', '.join(given)}; "
-                "set another kind, or leave them out"
-            )
-        needed = self.tensor * self.engines_per_node
-        if self.kind in ("sglang", "vllm") and len(self.gpus) != needed:
-            raise ValueError(
-                f"{self.engines_per_node} engines a node with tensor={self.tensor} take {needed} "
-                f"GPUs, but gpus={list(self.gpus)} names {len(self.gpus)}; give as many ids"
-            )
-        return self
-
-    @property
-    def engines_per_node(self) -> int:
-        return self.engines // self.nodes
-
-
-class PolicyUpdate(Section):
-    """How responses and their advantages become updates of the policy (objectives/losses.py)."""
-
-    loss_mode: LossMode = "vanilla"
-    """vanilla: PPO's clipped ratio of each token; gspo: of each sequence; cispo: clipped ratio as a
-    weight, so that every token keeps its gradient."""
-    loss_agg_mode: LossAggMode = "token-mean"
-    """What counts the same: every token, every response (by its tokens' mean or sum), or sums
-    divided by sampling.max_new_tokens (Dr. GRPO)."""
-    token_mean: Defect = "corrected"
-    """With loss_agg_mode=token-mean. corrected: over all tokens of an update; reference: over those
-    of a micro-batch, which then counts by its responses."""
-    clip_low: float = Field(0.2, gt=0)
-    """The ratio is clipped below 1 - clip_low where the advantage is negative."""
-    clip_high: float = Field(0.2, gt=0)
-    """The ratio is clipped above 1 + clip_high where the advantage is positive."""
-    dual_clip: float | None = Field(None, gt=1)
-    """Where the advantage is negative, ratios above it have no gradient; null: they have."""
-    mini_batches: int = Field(1, ge=1)
-    """Optimizer steps that one batch of rollouts is split into."""
-    epochs: int = Field(1, ge=1)
-    """Passes over a batch of rollouts."""
-    kl_coef: float = Field(0.0, ge=0)
-    """Weight of the KL divergence from the start weights, which above 0 are kept as a frozen
-    reference model."""
-    kl_estimator: KL = "k3"
-    """Estimator of that divergence from the sampled tokens."""
-    entropy_coef: float = Field(0.0, ge=0)
-    """Weight of the entropy bonus."""
-    rollout_is: RolloutIS = "none"
-    """Correction for the engine's probabilities not being the trainer's, by their ratio at each
-    token: truncated at rollout_is_high (tis), tokens above it left out (mis), or tokens outside of
-    rollout_is_low to rollout_is_high left out (icepop)."""
-    rollout_is_low: float = Field(0.5, ge=0, le=1)
-    """Lowest ratio that icepop keeps."""
-    rollout_is_high: float = Field(2.0, ge=1)
-    """Highest ratio that counts in full."""
-    router_replay: RouterReplay = "disabled"
-    """R2: each update of a Mixture of Experts sends tokens to the experts that they took in the
-    pass of the old log-probabilities, so that a ratio is not one of other experts."""
-
-    @property
-    def updates_per_step(self) -> int:
-        """Optimizer steps on one batch of rollouts."""
-        return self.mini_batches * self.epochs
-
-    @model_validator(mode="after")
-    def _update_options_fit(self) -> Self:
-        self._check_update()
-        return self
-
-    def _check_update(self) -> None:
-        """ValueError if options contradict each other."""
-        if self.token_mean == "reference" and self.loss_agg_mode != "token-mean":
-            raise ValueError(
-                f"token_mean=reference says how loss_agg_mode=token-mean is taken, but "
-                f"loss_agg_mode is {self.loss_agg_mode}; leave one of them out"
-            )
-        if self.router_replay == "R2" and self.updates_per_step == 1:
-            raise ValueError(
-                "router_replay=R2 repeats the pass of the old log-probabilities, which a single "
-                f"update does not make (mini_batches={self.mini_batches}, epochs={self.epochs}); "
-                "raise one of them or leave router_replay out"
-            )
-
-
-class Advantage(Section):
-    """How a response's scores become its advantage in the game (objectives/advantages.py)."""
-
-    advantage_mode: AdvantageMode = "default"
-    """default: the discriminator's scores alone, as in the paper; the others look at the answer's
-    accuracy too, each by its formula there."""
-    stream_combination: Literal["normalise_then_combine", "combine_then_normalise"] = (
-        "normalise_then_combine"
-    )
-    """Normalise each stream's scores and add them up (the reference's code), or add them up and
-    normalise once (the paper's equations)."""
-    invalid_samples: Defect = "corrected"
-    """What a response counts that does not split into sections. corrected: no score, one penalty
-    centred in the group; reference: the group's lowest score less 1, and the penalty besides."""
-    format_penalty: float = Field(1.5, ge=0)
-    """What a response that does not split into its sections loses in advantage."""
-    wrong_penalty: float = Field(1.0, ge=0)
-    """What a well-formed wrong answer loses, in acc_gating, gated_align, rlvr_v2 and sign_align."""
-    align_coef: float = Field(1.0, ge=0)
-    """Weight of the discriminator's part in all modes but default."""
-    accuracy_weight: float = Field(1.0, ge=0)
-    """Reward of a right answer in rlvr, rlvr_v2 and sign_align."""
-    format_weight: float = Field(1.0, ge=0)
-    """Reward of the right format in rlvr, rlvr_v2 and sign_align."""
-    gated_align_accuracy: Defect = "corrected"
-    """reference: gated_align is not told which answers are wrong, so that it gates by format."""
-
-
-class Alarms(Section):
-    """Signs of a collapsing game. A value beyond its threshold in `patience` steps running is
-    printed in capitals; null watches nothing."""
-
-    accuracy_above: float | None = Field(0.99, gt=0.5, lt=1)
-    """discriminator_accuracy: above, the policy learns from little more than noise."""
-    accuracy_below: float | None = Field(None, gt=0, le=0.5)
-    """discriminator_accuracy: below, the discriminator has lost the game."""
-    margin_above: float | None = Field(10.0, gt=0)
-    """score_gap: above, the discriminator is far ahead."""
-    load_entropy_below: float | None = Field(0.5, gt=0, lt=1)
-    """load_entropy: below, a few experts get most tokens."""
-    patience: int = Field(20, ge=1)
-    """Steps running beyond a threshold until it counts."""
-    action: Literal["warn", "stop"] = "warn"
-    """stop ends the run at the first alarm; the last checkpoint stays."""
-
-
-class Judge(Section):
-    """An LLM that judges answers, behind an OpenAI-compatible endpoint; off without a url."""
-
-    url: str | None = None
-    """Base address, such as http://host:8000/v1; chat/completions is appended."""
-    model: str = ""
-    """Name that the endpoint knows the model by."""
-    api_key_env: str = "OPENAI_API_KEY"
-    """Environment variable that holds the key; none is sent where it is not set."""
-    prompt: Path | None = None
-    """Text file of the system turn that tells the judge what to do; a built-in one if not set."""
-    temperature: float = Field(0.0, ge=0)
-    """Softmax temperature of the judge."""
-    timeout: float = Field(60.0, gt=0)
-    """Seconds that one request may wait for its connection and for each part of the reply."""
-    attempts: int = Field(5, ge=1)
-    """Requests for one judgement before it counts as failed; waits between them double."""
-    concurrency: int = Field(32, ge=1)
-    """Requests at once, of each rank."""
-    cache: Path | None = None
-    """Folder of verdicts that later runs read instead of asking again."""
-    max_failed_share: float = Field(0.1, ge=0, le=1)
-    """Share of a step's judgements that may fail before the run stops; the rules decide in the
-    place of those."""
-
-    @model_validator(mode="after")
-    def _a_model_is_named(self) -> Self:
-        if (self.url is None) != (not self.model):
-            raise ValueError(
-                f"url={self.url} and model={self.model!r} belong together; set both or neither"
-            )
-        return self
-
-
-class Rewards(Section):
-    """What a response earns, and the processes that find it out."""
-
-    rules: Literal["corrected", "reference"] = "corrected"
-    """corrected: one comparison for all answers, by meaning; reference: those of the reference's
-    reward functions, chosen by data_source, with their errors."""
-    sources: dict[str, Literal["mm_gad", "geo3k", "math_verify", "llm_judge"]] = {}
-    """Reward function of a data_source, beside those that the reference registers (mm_gad,
-    hiyouga/geometry3k, math-77k, visual_logic-26k); mm_gad for all others. With rules=corrected
-    only llm_judge makes a difference."""
-    accuracy_weight: float = Field(0.8, ge=0)
-    """Reward of a right answer in the right format."""
-    format_weight: float = Field(0.2, ge=0)
-    """Reward of the right format."""
-    judge_weight: float = Field(0.0, ge=0)
-    """Reward of an answer in the right format that the LLM judge takes for right."""
-    judge: Judge = Judge()
-    """Who judges."""
-    workers: int = Field(4, ge=1)
-    """Processes of each rank that compare answers."""
-    timeout: float = Field(10.0, gt=0)
-    """Seconds for one answer; it is wrong after that, and its process is replaced."""
-    memory_gb: float = Field(2.0, gt=0)
-    """GiB for one answer; it is wrong beyond that, and its process is replaced."""
-
-    @model_validator(mode="after")
-    def _the_judge_is_there_and_used(self) -> Self:
-        used = self.judge_weight > 0 or "llm_judge" in self.sources.values()
-        if used and self.judge.url is None:
-            raise ValueError(
-                f"judge_weight={self.judge_weight} and sources={self.sources} ask for an LLM "
-                "judge, but judge.url is not set"
-            )
-        if not used and self.judge.url is not None:
-            raise ValueError(
-                f"judge.url={self.judge.url} is set, but nothing is judged; set judge_weight, or "
-                "llm_judge for a data_source in sources"
-            )
-        return self
 
 
 class Stage(Section):
@@ -618,6 +150,8 @@ class FilterDifficulty(Section):
     model: Path
     """Hugging Face directory of the policy."""
     sampling: Sampling
+    rewards: Rewards = Rewards()
+    """How answers are compared; weights are not used."""
     low: float = Field(0.2, ge=0, le=1)
     """Lowest share of right responses of a prompt that is kept."""
     high: float = Field(0.8, ge=0, le=1)

@@ -196,7 +196,7 @@ class Game:
             max_tokens=config.sampling.max_new_tokens,
             reference=self.frozen,
         )
-        self.sync(number + 1)
+        synced = self.sync(number + 1)
         metrics = {
             **self._means(streams, groups, valid),
             **judged,
@@ -206,12 +206,13 @@ class Game:
             **({} if accuracy is None else {"accuracy": float(accuracy.mean())}),
             "response_tokens": sum(len(r.ids) for _, r in samples) / len(samples),
             "weight_version": self.engine.weight_version,
+            "sync_s": synced["total"],
         }
         return metrics | self.alarms.check(metrics, number + 1)
 
-    def sync(self, version: int) -> None:
-        """Give the engine the policy's weights; it must answer with the version."""
-        self.engine.sync(version)
+    def sync(self, version: int) -> dict[str, float]:
+        """Give the engine the policy's weights; and its version; seconds by phase."""
+        return self.engine.sync(version)
 
     def _sections(self, rollout: Rollout) -> Sections | None:
         if rollout.finish_reason != "stop":

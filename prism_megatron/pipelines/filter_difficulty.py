@@ -9,6 +9,7 @@ Source: PRISM keeps pass rates of 0.2 to 0.8 over 16 responses; its script was n
 from __future__ import annotations
 
 import json
+from contextlib import closing
 from typing import Any
 
 import pyarrow as pa
@@ -25,10 +26,11 @@ from prism_megatron.data.rows import (
 )
 from prism_megatron.data.sources import Source, open_sources
 from prism_megatron.data.stream import Quarantine
-from prism_megatron.objectives.rewards import response_reward
+from prism_megatron.objectives.rewards.scorer import Scorer
 from prism_megatron.pipelines.sampling import SampledRow, sample
 from prism_megatron.rollout.engine import RolloutEngine
 from prism_megatron.rollout.local import LocalEngine
+from prism_megatron.rollout.rewards import reward_item
 
 
 def run(config: schema.FilterDifficulty) -> None:
@@ -41,10 +43,11 @@ def filter_prompts(config: schema.FilterDifficulty, engine: RolloutEngine) -> No
     """The same with any engine."""
     quarantine = Quarantine(config.run.dir / "quarantine.jsonl", config.data.max_bad_share)
     sources = open_sources(config.data, read_prompts)
-    rates = [
-        (sampled.source, sampled.index, pass_rate(sampled))
-        for sampled in sample(config, sources, engine, quarantine)
-    ]
+    with closing(Scorer(config.rewards)) as scorer:
+        rates = [
+            (sampled.source, sampled.index, pass_rate(sampled, scorer))
+            for sampled in sample(config, sources, engine, quarantine)
+        ]
     kept = [entry for entry in rates if config.low <= entry[2] <= config.high]
     result = {
         "rows": sum(map(len, sources)),
@@ -71,15 +74,15 @@ def filter_prompts(config: schema.FilterDifficulty, engine: RolloutEngine) -> No
             add(_stored(source, index) | {"images": images, "pass_rate": rate})
 
 
-def pass_rate(sampled: SampledRow) -> float:
+def pass_rate(sampled: SampledRow, scorer: Scorer) -> float:
     """Share of the responses that are finished and right."""
-    row = sampled.row
-    right = [
-        response.finished
-        and response_reward(response.text, row.ground_truth, row.equivalents).accuracy == 1
-        for response in sampled.responses
-    ]
-    return sum(right) / len(right)
+    rewards = scorer.score(
+        [
+            reward_item(sampled.row, response.text, finished=response.finished)
+            for response in sampled.responses
+        ]
+    )
+    return sum(reward.accuracy for reward in rewards) / len(rewards)
 
 
 def _histogram(rates: list[float]) -> dict[str, int]:

@@ -133,7 +133,7 @@ class Trainer:
             max_tokens=config.sampling.max_new_tokens,
             reference=self.reference,
         )
-        self.sync(number + 1)
+        synced = self.sync(number + 1)
         stale = [r.weight_version != number for group in batch for r in group.rollouts]
         return {
             **(self._means(sampled) if sampled else {}),
@@ -141,11 +141,12 @@ class Trainer:
             "sampled_prompts": len(sampled),
             "stale_share": sum(stale) / len(stale),
             "weight_version": self.engine.weight_version,
+            "sync_s": synced["total"],
         }
 
-    def sync(self, version: int) -> None:
-        """Give the engine the policy's weights; it must answer with the version."""
-        self.engine.sync(version)
+    def sync(self, version: int) -> dict[str, float]:
+        """Give the engine the policy's weights; and its version; seconds by phase."""
+        return self.engine.sync(version)
 
     def _item(self, task: Task, rollout: Rollout) -> RewardItem:
         text = response_text(rollout.ids, self.table, (self.encoder.end_id,))

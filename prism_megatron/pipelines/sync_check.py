@@ -19,7 +19,9 @@ from checkpoint_tools.megatron_directory import hf_directory, load_model
 from model_providers.parallel import ParallelState
 from prism_megatron.config import schema
 from prism_megatron.data.prompts import rollout_sequence
-from prism_megatron.data.rows import BatchStream, read_prompts
+from prism_megatron.data.rows import read_prompts
+from prism_megatron.data.sources import open_sources
+from prism_megatron.data.stream import BatchStream
 from prism_megatron.rollout import fleet
 from prism_megatron.training.policy import response_logprobs
 from prism_megatron.training.runner import ModelRunner
@@ -41,7 +43,7 @@ def run(config: schema.SyncCheck) -> None:
     backend = start(config.backend, config.policy)
     encoder = build_encoder(config.policy.path, config.data)
     stream = BatchStream(
-        read_prompts(config.data.path),
+        open_sources(config.data, read_prompts),
         encoder.encode_prompt,
         open_quarantine(config.run, config.data),
         batch_size=config.prompts,

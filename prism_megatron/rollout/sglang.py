@@ -130,8 +130,10 @@ class SGLangEngine(HttpEngine):
             {"zmq_handles": dict(handles), "weight_version": str(version)},
         )
 
-    def join_group(self, address: str, port: int, first_rank: int, world: int, name: str) -> None:
-        """Take part in an NCCL group; returns when it is complete."""
+    def join_group(
+        self, address: str, port: int, first_rank: int, world: int, name: str, backend: str
+    ) -> None:
+        """Take part in a group of torch.distributed; returns when it is complete."""
         self.post(
             "/init_weights_update_group",
             {
@@ -140,7 +142,7 @@ class SGLangEngine(HttpEngine):
                 "rank_offset": first_rank,
                 "world_size": world,
                 "group_name": name,
-                "backend": "nccl",
+                "backend": backend,
             },
         )
 

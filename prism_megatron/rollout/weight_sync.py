@@ -50,7 +50,7 @@ class Server(Protocol):
     def resume(self) -> None: ...
     def load_ipc(self, handles: Mapping[str, str], version: int) -> None: ...
     def join_group(
-        self, address: str, port: int, first_rank: int, world: int, name: str
+        self, address: str, port: int, first_rank: int, world: int, name: str, backend: str
     ) -> None: ...
     def load_broadcast(
         self, tensors: Sequence[tuple[str, Tensor]], name: str, version: int | None
@@ -287,7 +287,13 @@ class BroadcastSync:
         with ThreadPoolExecutor(len(servers)) as pool:
             joining = [
                 pool.submit(
-                    server.join_group, host, port, 1 + i * self.engine_ranks, world, self._name
+                    server.join_group,
+                    host,
+                    port,
+                    1 + i * self.engine_ranks,
+                    world,
+                    self._name,
+                    self.backend.process_group_backend,
                 )
                 for i, server in enumerate(servers)
             ]

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
-from prism_megatron.data.rows import BatchStream
+from prism_megatron.data.stream import BatchStream
 from prism_megatron.objectives.rewards.types import Reward
 from prism_megatron.training.loop import EndOfData
 from prism_megatron.types import Prompt, Rollout

@@ -20,6 +20,7 @@ from prism_megatron.config import schema
 from prism_megatron.data import digit_sums
 from prism_megatron.data.rows import PairRow, read_prompts, write_pairs
 from prism_megatron.pipelines import alignment, tiny_model, warmup
+from prism_megatron.rollout import fleet
 from prism_megatron.types import Prompt, Rollout
 from tests.dist.ranks import Ranks
 
@@ -111,7 +112,7 @@ def _warmup(root: Path, out: Path, variant: str) -> None:
 
 
 def _align(root: Path, out: Path, judge: Path, variant: str, **options: Any) -> None:
-    with mock.patch.object(alignment, "LocalEngine", ScriptedEngine):
+    with mock.patch.object(fleet, "LocalEngine", ScriptedEngine):
         alignment.run(
             schema.Align.model_validate(
                 _stage(root, out, "data/prompts.parquet", 2)

@@ -16,7 +16,7 @@ from model_providers.config import TrainingOptions
 from model_providers.entropy import TOKENS_AT_ONCE, vocab_parallel_entropy
 from model_providers.parallel import Layout
 from model_providers.router import SectionRouter
-from model_providers.weight_map import iter_hf_weights
+from model_providers.weight_plan import iter_hf_weights
 from prism_megatron.config.schema import Optimizer, PolicyUpdate
 from prism_megatron.data.packing import plan_micro_batches
 from prism_megatron.training import discriminator

@@ -16,6 +16,7 @@ from transformers import AutoProcessor
 from prism_megatron.config import schema
 from prism_megatron.data import digit_sums
 from prism_megatron.pipelines import rlvr, tiny_model
+from prism_megatron.rollout import fleet
 from prism_megatron.types import Prompt, Rollout
 from tests.dist.ranks import Ranks
 
@@ -89,7 +90,7 @@ def _run(root: Path, out: Path, steps: int, **options: Any) -> list[str]:
         }
         | options
     )
-    with mock.patch.object(rlvr, "LocalEngine", AnsweringEngine):
+    with mock.patch.object(fleet, "LocalEngine", AnsweringEngine):
         rlvr.run(config)
     return AnsweringEngine.asked
 

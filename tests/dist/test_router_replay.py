@@ -14,7 +14,7 @@ from torch import Tensor
 from model_providers.config import Recompute, TrainingOptions
 from model_providers.parallel import Layout
 from model_providers.router import SectionRouter
-from model_providers.weight_map import iter_hf_weights
+from model_providers.weight_plan import iter_hf_weights
 from prism_megatron.config.schema import Optimizer, PolicyUpdate
 from prism_megatron.training.policy import policy_update, response_logprobs
 from tests.dist import checks

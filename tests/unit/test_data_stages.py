@@ -192,7 +192,7 @@ def test_pairs_are_the_policys_sections_beside_the_teachers(
     items = pq.read_table(data / "prompts.parquet").to_pylist()
     items[3]["teacher_cot"] = "no sections"
     pq.write_table(pa.Table.from_pylist(items), tmp_path / "prompts.parquet")
-    values = difficulty(tmp_path, tmp_path, model).model_dump(exclude={"low", "high"})
+    values = difficulty(tmp_path, tmp_path, model).model_dump(exclude={"low", "high", "rewards"})
     config = schema.Pairs.model_validate(values | {"out": tmp_path / "pairs.jsonl"})
 
     asked = []

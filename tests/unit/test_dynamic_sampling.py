@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from prism_megatron.data.rows import BatchStream, Quarantine
+from prism_megatron.data.sources import Source
+from prism_megatron.data.stream import BatchStream, Quarantine
 from prism_megatron.objectives.rewards.types import Reward
 from prism_megatron.training.dynamic_sampling import DynamicSampler, Group
 from prism_megatron.training.loop import EndOfData
@@ -26,6 +27,8 @@ class Numbers:
     """A data file with `size` rows."""
 
     source = Path("numbers")
+
+    path = Path("numbers")
 
     def __init__(self, size: int) -> None:
         self.size = size
@@ -53,7 +56,7 @@ def sampler(
 ) -> DynamicSampler[Task]:
     """Batches of three groups; row i has right and wrong answers where teaches(i)."""
     stream: BatchStream[int, Task] = BatchStream(
-        Numbers(size),
+        [Source("numbers", [Numbers(size)])],
         lambda i: task_of(f"numbers:{i}"),
         Quarantine(tmp_path / "q", 1.0),
         batch_size=gen_batch_size,
@@ -111,7 +114,7 @@ def test_waiting_groups_come_through_a_checkpoint(tmp_path: Path) -> None:
     first.next_batch(0)
     saved = json.loads(json.dumps(first.state_dict()))
     assert len(saved["waiting"]) > 0
-    second.stream.position = first.stream.position
+    second.stream.restore(first.stream.state)
     second.load_state_dict(saved, task_of)
     for step in range(1, 4):
         assert second.next_batch(step) == first.next_batch(step)
