@@ -16,7 +16,7 @@ stage() {
     local started=$SECONDS
     python3 -m prism_megatron "$name" --config "configs/quickstart/$name.yaml" "$@" \
         "vars.dir=$run" >"$out/$name.log" 2>&1 ||
-        { echo "$name: FAILED"; tail -n 5 "$out/$name.log"; exit 1; }
+        { echo "$name: FAILED"; tail -n 5 "$out/$name.log" "$run"/*/engines/*.log; exit 1; }
     echo "$name: $((SECONDS - started)) s"
     [[ ! -e $run/$name/metrics.jsonl ]] || cp "$run/$name/metrics.jsonl" "$out/$name.jsonl"
 }
