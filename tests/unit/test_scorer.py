@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from fractions import Fraction
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from prism_megatron.config.schema import Rewards
+from prism_megatron.config import load as configuration
+from prism_megatron.config.schema import RLVR, Rewards
 from prism_megatron.objectives.rewards.scorer import Scorer, failure_counts
 from prism_megatron.objectives.rewards.types import FAILURES, Reward, RewardItem
 
@@ -190,3 +192,19 @@ def test_rewards_lie_within_bounds_and_follow_from_their_terms(
             terms = Fraction(reward.accuracy), Fraction(reward.format)
             assert reward.total == float(weight * terms[0] + (1 - weight) * terms[1])
             assert 0 <= reward.total <= 1
+
+
+def test_data_sources_of_ones_own_are_configured_by_name(tmp_path: Path) -> None:
+    overlay = tmp_path / "rewards.yaml"
+    overlay.write_text("rewards: {rules: reference, sources: {me/sums.v2: geo3k}}\n")
+    quickstart = Path(__file__).parents[2] / "configs/quickstart/rlvr.yaml"
+    config = configuration.load("rlvr", [quickstart, overlay], ["rewards.timeout=3"])
+    assert isinstance(config, RLVR)
+    assert config.rewards == Rewards(rules="reference", sources={"me/sums.v2": "geo3k"}, timeout=3)
+    printed = {key: kind for key, kind, _ in configuration.describe(RLVR)}
+    assert printed["rewards.sources"] == (
+        "mapping to mm_gad|geo3k|math_verify|llm_judge, default {}"
+    )
+    with pytest.raises(ValueError, match=r"rewards.sources.me/sums.v2: 'geo' given"):
+        overlay.write_text("rewards: {sources: {me/sums.v2: geo}}\n")
+        configuration.load("rlvr", [quickstart, overlay], [])

@@ -127,7 +127,8 @@ class _Worker:
             return
         _, stdout = self._pipes()
         ready, _, _ = select.select([stdout], [], [], _STARTUP_SECONDS)
-        if not ready or not stdout.readline():
+        # a library may print while it is imported
+        if not ready or "ready\n" not in iter(stdout.readline, ""):
             self.stop()
             raise RuntimeError(
                 "a process that compares answers did not start; its error is printed above, "
