@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -236,6 +237,7 @@ def test_no_more_requests_at_once_than_allowed(endpoint: Endpoint) -> None:
 
     def wait_for_others(request: dict[str, Any]) -> Reply:
         together.wait(timeout=60)
+        time.sleep(0.2)  # here more would arrive, were they let
         return says("0")
 
     endpoint.behave = wait_for_others

@@ -75,7 +75,8 @@ def test_the_answer_of_a_valid_response(text: str, answer: str | None) -> None:
     assert answer_of(text) == answer
 
 
-body = st.text(st.characters(exclude_categories=["Cs"]), min_size=1).filter(
+written = st.text(st.characters(exclude_categories=["Cs"]), min_size=1)
+body = st.one_of(written, st.lists(written).map("\n".join)).filter(
     lambda text: text.strip() and not any(tag in text for tag in TAGS) and "<|" not in text
 )
 space = st.text(st.sampled_from(" \n\t\r"), max_size=4)

@@ -40,7 +40,7 @@ def has_reference_format(response: str) -> bool:
         return False
     think = _CAPTION_TO_THINK.search(text, len("<caption>"))
     answer = think and _THINK_TO_ANSWER.search(text, think.end())
-    return answer is not None and text.endswith("</answer>", answer.end())
+    return answer is not None and text.endswith("</answer>")
 
 
 def has_geo3k_format(response: str) -> bool:
