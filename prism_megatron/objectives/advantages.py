@@ -143,7 +143,7 @@ def stream_advantage(
     """
     normalise = _normalise_valid if options.invalid_samples == "corrected" else _normalise_all
     if options.stream_combination == "combine_then_normalise":
-        total = sum((w * torch.where(valid, s, 0.0) for w, s in streams), torch.zeros(len(groups)))
+        total = sum((weight * scores for weight, scores in streams), torch.zeros(len(groups)))
         streams = [(1.0, total)]
     advantage = torch.zeros(len(groups))
     for weight, scores in streams:

@@ -438,6 +438,15 @@ def test_options_that_contradict_each_other_are_refused(
         rlvr(*overrides)
 
 
+def test_the_reference_configuration_sets_every_option_to_reference() -> None:
+    for stage in ("align", "rlvr"):
+        plain = configuration.load(stage, ROOT / f"configs/quickstart/{stage}.yaml", [])
+        reference = configuration.load(stage, ROOT / f"configs/reference/{stage}.yaml", [])
+        for name, value in plain:
+            if value == "corrected":
+                assert getattr(reference, name) == "reference", f"{stage}: {name}"
+
+
 def test_the_first_keys_of_a_stage_are_those_of_every_stage() -> None:
     for stage in ("align", "rlvr"):
         assert [*configuration.STAGES[stage].model_fields][:4] == [
