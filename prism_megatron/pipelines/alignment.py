@@ -361,8 +361,8 @@ class Game:
             if len(student):
                 means[f"student_{name}_score"] = float(student.mean())
                 means[f"reward_{name}"] = float(self._rewards(stream, valid)[valid].mean())
-                gaps.append(float((teacher[groups[valid]] - student).mean()))
-        return means | ({"score_gap": sum(gaps) / len(gaps)} if gaps else {})
+                gaps.append((teacher[groups[valid]] - student).mean())
+        return means | ({"score_gap": float(torch.stack(gaps).mean())} if gaps else {})
 
 
 def _sequences(streams: dict[str, Stream]) -> list[Sequence]:
