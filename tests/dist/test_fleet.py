@@ -25,11 +25,10 @@ import torch.distributed as dist
 
 from prism_megatron.config import schema
 from prism_megatron.config.schema import Sampling
-from prism_megatron.rollout import fleet as fleets
 from prism_megatron.rollout.actors import ActorClient
 from prism_megatron.rollout.engine import EngineClient
 from prism_megatron.rollout.local import LocalEngine
-from prism_megatron.rollout.ray_fleet import RayFleet
+from prism_megatron.rollout.ray_fleet import RayFleet, send_through_ray
 from prism_megatron.types import Prompt, Rollout
 from tests.dist.ranks import Ranks
 from tests.engine_contract import CASES, SEEDED, VERSION, WEIGHTS_SEED
@@ -93,15 +92,8 @@ def fleet(address: str, hf_dir: Path) -> Iterator[Ranks]:
 def _open(address: str, hf_dir: Path) -> None:
     global _fleet
     os.environ["RAY_ADDRESS"] = address
-    built = fleets.build(
-        ENGINES,
-        hf_dir,
-        seed=SEED,
-        weights=lambda: tiny_model(seed=_version).named_parameters(),
-        logs=hf_dir / "engines",
-    )
-    assert isinstance(built, RayFleet)
-    _fleet = built
+    refit = send_through_ray(lambda: tiny_model(seed=_version).named_parameters())
+    _fleet = RayFleet(ENGINES, refit, model=hf_dir, seed=SEED, logs=hf_dir / "engines")
     _sync(1)
 
 
@@ -306,7 +298,7 @@ config = Rollout(kind="sglang", engines=2, gpus=(4, 6), health_interval=0.2)
 server = ServerKind(partial(command, "serve"), Client)
 leases = []
 fleet = RayFleet(
-    config, lambda found, version: leases.append(found), model=Path("none"), seed=0,
+    config, lambda found, version: leases.append(found) or {}, model=Path("none"), seed=0,
     logs=Path(sys.argv[1]), server=server,
 )
 servers = lambda: [ask(lease.address, lease.address.api_key) for lease in leases[-1]]
