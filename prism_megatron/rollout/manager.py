@@ -100,7 +100,10 @@ class Manager:
         RuntimeError if one answers with another: its rollouts would be credited to the wrong
         weights. One that does not answer is left to its supervisor.
         """
-        versions = await asyncio.gather(*(self._check(lease) for lease in self._leases))
+        # without asking for their health, which takes SGLang a second
+        versions = await asyncio.gather(
+            *(self._check(lease, ask_health=False) for lease in self._leases)
+        )
         for lease, version in zip(self._leases, versions, strict=True):
             if version not in (None, self.router.expected):
                 raise RuntimeError(
@@ -244,14 +247,15 @@ class Manager:
                     await self.router.until(news)
             await self._check(lease)
 
-    async def _check(self, lease: Lease) -> int | None:
+    async def _check(self, lease: Lease, *, ask_health: bool = True) -> int | None:
         """Ask an engine for its health and version, and tell the router; None if it did not say."""
         if not self._is_up(lease):
             return None
         actor, version, fault, died = self._actors[lease.engine], None, "", False
         try:
             async with asyncio.timeout(self.config.health_timeout):
-                await actor.health.remote()
+                if ask_health:
+                    await actor.health.remote()
                 version = await actor.weight_version.remote()
         except (ActorDiedError, EngineDied) as error:
             fault, died = in_words(error), True
