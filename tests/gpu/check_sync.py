@@ -62,9 +62,8 @@ class ServerProcess:
     """A server on some of this host's GPUs, for as long as the block lasts."""
 
     def __init__(
-        self, path: Path, gpus: list[str], options: list[str], log: Path, tensor: int
+        self, path: Path, gpus: list[str], options: list[str], log: Path, tensor: int, port: int
     ) -> None:
-        port = 31000 + 50 * dist.get_rank()
         command, environment = server_command(
             path, host="127.0.0.1", port=port, api_key="key", tensor=tensor, options=options
         )
@@ -129,6 +128,7 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=int, default=1)
     parser.add_argument("--cycles", type=int, default=10)
     parser.add_argument("--memory", default="0.5", help="share of GPU memory the engine takes")
+    parser.add_argument("--port", type=int, default=31000, help="of the first server")
     parser.add_argument("--bucket-mib", type=int, default=1024)
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
@@ -163,11 +163,13 @@ def main() -> None:
     vocabulary = Vocabulary.of(path)
 
     def engine_at(rank: int) -> SGLangEngine:
-        return SGLangEngine(f"http://127.0.0.1:{31000 + 50 * rank}", "key", vocabulary)
+        return SGLangEngine(f"http://127.0.0.1:{options.port + 50 * rank}", "key", vocabulary)
 
     engine = engine_at(ranks[0])
     if rank == ranks[0]:
-        server = ServerProcess(path, [gpus[r] for r in ranks], flags, log, size)
+        server = ServerProcess(
+            path, [gpus[r] for r in ranks], flags, log, size, options.port + 50 * rank
+        )
     report: dict[str, Any] = {"model": options.preset or options.kind, "world": world}
     report |= {"layout": {k: v for k, v in vars(layout).items() if isinstance(v, int)}}
     report |= {"engine_tensor": size, "bucket_mib": options.bucket_mib}
