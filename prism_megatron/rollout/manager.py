@@ -97,8 +97,8 @@ class Manager:
     async def confirm(self) -> None:
         """Ask the refitted engines for their version; those that have the expected one serve.
 
-        RuntimeError if one answers with another: its rollouts would be credited to the wrong
-        weights. One that does not answer is left to its supervisor.
+        One that answers with another is left to the next sync, one that does not answer to its
+        supervisor.
         """
         # without asking for their health, which takes SGLang a second
         versions = await asyncio.gather(
@@ -106,10 +106,10 @@ class Manager:
         )
         for lease, version in zip(self._leases, versions, strict=True):
             if version not in (None, self.router.expected):
-                raise RuntimeError(
-                    f"weights of version {self.router.expected} were sent, but engine "
-                    f"{lease.engine} answers with version {version}; stopping, since its rollouts "
-                    "would be credited to the wrong weights"
+                self._event(
+                    lease.engine,
+                    f"answers with version {version} after weights of version "
+                    f"{self.router.expected} were sent; it serves after a sync that reaches it",
                 )
 
     async def wait_for_engine(self) -> None:

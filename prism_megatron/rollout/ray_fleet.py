@@ -169,7 +169,17 @@ class RayFleet:
         """
         assert self._work is not None, "nothing was submitted"
         work = self._work
-        while self._left(work):
+        left, attempts = -1, 0
+        while now := self._left(work):
+            # the same number once more: no engine could serve with what the last sync gave it
+            left, attempts = now, attempts + 1 if now == left else 1
+            if attempts > self.config.max_attempts:
+                self._report()
+                raise RuntimeError(
+                    f"{left} prompts are unanswered: no engine has weights of version "
+                    f"{self.weight_version} after {self.config.max_attempts} syncs in a row "
+                    "(rollout.max_attempts); stderr says what engines answered"
+                )
             self._first(lambda: self._ask(self._manager.wait_for_engine))
             self.sync(self.weight_version)
             self._running = self._run(self._play(work))

@@ -252,6 +252,23 @@ def test_a_prompt_that_no_engine_can_take_stops_all_ranks(fleet: Ranks) -> None:
     assert first == f"RuntimeError: rank 1 could not sample: {wrong}"
 
 
+def _generate_without_weights() -> str:
+    """The weights of a new version reach no engine."""
+    refit, _fleet._refit = _fleet._refit, lambda leases, version: {}
+    try:
+        _fleet.sync(5)
+        _generate(6)
+    except RuntimeError as error:
+        _fleet._work, _fleet._refit = None, refit
+        return str(error)
+    return "no error"
+
+
+def test_old_weights_never_serve_and_waiting_for_new_ones_ends(fleet: Ranks) -> None:
+    for error in fleet.run(_generate_without_weights):
+        assert "no engine has weights of version 5 after 10 syncs in a row" in error
+
+
 @pytest.mark.parametrize("case", [*CASES, *SEEDED], ids=lambda case: case.__name__)
 def test_contract_of_the_client_of_an_actor(
     fleet: Ranks, case: Callable[[EngineClient], Awaitable[None]]
