@@ -58,6 +58,8 @@ class _Example:
     pixel_values: Tensor
     grids: tuple[tuple[int, int, int], ...]
     exchange: None = None
+    noise: tuple[()] = ()
+    routes: None = None
 
 
 GRID = (1, 6, 4)
