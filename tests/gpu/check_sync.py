@@ -54,8 +54,9 @@ from tests.gpu.served_models import questions
 KERNELS = "--attention-backend triton --sampling-backend pytorch --grammar-backend none"
 KERNELS += " --mm-attention-backend sdpa"
 Sync = Callable[[int], dict[str, float]]
-CLOSE = 0.01
-"""Mean distance of log-probabilities in BF16."""
+CLOSE = {"dense": 0.01, "moe": 0.03}
+"""Mean distance of log-probabilities in BF16, which in a random Mixture of Experts sends some tokens
+to other experts."""
 
 
 class ServerProcess:
@@ -290,7 +291,7 @@ def _logprobs(
         samples = [(p, r) for p, group in zip(prompts, box[0], strict=True) for r in group]
         found = distances(runner, samples)
         report[f"logprobs_{moment}"] = found | {"tokens_per_s": tokens / seconds}
-        assert found["mean_distance"] <= CLOSE, report
+        assert found["mean_distance"] <= CLOSE[report["model"]], report
 
 
 def _sleep(report: dict[str, Any], sync: Sync, engine: SGLangEngine) -> None:

@@ -3,16 +3,16 @@
 #
 #   bash tests/gpu/run.sh OUT [PART ...]
 #
-# Parts: logits parity resume curves dense fp8 moe baseline served; all of them by default. A part
-# that wants more GPUs than there are is skipped and says so, and so is `served` where SGLang is not
-# installed. Ends with a table, and with 1 if any part failed.
+# Parts: logits parity resume curves dense fp8 moe baseline served sync rollouts; all of them by
+# default. A part that wants more GPUs than there are is skipped and says so, and so are `served`, `sync`
+# and `rollouts` where SGLang is not installed. Ends with a table, and with 1 if any part failed.
 # CPU_PYTHONPATH: packages without Transformer Engine, for the fp32 reference on a host where
 # megatron.core must not find it.
 set -uo pipefail
 out=${1:?usage: run.sh OUT [PART ...]}
 shift
 parts=("$@")
-((${#parts[@]})) || parts=(logits parity resume curves dense fp8 moe baseline served)
+((${#parts[@]})) || parts=(logits parity resume curves dense fp8 moe baseline served sync rollouts)
 mkdir -p "$out"
 out=$(cd "$out" && pwd)
 cd "$(dirname "${BASH_SOURCE[0]}")/../.." || exit 1
@@ -125,10 +125,37 @@ served() {
     done
 }
 
+has_sglang() {
+    python3 -c "import checkpoint_engine, sglang" 2>/dev/null && return
+    echo "$1: skipped, SGLang or checkpoint-engine is not installed"
+    return 1
+}
+sync() {
+    has_sglang sync && made || return 0
+    job sync-dense 0 1 check_sync "$checkpoints" --kind dense --memory 0.3
+    job sync-moe 0 1 check_sync "$checkpoints" --kind moe --memory 0.3
+    job sync-4b 0 1 check_sync "$checkpoints" --preset qwen3-vl-4b --memory 0.4
+    job sync-8b 0 1 check_sync "$checkpoints" --preset qwen3-vl-8b --memory 0.4
+    job sync-dense-tp2 0 2 check_sync "$checkpoints" --kind dense --tensor 2 --engine-tensor 2
+    job sync-moe-ep2 0 2 check_sync "$checkpoints" --kind moe --expert 2 --memory 0.3
+    job sync-30b-a3b-ep4 0 4 check_sync "$checkpoints" --preset qwen3-vl-30b-a3b --expert 4 \
+        --engine-tensor 2 --memory 0.4
+}
+rollouts() {
+    has_sglang rollouts && made || return 0
+    local model
+    model=$(mktemp -d)
+    cp "$checkpoints"/dense/bf16/* "$checkpoints/tiny/generation_config.json" "$model"
+    bash tests/gpu/digit_sums.sh "$out/digit-sums" "$model" || touch "$out/failed"
+    rm -rf "$model"
+}
+
 rm -f "$out/failed"
 for part in "${parts[@]}"; do
     case $part in
-        logits | parity | resume | curves | dense | fp8 | moe | baseline | served) "$part" ;;
+        logits | parity | resume | curves | dense | fp8 | moe | baseline | served | sync | rollouts)
+            "$part"
+            ;;
         *) echo "run.sh: unknown part $part" >&2; exit 2 ;;
     esac
 done
