@@ -19,10 +19,12 @@ from threading import Event
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import zmq
 from safetensors.torch import load_file
 from torch import Tensor
 
+from model_providers import backend as backends
 from prism_megatron.config.schema import Sampling
 from prism_megatron.rollout.local import LocalEngine
 from prism_megatron.types import Prompt, VisualInputs
@@ -41,6 +43,8 @@ class MockSGLang:
         self.stops: list[Event] = []
         self.paths: list[str] = []
         self.loaded: dict[str, Tensor] = {}
+        self.received: dict[str, Tensor] = {}
+        self.group: dist.ProcessGroup | None = None
         self.refuse = ""
         """A path that is answered with status 400."""
         self.forget_version = False
@@ -71,6 +75,19 @@ class MockSGLang:
             for name, tensor in updates[0].items():
                 assert all(torch.equal(tensor, update[name]) for update in updates)
             self.load(updates[0], int(body["weight_version"]))
+        if path == "/init_weights_update_group":
+            address = f"tcp://{body['master_address']}:{body['master_port']}"
+            self.group = backends.create("cpu").outer_group(
+                address, body["world_size"], body["rank_offset"], body["group_name"]
+            )
+        if path == "/update_weights_from_distributed":
+            for name, dtype, shape in zip(
+                body["names"], body["dtypes"], body["shapes"], strict=True
+            ):
+                self.received[name] = torch.empty(shape, dtype=getattr(torch, dtype))
+                dist.broadcast(self.received[name], src=0, group=self.group)
+            if body["weight_version"] is not None:
+                self.load(self.received, int(body["weight_version"]))
         if path == "/update_weights_from_disk":
             weights = load_file(Path(body["model_path"]) / "model.safetensors")
             self.load(weights, int(body["weight_version"]))

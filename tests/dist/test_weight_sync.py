@@ -22,7 +22,7 @@ from prism_megatron.config.schema import Sampling
 from prism_megatron.rollout.http_engine import Vocabulary
 from prism_megatron.rollout.local import LocalEngine
 from prism_megatron.rollout.sglang import SGLangEngine
-from prism_megatron.rollout.weight_sync import DiskSync, IpcSync
+from prism_megatron.rollout.weight_sync import BroadcastSync, DiskSync, IpcSync
 from prism_megatron.types import Prompt
 from tests.dist import checks
 from tests.dist.ranks import Ranks
@@ -96,6 +96,39 @@ def test_engines_on_the_trainers_gpus_map_every_weight(
         "/continue_generation",
         "/model_info",
     ]
+
+
+def _broadcast(path: Path, layout: Layout) -> Any:
+    """What a server in another process got changed or not at all, with what it was asked."""
+    model = _model(path, layout)
+    with ExitStack() as stack:
+        mock, box = None, [""]
+        # the first rank sends, so the server lives with the last one
+        if dist.get_rank() == dist.get_world_size() - 1:
+            mock = MockSGLang(path)
+            box = [stack.enter_context(serve(mock))]
+        dist.broadcast_object_list(box, src=dist.get_world_size() - 1)
+        servers = {0: SGLangEngine(box[0], KEY, Vocabulary.of(path))}
+        sync = BroadcastSync(model, 1, bucket_bytes=2**15)
+        for version in (3, 4):
+            if version == 4:
+                with torch.no_grad():
+                    for parameter in model.parameters():
+                        parameter.mul_(2)
+            sync.sync(servers, version)
+        if mock is None:
+            return None
+        weights = load_file(path / "model.safetensors")
+        same = {n for n, t in mock.loaded.items() if n in weights and t.equal(weights[n] * 2)}
+        return sorted(set(weights) ^ same), mock.paths, mock.version
+
+
+def test_engines_on_gpus_of_their_own_are_sent_every_weight(ranks: Worlds, hf_dir: Path) -> None:
+    layout = Layout(tensor=2, sequence_parallel=True)
+    wrong, paths, version = ranks(2).run(_broadcast, hf_dir, layout)[1]
+    assert wrong == [] and version == 4
+    assert paths.count("/init_weights_update_group") == 1
+    assert paths.count("/update_weights_from_distributed") > 4
 
 
 def test_engines_elsewhere_read_a_folder_that_is_gone_afterwards(

@@ -55,8 +55,8 @@ KERNELS = "--attention-backend triton --sampling-backend pytorch --grammar-backe
 KERNELS += " --mm-attention-backend sdpa"
 Sync = Callable[[int], dict[str, float]]
 CLOSE = {"dense": 0.01, "moe": 0.03}
-"""Mean distance of log-probabilities in BF16, which in a random Mixture of Experts sends some tokens
-to other experts."""
+"""Mean distance of log-probabilities in BF16, which sends some tokens of a random Mixture of
+Experts to other experts."""
 
 
 class ServerProcess:
