@@ -20,9 +20,7 @@ import torch
 from torch import Tensor
 from transformers import (
     AutoConfig,
-    AutoTokenizer,
     DynamicCache,
-    GenerationConfig,
     Qwen3VLForConditionalGeneration,
 )
 from transformers.initialization import no_init_weights
@@ -30,6 +28,7 @@ from transformers.initialization import no_init_weights
 from prism_megatron.config.schema import Sampling
 from prism_megatron.rollout.collate import collate_prompts
 from prism_megatron.rollout.engine import request_keys
+from prism_megatron.rollout.vocabulary import Vocabulary
 from prism_megatron.rollout.weight_check import WeightCheck
 from prism_megatron.types import Prompt, Rollout
 
@@ -91,24 +90,11 @@ class LocalEngine:
         self._seed = seed
         self._weight_version = 0 if pretrained else -1
         self.weight_check = WeightCheck(self._model.named_parameters)
-        stop_ids = GenerationConfig.from_pretrained(hf_dir).eos_token_id
-        if stop_ids is None:
-            raise ValueError(
-                f"{hf_dir}/generation_config.json has no eos_token_id, so no response would end; "
-                "set it to the id of <|im_end|>"
-            )
-        self._stop_ids = torch.tensor(stop_ids, device=device).reshape(-1)
-        self._forbidden = self._forbidden_ids(len(AutoTokenizer.from_pretrained(hf_dir)))
-
-    def _forbidden_ids(self, tokenizer_size: int) -> Tensor:
-        """[vocab] bool, True on the ids that are never sampled."""
-        config = self._model.config
-        forbidden = torch.arange(config.text_config.vocab_size) >= tokenizer_size
-        forbidden[config.image_token_id] = True
-        forbidden[config.video_token_id] = True
-        forbidden[config.vision_start_token_id] = True
-        forbidden[config.vision_end_token_id] = True
-        return forbidden.to(self._model.device)
+        vocabulary = Vocabulary.of(hf_dir)
+        self._stop_ids = torch.tensor(vocabulary.stop, device=device)
+        forbidden = torch.arange(model.config.text_config.vocab_size) >= vocabulary.size
+        forbidden[list(vocabulary.placeholders)] = True
+        self._forbidden = forbidden.to(device)
 
     @property
     def weight_version(self) -> int:

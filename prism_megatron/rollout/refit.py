@@ -19,9 +19,10 @@ import torch.distributed as dist
 from model_providers.qwen3_vl import Qwen3VLModel
 from prism_megatron.config import schema
 from prism_megatron.rollout import sglang, vllm
-from prism_megatron.rollout.http_engine import HttpEngine, Vocabulary
+from prism_megatron.rollout.http_engine import HttpEngine
 from prism_megatron.rollout.router import Lease
 from prism_megatron.rollout.server import Endpoint, ServerKind, address_of
+from prism_megatron.rollout.vocabulary import Vocabulary
 from prism_megatron.rollout.weight_sync import BroadcastSync, DiskSync, IpcSync, WeightSync
 
 _PROGRAMS: dict[str, tuple[Callable[..., Any], type[HttpEngine]]] = {
@@ -69,12 +70,15 @@ class ServerRefit:
     def __init__(self, config: schema.Rollout, model: Qwen3VLModel, hf_dir: Path) -> None:
         self.config, self.model, self.hf_dir = config, model, hf_dir
         self._sync: WeightSync | None = None
+        self._placed: set[int] = set()
         self._clients: dict[str, Any] = {}
 
     def __call__(self, leases: Sequence[Lease], version: int) -> dict[str, float]:
         """Seconds by phase; an engine that fails is left out, and asked for its version later."""
-        if self._sync is None:
+        # an engine that was down when the others were placed has its place to be found, too
+        if self._sync is None or not self._placed >= {lease.engine for lease in leases}:
             self._sync = self._way(leases)
+            self._placed = {lease.engine for lease in leases}
         servers = {lease.engine: self._client(lease.address) for lease in leases}
         try:
             return self._sync.sync(servers, version)
@@ -100,8 +104,8 @@ class ServerRefit:
             return IpcSync(self.model, ranks)
         if config.kind == "vllm":
             raise ValueError(
-                "vLLM engines take weights from trainers on the same GPUs; give rollout.gpus "
-                "those, or set rollout.sync_folder or rollout.kind=sglang"
+                "vLLM engines take weights from trainers on the same GPUs alone; give rollout.gpus "
+                "those, or set rollout.kind=sglang"
             )
         return BroadcastSync(self.model, config.tensor)
 

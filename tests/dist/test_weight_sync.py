@@ -19,9 +19,9 @@ from model_providers.parallel import Layout
 from model_providers.qwen3_vl import Qwen3VLModel
 from model_providers.weight_map import load_hf_weights
 from prism_megatron.config.schema import Sampling
-from prism_megatron.rollout.http_engine import Vocabulary
 from prism_megatron.rollout.local import LocalEngine
 from prism_megatron.rollout.sglang import SGLangEngine
+from prism_megatron.rollout.vocabulary import Vocabulary
 from prism_megatron.rollout.weight_sync import BroadcastSync, DiskSync, IpcSync
 from prism_megatron.types import Prompt
 from tests.dist import checks

@@ -42,8 +42,8 @@ from model_providers.qwen3_vl import Qwen3VLModel
 from model_providers.weight_map import load_hf_weights
 from prism_megatron.config.schema import Sampling
 from prism_megatron.pipelines.sync_check import distances
-from prism_megatron.rollout.http_engine import Vocabulary
 from prism_megatron.rollout.sglang import SGLangEngine, server_command
+from prism_megatron.rollout.vocabulary import Vocabulary
 from prism_megatron.rollout.weight_sync import IpcSync
 from prism_megatron.training.runner import ModelRunner
 from prism_megatron.types import Prompt, Rollout

@@ -11,8 +11,8 @@ import pytest
 
 from prism_megatron.rollout.actors import AsyncLocalEngine
 from prism_megatron.rollout.engine import EngineClient
-from prism_megatron.rollout.http_engine import Vocabulary
 from prism_megatron.rollout.sglang import SGLangEngine
+from prism_megatron.rollout.vocabulary import Vocabulary
 from tests.engine_contract import CASES, SEEDED, VERSION, WEIGHTS_SEED
 from tests.mock_sglang import KEY, MockSGLang, serve
 from tests.unit.test_local_engine import save, tiny_model
