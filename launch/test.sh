@@ -15,38 +15,23 @@ check() {
     "$@" || failed+=("$name")
 }
 
-# beside NAME COMMAND...: a check that runs while the tests of several ranks wait for one another
-names=() logs=() pids=()
-beside() {
-    names+=("$1") logs+=("$(mktemp)")
-    shift
-    "$@" >"${logs[-1]}" 2>&1 &
-    pids+=($!)
-}
-report() {
-    wait "${pids[$1]}"
-    local status=$?
-    cat "${logs[$1]}"
-    rm "${logs[$1]}"
-    return $status
-}
-# a selection by arguments may leave nothing of one folder
+# Several processes take test files one after the other: many tests wait, for ranks or servers. Each
+# process may have ranks that take 7 GB.
+workers=$(awk -v cores="$(env -u OMP_NUM_THREADS nproc)" '/^MemTotal/ {
+    room = int($2 / 10e6)
+    workers = room < cores ? room : cores
+    print workers < 1 ? 1 : workers
+}' /proc/meminfo)
+# the files that take longest first
 tests() {
-    python -m pytest "$@"
-    local status=$?
-    ((status == 5 && $# > 1)) || return $status
+    python -m pytest -n "$workers" --dist loadfile tests/dist tests/e2e tests/unit "$@"
 }
 
 check "ruff check" ruff check .
 check "ruff format" ruff format --check .
 check "import direction" lint-imports
-beside mypy mypy
-beside "tests/unit" tests tests/unit "$@"
-check "tests/dist" tests tests/dist "$@"
-check "tests/e2e" tests tests/e2e "$@"
-for i in "${!names[@]}"; do
-    check "${names[i]}" report "$i"
-done
+check mypy mypy
+check tests tests "$@"
 
 if ((${#failed[@]})); then
     printf 'FAILED: %s\n' "${failed[@]}"

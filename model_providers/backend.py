@@ -18,7 +18,6 @@ from megatron.core import parallel_state
 from megatron.core.models.backends import BackendSpecProvider
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from torch import Tensor
-from torch.distributed import distributed_c10d
 
 from model_providers.parallel import Layout, ParallelState
 
@@ -90,27 +89,6 @@ class Backend:
         finally:
             if expandable:
                 torch.cuda.memory._set_allocator_settings("expandable_segments:True")
-
-    def outer_group(self, address: str, world: int, rank: int, name: str) -> dist.ProcessGroup:
-        """A group with processes that are not of this world; returns when all have joined.
-
-        torch can only make groups of the ranks of a world, so this goes below its public interface,
-        in the way that SGLang's and vLLM's side of such a group does.
-        """
-        timeout = distributed_c10d.default_pg_timeout
-        store, _, _ = next(distributed_c10d.rendezvous(address, rank, world, timeout=timeout))
-        store.set_timeout(timeout)
-        group, _ = distributed_c10d._new_process_group_helper(
-            world,
-            rank,
-            [],
-            distributed_c10d.Backend(self.process_group_backend),
-            distributed_c10d.PrefixStore(name, store),
-            group_name=name,
-            timeout=timeout,
-        )
-        distributed_c10d._world.pg_group_ranks[group] = {i: i for i in range(world)}
-        return group
 
     def init_process_group(self, timeout_seconds: float = 600) -> None:
         """Join the world that torchrun or srun started; a lone process is a world of one."""

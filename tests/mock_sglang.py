@@ -24,8 +24,8 @@ import zmq
 from safetensors.torch import load_file
 from torch import Tensor
 
-from model_providers import backend as backends
 from prism_megatron.config.schema import Sampling
+from prism_megatron.rollout import outer_group
 from prism_megatron.rollout.local import LocalEngine
 from prism_megatron.types import Prompt, VisualInputs
 from tests.tiny_models import IMAGE, VIDEO, VISION_END, VISION_START
@@ -77,8 +77,12 @@ class MockSGLang:
             self.load(updates[0], int(body["weight_version"]))
         if path == "/init_weights_update_group":
             address = f"tcp://{body['master_address']}:{body['master_port']}"
-            self.group = backends.create("cpu").outer_group(
-                address, body["world_size"], body["rank_offset"], body["group_name"]
+            self.group = outer_group.join(
+                address,
+                body["world_size"],
+                body["rank_offset"],
+                body["group_name"],
+                body["backend"],
             )
         if path == "/update_weights_from_distributed":
             for name, dtype, shape in zip(

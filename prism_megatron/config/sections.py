@@ -353,10 +353,10 @@ class Rollout(Section):
                 f"kind=embedded has one engine in every rank and no use for {', '.join(given)}; "
                 "set another kind, or leave them out"
             )
-        if self.sync_folder is not None and self.kind != "sglang":
+        if self.sync_folder is not None and self.kind not in ("sglang", "vllm"):
             raise ValueError(
-                f"sync_folder={self.sync_folder} is a way into SGLang servers, but kind is "
-                f"{self.kind}; leave it out"
+                f"sync_folder={self.sync_folder} is a way into servers, but kind is {self.kind}; "
+                "leave it out"
             )
         needed = self.tensor * self.engines_per_node
         if self.kind in ("sglang", "vllm") and len(self.gpus) != needed:

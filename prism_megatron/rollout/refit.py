@@ -102,11 +102,6 @@ class ServerRefit:
         ranks = engine_ranks({lease.engine: lease.address.host for lease in leases}, config, places)
         if all(ranks.values()):
             return IpcSync(self.model, ranks)
-        if config.kind == "vllm":
-            raise ValueError(
-                "vLLM engines take weights from trainers on the same GPUs alone; give rollout.gpus "
-                "those, or set rollout.kind=sglang"
-            )
         return BroadcastSync(self.model, config.tensor)
 
 

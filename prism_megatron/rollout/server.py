@@ -73,7 +73,7 @@ class Server:
         either with the last lines of its log.
         """
         host = address_of(self.interface)
-        endpoint = Endpoint(host, _free_port(host), secrets.token_urlsafe(24))
+        endpoint = Endpoint(host, _free_port(host), secrets.token_hex(24))
         self.log.parent.mkdir(parents=True, exist_ok=True)
         # -P: what lies beside the guard must not be found in place of the standard library
         guard = [sys.executable, "-P", str(Path(__file__).with_name("guard.py"))]

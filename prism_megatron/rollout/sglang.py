@@ -18,6 +18,7 @@ import torch
 
 from prism_megatron.config.schema import Sampling
 from prism_megatron.rollout.http_engine import NEVER, HttpEngine, pixel_bytes
+from prism_megatron.rollout.vocabulary import Vocabulary
 from prism_megatron.rollout.weight_check import Action
 from prism_megatron.types import Prompt, Rollout, VisualInputs
 
@@ -62,23 +63,7 @@ class SGLangEngine(HttpEngine):
 
         A response that holds an id of no token has finish_reason "invalid".
         """
-        parameters = {
-            "n": sampling.n,
-            "max_new_tokens": sampling.max_new_tokens,
-            "temperature": sampling.temperature,
-            "top_p": sampling.top_p,
-            "stop_token_ids": list(self.vocabulary.stop),
-            "logit_bias": {str(token): NEVER for token in self.vocabulary.placeholders},
-        }
-        body: dict[str, Any] = {
-            "input_ids": list(prompt.input_ids),
-            "sampling_params": parameters,
-            "return_logprob": True,
-        }
-        if prompt.images:
-            images = [_image(image) for image in prompt.images]
-            # several samples make a batch of one prompt, whose images are a list in a list
-            body["image_data"] = [images] if sampling.n > 1 else images
+        body = request(prompt, sampling, self.vocabulary)
         answer = await self.ask("/generate", body, prompt)
         answers = answer if isinstance(answer, list) else [answer]
         if len(answers) != sampling.n:
@@ -183,6 +168,28 @@ class SGLangEngine(HttpEngine):
     async def check(self, action: Action) -> None:
         """See EngineClient."""
         await asyncio.to_thread(self.post, "/weights_checker", {"action": action})
+
+
+def request(prompt: Prompt, sampling: Sampling, vocabulary: Vocabulary) -> dict[str, Any]:
+    """What SGLang's /generate and Engine.generate take."""
+    parameters = {
+        "n": sampling.n,
+        "max_new_tokens": sampling.max_new_tokens,
+        "temperature": sampling.temperature,
+        "top_p": sampling.top_p,
+        "stop_token_ids": list(vocabulary.stop),
+        "logit_bias": {str(token): NEVER for token in vocabulary.placeholders},
+    }
+    body: dict[str, Any] = {
+        "input_ids": list(prompt.input_ids),
+        "sampling_params": parameters,
+        "return_logprob": True,
+    }
+    if prompt.images:
+        images = [_image(image) for image in prompt.images]
+        # several samples make a batch of one prompt, whose images are a list in a list
+        body["image_data"] = [images] if sampling.n > 1 else images
+    return body
 
 
 def _image(image: VisualInputs) -> dict[str, Any]:

@@ -43,7 +43,7 @@ def server_command(
     """
     command = [python, "-m", "vllm.entrypoints.openai.api_server", "--model", str(hf_dir)]
     command += ["--host", host, "--port", str(port), "--api-key", api_key]
-    command += ["--tensor-parallel-size", str(tensor), "--tokens-only", "--enable-sleep-mode"]
+    command += ["--tensor-parallel-size", str(tensor), "--enable-sleep-mode"]
     command += ["--worker-extension-cls", "prism_megatron.rollout.vllm_server.WeightExtension"]
     # a model that is to get other weights anyway
     if not any(Path(hf_dir).glob("*.safetensors")):
@@ -119,11 +119,16 @@ class VLLMEngine(HttpEngine):
 
     def version(self) -> int:
         """Version of the weights that the server samples with; -1 before any sync."""
-        return _agreed(self.post("/collective_rpc", {"method": "loaded_version"}))
+        versions = {version for [version] in self._workers("loaded_version")}
+        if len(versions) != 1:
+            raise RuntimeError(
+                f"the workers of {self.url} have weights of versions {sorted(versions)}"
+            )
+        return int(versions.pop())
 
     def settle(self) -> None:
         """See SGLangEngine."""
-        self.post("/collective_rpc", {"method": "settle"})
+        self._workers("settle")
 
     def pause(self) -> None:
         """Stop sampling; requests stay, and go on after `resume`."""
@@ -134,19 +139,55 @@ class VLLMEngine(HttpEngine):
 
     def load_ipc(self, handles: Mapping[str, str], version: int) -> None:
         """Load weights from the processes that serve them at `handles` (GPU's UUID: address)."""
-        arguments = {"handles": dict(handles), "version": version}
-        self.post("/collective_rpc", {"method": "load_ipc", "kwargs": arguments})
-        # what was computed with the old weights, images' features among it
+        self._workers("load_ipc", handles=dict(handles), version=version)
+        self._forget()
+
+    def join_group(
+        self, address: str, port: int, first_rank: int, world: int, name: str, backend: str
+    ) -> None:
+        """See SGLangEngine."""
+        self._workers(
+            "join_group",
+            address=f"tcp://{address}:{port}",
+            first_rank=first_rank,
+            world=world,
+            name=name,
+            backend=backend,
+        )
+
+    def load_broadcast(
+        self, tensors: Sequence[tuple[str, torch.Tensor]], name: str, version: int | None
+    ) -> None:
+        """See SGLangEngine."""
+        self._workers(
+            "load_broadcast",
+            names=[key for key, _ in tensors],
+            dtypes=[str(tensor.dtype).removeprefix("torch.") for _, tensor in tensors],
+            shapes=[list(tensor.shape) for _, tensor in tensors],
+            version=version,
+        )
+        if version is not None:
+            self._forget()
+
+    def load_disk(self, hf_dir: Path, version: int) -> None:
+        """See SGLangEngine."""
+        self._workers("load_disk", hf_dir=str(hf_dir), version=version)
+        self._forget()
+
+    def _workers(self, method: str, **arguments: Any) -> list[Any]:
+        """What every worker answers to a method of vllm_server.WeightExtension."""
+        answer = self.post("/collective_rpc", {"method": method, "kwargs": arguments})
+        return list(answer["results"])
+
+    def _forget(self) -> None:
+        """Drop what was computed with the old weights, images' features among it."""
         for cache in ("prefix", "mm", "encoder"):
             self.post(f"/reset_{cache}_cache")
 
     async def check(self, action: Action) -> None:
         """See EngineClient."""
-        arguments = {"action": action}
-        answer = await asyncio.to_thread(
-            self.post, "/collective_rpc", {"method": "check_weights", "kwargs": arguments}
-        )
-        if wrong := [words for [words] in answer["results"] if words]:
+        answers = await asyncio.to_thread(self._workers, "check_weights", action=action)
+        if wrong := [words for [words] in answers if words]:
             raise RuntimeError("; ".join(wrong))
 
     def sleep(self) -> None:
@@ -156,14 +197,6 @@ class VLLMEngine(HttpEngine):
     def wake(self, *tags: str) -> None:
         """Take memory again, of "weights", "kv_cache" or all."""
         self.post("/wake_up" + "".join(f"{'&' if i else '?'}tags={t}" for i, t in enumerate(tags)))
-
-
-def _agreed(answer: Mapping[str, Any]) -> int:
-    """The version that all workers tell."""
-    versions = {version for [version] in answer["results"]}
-    if len(versions) != 1:
-        raise RuntimeError(f"the workers of one engine have weights of versions {sorted(versions)}")
-    return int(versions.pop())
 
 
 def _encoded(image: VisualInputs) -> str:

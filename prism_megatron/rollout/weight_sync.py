@@ -34,6 +34,7 @@ from torch.multiprocessing.reductions import reduce_tensor
 from checkpoint_tools import hf_writer
 from model_providers.qwen3_vl import Qwen3VLModel
 from model_providers.weight_plan import Bucket, WeightPlan, iter_hf_weights
+from prism_megatron.rollout import outer_group
 from prism_megatron.rollout.engine import RolloutEngine
 
 BUCKET_BYTES = 2**30
@@ -297,7 +298,9 @@ class BroadcastSync:
                 )
                 for i, server in enumerate(servers)
             ]
-            self._group = self.backend.outer_group(f"tcp://{host}:{port}", world, 0, self._name)
+            self._group = outer_group.join(
+                f"tcp://{host}:{port}", world, 0, self._name, self.backend.process_group_backend
+            )
             for future in joining:
                 future.result()
         self._joined = urls

@@ -29,6 +29,15 @@ def _free_port() -> int:
 
 
 CHECKS_BETWEEN_SWEEPS = 3
+# imported once, by the process that ranks are forked from
+PRELOADED = [
+    "transformers.models.qwen3_vl.modeling_qwen3_vl",
+    "transformers.models.qwen3_vl_moe.modeling_qwen3_vl_moe",
+    "prism_megatron.pipelines.alignment",
+    "prism_megatron.pipelines.rlvr",
+    "checkpoint_tools.megatron_to_hf",
+    "tests.dist.checks",
+]
 
 
 def _serve(rank: int, world: int, port: int, pipe: Connection, sweeps: bool) -> None:
@@ -99,7 +108,8 @@ class Ranks:
         atexit.register(self.close)
 
     def _start(self) -> None:
-        context, port = mp.get_context("spawn"), _free_port()
+        context, port = mp.get_context("forkserver"), _free_port()
+        context.set_forkserver_preload(PRELOADED)
         self.pipes, self.processes = [], []
         for rank in range(self.world):
             here, there = context.Pipe()

@@ -1,6 +1,9 @@
-"""Weight sync into SGLang servers on the trainers' GPUs, and what they sample then.
+"""Weight sync into SGLang or vLLM servers, and what they sample then.
 
-    torchrun --nproc-per-node N -m tests.gpu.check_sync DIR --out FILE [--preset NAME] [layout]
+    torchrun --nproc-per-node N -m tests.gpu.check_sync DIR --out FILE [--engine vllm]
+        [--preset NAME] [--apart ENGINES] [layout]
+
+Servers are on the trainers' GPUs, or with --apart that many on the GPUs after them.
 
 With a kind of DIR (tests.gpu.served_models): the server loads the export from disk, its tensors are
 kept, scrambled and synced from Megatron, and must be the same again. Then it samples responses to
@@ -22,7 +25,7 @@ import statistics
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -42,46 +45,67 @@ from model_providers.qwen3_vl import Qwen3VLModel
 from model_providers.weight_map import load_hf_weights
 from prism_megatron.config.schema import Sampling
 from prism_megatron.pipelines.sync_check import distances
-from prism_megatron.rollout.sglang import SGLangEngine, server_command
+from prism_megatron.rollout import sglang, vllm
 from prism_megatron.rollout.vocabulary import Vocabulary
-from prism_megatron.rollout.weight_sync import IpcSync
+from prism_megatron.rollout.weight_sync import BroadcastSync, IpcSync
 from prism_megatron.training.runner import ModelRunner
 from prism_megatron.types import Prompt, Rollout
 from tests.gpu import workload
 from tests.gpu.served_models import questions
 
-# without FlashAttention-3's and FlashInfer's binaries
-KERNELS = "--attention-backend triton --sampling-backend pytorch --grammar-backend none"
-KERNELS += " --mm-attention-backend sdpa"
+PROGRAMS: dict[str, tuple[Any, Any]] = {
+    "sglang": (sglang.server_command, sglang.SGLangEngine),
+    "vllm": (vllm.server_command, vllm.VLLMEngine),
+}
+OPTIONS = {
+    # without FlashAttention-3's and FlashInfer's binaries
+    "sglang": "--attention-backend triton --sampling-backend pytorch --grammar-backend none "
+    "--mm-attention-backend sdpa --disable-cuda-graph --max-running-requests 256 "
+    "--mem-fraction-static",
+    "vllm": "--enforce-eager --dtype bfloat16 --max-model-len 2048 --moe-backend triton "
+    "--skip-mm-profiling --gpu-memory-utilization",
+}
+Engine = sglang.SGLangEngine | vllm.VLLMEngine
 Sync = Callable[[int], dict[str, float]]
 CLOSE = {"dense": 0.01, "moe": 0.03}
 """Mean distance of log-probabilities in BF16, which sends some tokens of a random Mixture of
 Experts to other experts."""
 
 
+def without_ranks() -> dict[str, str]:
+    """This process's environment, without what says that it is a rank of a trainer."""
+    return {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(("TORCHELASTIC", "PYTORCH_CUDA_ALLOC"))
+        and name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    }
+
+
 class ServerProcess:
     """A server on some of this host's GPUs, for as long as the block lasts."""
 
     def __init__(
-        self, path: Path, gpus: list[str], options: list[str], log: Path, tensor: int, port: int
+        self, kind: str, path: Path, gpus: list[str], options: list[str], log: Path, port: int
     ) -> None:
-        command, environment = server_command(
-            path, host="127.0.0.1", port=port, api_key="key", tensor=tensor, options=options
+        """ENGINE_PYTHONPATH: packages of the server, where they are not the trainer's."""
+        make_command, client = PROGRAMS[kind]
+        command, environment = make_command(
+            path, host="127.0.0.1", port=port, api_key="key", tensor=len(gpus), options=options
         )
-        environment |= {"CUDA_VISIBLE_DEVICES": ",".join(gpus)}
-        # the trainer's, which are not the server's
-        kept = {
-            name: value
-            for name, value in os.environ.items()
-            if not name.startswith(("TORCHELASTIC", "PYTORCH_CUDA_ALLOC"))
-            and name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-        }
+        environment |= {"CUDA_VISIBLE_DEVICES": ",".join(gpus), "VLLM_DEEP_GEMM_WARMUP": "skip"}
+        if packages := os.environ.get("ENGINE_PYTHONPATH"):
+            environment["PYTHONPATH"] = packages
         self.log = log
         with log.open("w") as file:
             self.process = subprocess.Popen(
-                command, env=kept | environment, stdout=file, stderr=file, start_new_session=True
+                command,
+                env=without_ranks() | environment,
+                stdout=file,
+                stderr=file,
+                start_new_session=True,
             )
-        self.engine = SGLangEngine(f"http://127.0.0.1:{port}", "key", Vocabulary.of(path))
+        self.engine = client(f"http://127.0.0.1:{port}", "key", Vocabulary.of(path))
 
     def wait(self, seconds: float) -> float:
         """Seconds until it answered."""
@@ -102,9 +126,7 @@ class ServerProcess:
         self.process.wait()
 
 
-async def sample(
-    engine: SGLangEngine, prompts: list[Prompt], sampling: Sampling
-) -> list[list[Rollout]]:
+async def sample(engine: Engine, prompts: list[Prompt], sampling: Sampling) -> list[list[Rollout]]:
     answers = await asyncio.gather(*(engine.generate(p, sampling, "") for p in prompts))
     await engine.close()
     return list(answers)
@@ -123,10 +145,12 @@ def true_shape(name: str, processor: Path, target: Path) -> Path:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("directory", type=Path)
+    parser.add_argument("--engine", choices=sorted(PROGRAMS), default="sglang")
     parser.add_argument("--kind", choices=("dense", "moe"), default="dense")
     parser.add_argument("--preset", choices=presets.PRESETS)
     for name in ("tensor", "pipeline", "expert", "expert-tensor", "engine-tensor"):
         parser.add_argument(f"--{name}", type=int, default=1)
+    parser.add_argument("--apart", type=int, default=0, help="engines on GPUs of their own")
     parser.add_argument("--cycles", type=int, default=10)
     parser.add_argument("--memory", default="0.5", help="share of GPU memory the engine takes")
     parser.add_argument("--port", type=int, default=31000, help="of the first server")
@@ -153,25 +177,34 @@ def main() -> None:
         path = Path(shutil.copytree(export, folder, dirs_exist_ok=True))
         shutil.copy(processor / "generation_config.json", path)
     size = options.engine_tensor
-    ranks = list(range(rank // size * size, rank // size * size + size))
+    # of each engine: the numbers of its GPUs, the first of which is that of the rank it talks to
+    first = world if options.apart else 0
+    count = options.apart or world // size
+    groups = {i: list(range(first + i * size, first + (i + 1) * size)) for i in range(count)}
+    talks = {i: 0 if options.apart else members[0] for i, members in groups.items()}
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    gpus = visible.split(",") if visible else [str(i) for i in range(world)]
-    log = options.out.with_suffix(f".server{rank}.log")
-    flags = [*KERNELS.split(), "--mem-fraction-static", options.memory]
-    flags += ["--load-format", "dummy"] if options.preset else []
-    flags += ["--disable-cuda-graph", "--max-running-requests", "256"]
-    server = None
+    gpus = visible.split(",") if visible else [str(i) for i in range(torch.cuda.device_count())]
+    flags = [*OPTIONS[options.engine].split(), options.memory]
     vocabulary = Vocabulary.of(path)
-
-    def engine_at(rank: int) -> SGLangEngine:
-        return SGLangEngine(f"http://127.0.0.1:{options.port + 50 * rank}", "key", vocabulary)
-
-    engine = engine_at(ranks[0])
-    if rank == ranks[0]:
-        server = ServerProcess(
-            path, [gpus[r] for r in ranks], flags, log, size, options.port + 50 * rank
+    client = PROGRAMS[options.engine][1]
+    servers = {
+        i: client(f"http://127.0.0.1:{options.port + 50 * i}", "key", vocabulary) for i in groups
+    }
+    engine = servers[0]
+    mine = [
+        ServerProcess(
+            options.engine,
+            path,
+            [gpus[g] for g in members],
+            flags,
+            options.out.with_suffix(f".server{i}.log"),
+            options.port + 50 * i,
         )
+        for i, members in groups.items()
+        if talks[i] == rank
+    ]
     report: dict[str, Any] = {"model": options.preset or options.kind, "world": world}
+    report |= {"engine": options.engine, "engines": count, "apart": bool(options.apart)}
     report |= {"layout": {k: v for k, v in vars(layout).items() if isinstance(v, int)}}
     report |= {"engine_tensor": size, "bucket_mib": options.bucket_mib}
     try:
@@ -182,27 +215,30 @@ def main() -> None:
             workload.randomise(model)
         else:
             load_hf_weights(model, HFDirectory(path), str(path))
-        if server:
+        for server in mine:
             report["server_start_s"] = server.wait(240)
         dist.barrier()
-        groups = {i: list(range(i * size, i * size + size)) for i in range(world // size)}
-        weights = IpcSync(model, groups, bucket_bytes=options.bucket_mib * 2**20)
-
-        servers = {i: engine_at(members[0]) for i, members in groups.items()}
+        bucket = options.bucket_mib * 2**20
+        weights: BroadcastSync | IpcSync
+        if options.apart:
+            weights = BroadcastSync(model, size, bucket_bytes=bucket)
+        else:
+            weights = IpcSync(model, groups, bucket_bytes=bucket)
 
         def sync(version: int) -> dict[str, float]:
             return weights.sync(servers, version)
 
         report["buckets"] = len(weights.plan.buckets)
         report["gib"] = sum(bucket.nbytes for bucket in weights.plan.buckets) / 2**30
-        _equality(report, sync, engine, server, options.preset)
+        _equality(report, sync, [server.engine for server in mine], options.preset)
         _times(report, sync, options.cycles)
         if not options.preset:
             _logprobs(report, sync, engine, model, options.directory)
-        if server:
-            _sleep(report, sync, engine)
+        # which is about memory that a trainer shares
+        if rank == 0 and not options.apart:
+            _sleep(report, engine)
     finally:
-        if server:
+        for server in mine:
             server.stop()
         shutil.rmtree(folder)
     if rank == 0:
@@ -213,16 +249,12 @@ def main() -> None:
 
 
 def _equality(
-    report: dict[str, Any],
-    sync: Sync,
-    engine: SGLangEngine,
-    server: ServerProcess | None,
-    preset: str | None,
+    report: dict[str, Any], sync: Sync, engines: Sequence[Engine], preset: str | None
 ) -> None:
     """What is loaded from disk, or by a first sync, comes back after the tensors are scrambled."""
     if preset:
         report["first_sync"] = sync(0)
-    if server:
+    for engine in engines:
         asyncio.run(engine.check("snapshot"))
         asyncio.run(engine.check("reset_tensors"))
         try:
@@ -233,7 +265,7 @@ def _equality(
             raise AssertionError("the scrambled weights compare as equal")
     seconds = sync(1)
     report.setdefault("first_sync", seconds)
-    if server:
+    for engine in engines:
         asyncio.run(engine.check("compare"))
     report["equal_after_sync"] = True
 
@@ -249,7 +281,7 @@ def _times(report: dict[str, Any], sync: Sync, cycles: int) -> None:
 def _logprobs(
     report: dict[str, Any],
     sync: Sync,
-    engine: SGLangEngine,
+    engine: Engine,
     model: Qwen3VLModel,
     directory: Path,
 ) -> None:
@@ -267,7 +299,7 @@ def _logprobs(
     # A random model gives them a hundredth of the probability, which suppressing them would shift
     # to the other tokens; so they may be sampled here, and responses that hold one are left out.
     free = replace(engine.vocabulary, placeholders=())
-    engine = SGLangEngine(engine.url, "key", free)
+    engine = type(engine)(engine.url, "key", free)
     sampling = Sampling(n=32, max_new_tokens=64)
     for moment in ("before", "after"):
         if moment == "after":
@@ -281,7 +313,7 @@ def _logprobs(
                         parameter.add_(0.02 * noise.to(parameter.dtype))
             report["sync_of_other_weights"] = sync(1000)
         started = time.perf_counter()
-        answers = asyncio.run(sample(engine, prompts, sampling))
+        answers = asyncio.run(sample(engine, prompts, sampling)) if dist.get_rank() == 0 else []
         seconds = time.perf_counter() - started
         tokens = sum(len(r.ids) for group in answers for r in group)
         box: list[Any] = [
@@ -294,7 +326,7 @@ def _logprobs(
         assert found["mean_distance"] <= CLOSE[report["model"]], report
 
 
-def _sleep(report: dict[str, Any], sync: Sync, engine: SGLangEngine) -> None:
+def _sleep(report: dict[str, Any], engine: Engine) -> None:
     """Twenty naps: what is left on the GPU, and whether that grows."""
     free, times = [], []
     for _ in range(20):

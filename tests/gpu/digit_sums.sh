@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Alignment and RLVR of 30 steps each on the quickstart's data, on one GPU, with responses from SGLang.
+# Alignment and RLVR of 30 steps each on the quickstart's data, with responses from SGLang servers on
+# the trainers' GPUs: on one GPU, and on two where there are.
 #
 #   bash tests/gpu/digit_sums.sh OUT MODEL
 #
@@ -10,21 +11,30 @@ out=$(mkdir -p "$1" && cd "$1" && pwd)
 model=$2
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 run=$(mktemp -d)
+# stage NAME RANKS RESULT [OVERRIDE ...]
 stage() {
-    local name=$1
-    shift
-    local started=$SECONDS
-    python3 -m prism_megatron "$name" --config "configs/quickstart/$name.yaml" "$@" \
-        "vars.dir=$run" >"$out/$name.log" 2>&1 ||
-        { echo "$name: FAILED"; tail -n 5 "$out/$name.log" "$run"/*/engines/*.log; exit 1; }
-    echo "$name: $((SECONDS - started)) s"
-    [[ ! -e $run/$name/metrics.jsonl ]] || cp "$run/$name/metrics.jsonl" "$out/$name.jsonl"
+    local name=$1 ranks=$2 result=$3 started=$SECONDS
+    shift 3
+    python3 -m torch.distributed.run --standalone --nproc-per-node "$ranks" \
+        -m prism_megatron "$name" --config "configs/quickstart/$name.yaml" "$@" \
+        "vars.dir=$run" >"$out/$result.log" 2>&1 ||
+        { echo "$result: FAILED"; tail -n 5 "$out/$result.log" "$run"/*/engines/*.log; exit 1; }
+    echo "$result: $((SECONDS - started)) s"
+    [[ ! -e $run/$result/metrics.jsonl ]] || cp "$run/$result/metrics.jsonl" "$out/$result.jsonl"
 }
-sglang=(--config tests/gpu/sglang.yaml train.steps=30)
-stage digit-sums train_rows=4000 heldout_rows=10
-stage sft backend=cuda "model.path=$model" model.parallel.tensor=1 train.steps=400
-stage rlvr "${sglang[@]}" "policy.path=$run/sft/hf" policy.parallel.tensor=1
-stage upcycle
-stage pairs backend=cuda data.path="$run/data/prompts.parquet"
-stage warmup backend=cuda model.parallel.expert=1 train.steps=100
-stage align "${sglang[@]}" policy.parallel.tensor=1 discriminator.parallel.expert=1
+stage digit-sums 1 data train_rows=4000 heldout_rows=10
+stage sft 1 sft backend=cuda "model.path=$model" model.parallel.tensor=1 train.steps=200
+stage upcycle 1 discriminator
+stage pairs 1 pairs backend=cuda data.path="$run/data/prompts.parquet"
+stage warmup 1 warmup backend=cuda model.parallel.expert=1 train.steps=100
+for gpus in 1 2; do
+    ((gpus <= $(nvidia-smi -L | wc -l))) || break
+    served=(
+        --config tests/gpu/sglang.yaml train.steps=30 "rollout.gpus=[$(seq -s, 0 $((gpus - 1)))]"
+        "rollout.engines=$gpus" "policy.parallel.tensor=$gpus"
+    )
+    stage align "$gpus" "align-$gpus" "${served[@]}" "discriminator.parallel.expert=$gpus" \
+        "run.dir=$run/align-$gpus"
+    stage rlvr "$gpus" "rlvr-$gpus" "${served[@]}" "policy.path=$run/sft/hf" \
+        "run.dir=$run/rlvr-$gpus"
+done

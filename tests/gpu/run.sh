@@ -21,7 +21,8 @@ gpus=$(python3 -c 'import torch; print(torch.cuda.device_count())')
 ((gpus)) || { echo "no GPU is visible" >&2; exit 1; }
 
 port=29500
-# job NAME FIRST_GPU COUNT MODULE [ARGUMENT ...]: run it on these GPUs, its log beside its result
+# job NAME FIRST_GPU COUNT MODULE [ARGUMENT ...]: run it on these GPUs, its log beside its result;
+# with as many ranks unless $ranks is set
 job() {
     local name=$1 first=$2 count=$3 module=$4 started=$SECONDS
     shift 4
@@ -32,7 +33,7 @@ job() {
         return
     fi
     if CUDA_VISIBLE_DEVICES=$(seq -s, "$first" $((first + count - 1))) timeout 300 \
-        python3 -m torch.distributed.run --nproc-per-node "$count" --master-port $own \
+        python3 -m torch.distributed.run --nproc-per-node "${ranks:-$count}" --master-port $own \
         -m "tests.gpu.$module" "$@" --out "$out/$name.json" >"$out/$name.log" 2>&1; then
         echo "$name: passed in $((SECONDS - started)) s"
     else
@@ -138,14 +139,20 @@ sync() {
     job sync-8b 0 1 check_sync "$checkpoints" --preset qwen3-vl-8b --memory 0.4
     job sync-dense-tp2 0 2 check_sync "$checkpoints" --kind dense --tensor 2 --engine-tensor 2
     job sync-moe-ep2 0 2 check_sync "$checkpoints" --kind moe --expert 2 --memory 0.3
+    ranks=1 job sync-dense-apart 0 2 check_sync "$checkpoints" --kind dense --apart 1
+    for size in 4b 8b; do
+        ranks=1 job sync-$size-apart 0 2 check_sync "$checkpoints" --preset qwen3-vl-$size --apart 1
+    done
     job sync-30b-a3b-ep4 0 4 check_sync "$checkpoints" --preset qwen3-vl-30b-a3b --expert 4 \
         --engine-tensor 2 --memory 0.4
 }
 rollouts() {
     has_sglang rollouts && made || return 0
+    job rollouts-4b 0 1 bench_rollouts "$checkpoints"
     local model
     model=$(mktemp -d)
-    cp "$checkpoints"/dense/bf16/* "$checkpoints/tiny/generation_config.json" "$model"
+    cp "$checkpoints"/dense/bf16/* "$model"
+    cp "$checkpoints/tiny/generation_config.json" "$model"
     bash tests/gpu/digit_sums.sh "$out/digit-sums" "$model" || touch "$out/failed"
     rm -rf "$model"
 }
