@@ -52,9 +52,11 @@ prepare_environment() {
     # whatever extras were installed, the package itself was too
     if ! grep -qs "^$hash .*$extras" "$stamp"; then
         echo "installing into .venv (once; about 5 GB, some minutes)"
-        .venv/bin/python -m pip install --disable-pip-version-check -c constraints.txt "setuptools>=77" &&
-            .venv/bin/python -m pip install --disable-pip-version-check --no-build-isolation \
-                -c constraints.txt -e ".${extras:+[$extras]}" || return 1
+        # most modules are never imported; the others are compiled when they are
+        local install=(.venv/bin/python -m pip install --disable-pip-version-check --no-compile)
+        "${install[@]}" -c constraints.txt "setuptools>=77" &&
+            "${install[@]}" --no-build-isolation -c constraints.txt \
+                -e ".${extras:+[$extras]}" || return 1
         echo "$hash $extras" >>"$stamp"
     fi
     PATH=$REPO/.venv/bin:$PATH

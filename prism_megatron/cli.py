@@ -1,6 +1,7 @@
 """The command line: one stage, its configuration files, and overrides.
 
-    prism-megatron STAGE --config FILE [--config OVERLAY ...] [section.field=value ...] [--dry-run]
+    prism-megatron STAGE --config FILE [--config OVERLAY ...] [section.field=value ...]
+                         [--dry-run [--gpus N]]
     prism-megatron checkpoint NAME ...
     prism-megatron score --input FILE [--output FILE] [--rules reference]
     prism-megatron doctor [--json]
@@ -76,11 +77,19 @@ def _stage(name: str, arguments: Sequence[str]) -> int:
         commands = [*ENTRY_POINTS, "checkpoint", "score", "doctor"]
         raise ValueError(configuration.unknown("command", name, commands))
     options = _stage_parser(name).parse_intermixed_args(arguments)
+    if options.gpus is not None and not (options.dry_run and options.gpus > 0):
+        raise ValueError(
+            f"--gpus {options.gpus} plans a run for so many GPUs, one or more, with --dry-run; a "
+            "run takes the ranks that the launcher starts"
+        )
     config = configuration.load(name, options.config, options.overrides)
-    if not options.dry_run or "WORLD_SIZE" in os.environ:
-        configuration.check_layouts(config, int(os.environ.get("WORLD_SIZE", "1")))
+    world = options.gpus or int(os.environ.get("WORLD_SIZE", "0"))
+    if world or not options.dry_run:
+        configuration.check_layouts(config, world or 1)
     if options.dry_run:
         if rank() == 0:
+            for line in _function("prism_megatron.plan:lines")(config, world) if world else ():
+                print(f"# {line}")
             print(configuration.to_yaml(config), end="")
         return 0
     _save(config)
@@ -131,6 +140,12 @@ def _stage_parser(name: str) -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--dry-run", action="store_true", help="check and print the resolved configuration, and end"
+    )
+    parser.add_argument(
+        "--gpus",
+        type=int,
+        metavar="N",
+        help="with --dry-run: check layouts for N GPUs, and print batches and memory",
     )
     parser.add_argument(
         "overrides", nargs="*", metavar="section.field=value", help="win over the files"

@@ -133,11 +133,7 @@ class MockSGLang:
             temperature=given["temperature"],
             top_p=given["top_p"],
         )
-        shown = body.get("image_data", [])
-        if given["n"] > 1 and shown:
-            [shown] = shown
-        images = tuple(self._image(item) for item in shown)
-        prompt = Prompt("row", tuple(body["input_ids"]), images)
+        prompt = prompt_of(body)
         assert {int(token) for token in given["logit_bias"]} == PLACEHOLDERS
         stop = Event()
         self.stops.append(stop)
@@ -158,11 +154,20 @@ class MockSGLang:
         ]
         return answers if sampling.n > 1 else answers[0]
 
-    def _image(self, item: Any) -> VisualInputs:
-        assert item["format"] == "prism_megatron" and 0 <= item["hash"] < 2**63
-        t, h, w = item["grid_thw"]
-        values = torch.frombuffer(bytearray(base64.b64decode(item["pixels"])), dtype=torch.bfloat16)
-        return VisualInputs(str(item["hash"]), values.view(t * h * w, -1).float(), (t, h, w))
+
+def prompt_of(body: Any) -> Prompt:
+    """What a request to /generate shows the engine."""
+    shown = body.get("image_data", [])
+    if body["sampling_params"]["n"] > 1 and shown:
+        [shown] = shown
+    return Prompt("row", tuple(body["input_ids"]), tuple(map(_image, shown)))
+
+
+def _image(item: Any) -> VisualInputs:
+    assert item["format"] == "prism_megatron" and 0 <= item["hash"] < 2**63
+    t, h, w = item["grid_thw"]
+    values = torch.frombuffer(bytearray(base64.b64decode(item["pixels"])), dtype=torch.bfloat16)
+    return VisualInputs(str(item["hash"]), values.view(t * h * w, -1).float(), (t, h, w))
 
 
 @contextmanager

@@ -26,7 +26,7 @@ from transformers import AutoProcessor
 from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
 
 from prism_megatron.config import schema
-from prism_megatron.data.rows import ImageSource, Message, Row, RowError
+from prism_megatron.data.rows import ImageSource, Message, Row, RowError, read_system_prompt
 from prism_megatron.types import Prompt, Sequence, VisualInputs
 
 IMAGE_PLACEHOLDER = "<image>"
@@ -83,7 +83,7 @@ class PromptEncoder:
         """The encoder of a Hugging Face directory for one stage's data section."""
         return cls(
             AutoProcessor.from_pretrained(model),
-            system_prompt=data.system_prompt.read_text().strip() if data.system_prompt else None,
+            system_prompt=read_system_prompt(data.system_prompt),
             max_prompt_tokens=data.max_prompt_tokens,
             max_response_tokens=data.max_response_tokens,
             truncate_response=data.overlong == "truncate_response",

@@ -45,6 +45,12 @@ class Message:
     content: str
 
 
+def read_system_prompt(file: Path | None) -> str | None:
+    """The text of a system turn. The line end that ends every text file is no part of it; a prompt
+    that ends with one, as the reference's, has another."""
+    return file.read_text().removesuffix("\n") if file else None
+
+
 @dataclass(frozen=True)
 class ImageSource:
     """An image that is not decoded yet: its encoded bytes, or the file that holds them."""

@@ -24,7 +24,14 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 
 from prism_megatron.config import schema
-from prism_megatron.data.rows import FileOptions, FileRows, Message, Read, Row
+from prism_megatron.data.rows import (
+    FileOptions,
+    FileRows,
+    Message,
+    Read,
+    Row,
+    read_system_prompt,
+)
 
 DATASET_INFO = "dataset_info.json"
 DATA_SUFFIXES = (".parquet", ".jsonl", ".json")
@@ -115,7 +122,7 @@ def open_source[R: Row](
         [read(file, options) for file in place.files],
         weight=section.weight,
         num_samples=section.num_samples or place.num_samples,
-        system_prompt=prompt.read_text().strip() if prompt else None,
+        system_prompt=read_system_prompt(prompt),
     )
 
 

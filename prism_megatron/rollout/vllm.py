@@ -19,6 +19,7 @@ import torch
 
 from prism_megatron.config.schema import Sampling
 from prism_megatron.rollout.http_engine import NEVER, HttpEngine, pixel_bytes
+from prism_megatron.rollout.vocabulary import Vocabulary
 from prism_megatron.rollout.weight_check import Action
 from prism_megatron.types import Prompt, Rollout, VisualInputs
 
@@ -60,21 +61,7 @@ class VLLMEngine(HttpEngine):
 
         A response that holds an id of no token has finish_reason "invalid".
         """
-        body: dict[str, Any] = {
-            "token_ids": list(prompt.input_ids),
-            "sampling_params": {
-                "n": sampling.n,
-                "max_tokens": sampling.max_new_tokens,
-                "temperature": sampling.temperature,
-                "top_p": sampling.top_p,
-                "stop_token_ids": list(self.vocabulary.stop),
-                "logit_bias": {str(token): NEVER for token in self.vocabulary.placeholders},
-                "logprobs": 0,
-                "detokenize": False,
-            },
-        }
-        if prompt.images:
-            body["features"] = self._features(prompt)
+        body = request(prompt, sampling, self.vocabulary)
         before = await self.weight_version()
         answer = await self.ask("/inference/v1/generate", body, prompt)
         version = await self.weight_version()
@@ -94,21 +81,6 @@ class VLLMEngine(HttpEngine):
             finish_reason=self.vocabulary.finish_reason(ids, choice["finish_reason"]),
             weight_version=version,
         )
-
-    def _features(self, prompt: Prompt) -> dict[str, Any]:
-        """The images, and where their tokens lie."""
-        image_token = self.vocabulary.placeholders[0]
-        places, position = [], 0
-        for token, run in groupby(prompt.input_ids):
-            length = len(list(run))
-            if token == image_token:
-                places.append({"offset": position, "length": length})
-            position += length
-        return {
-            "mm_hashes": {"image": [image.key for image in prompt.images]},
-            "mm_placeholders": {"image": places},
-            "kwargs_data": {"image": [_encoded(image) for image in prompt.images]},
-        }
 
     async def weight_version(self) -> int:
         return await asyncio.to_thread(self.version)
@@ -197,6 +169,41 @@ class VLLMEngine(HttpEngine):
     def wake(self, *tags: str) -> None:
         """Take memory again, of "weights", "kv_cache" or all."""
         self.post("/wake_up" + "".join(f"{'&' if i else '?'}tags={t}" for i, t in enumerate(tags)))
+
+
+def request(prompt: Prompt, sampling: Sampling, vocabulary: Vocabulary) -> dict[str, Any]:
+    """What vLLM's /inference/v1/generate takes."""
+    body: dict[str, Any] = {
+        "token_ids": list(prompt.input_ids),
+        "sampling_params": {
+            "n": sampling.n,
+            "max_tokens": sampling.max_new_tokens,
+            "temperature": sampling.temperature,
+            "top_p": sampling.top_p,
+            "stop_token_ids": list(vocabulary.stop),
+            "logit_bias": {str(token): NEVER for token in vocabulary.placeholders},
+            "logprobs": 0,
+            "detokenize": False,
+        },
+    }
+    if prompt.images:
+        body["features"] = _features(prompt, vocabulary.placeholders[0])
+    return body
+
+
+def _features(prompt: Prompt, image_token: int) -> dict[str, Any]:
+    """The images, and where their tokens lie."""
+    places, position = [], 0
+    for token, run in groupby(prompt.input_ids):
+        length = len(list(run))
+        if token == image_token:
+            places.append({"offset": position, "length": length})
+        position += length
+    return {
+        "mm_hashes": {"image": [image.key for image in prompt.images]},
+        "mm_placeholders": {"image": places},
+        "kwargs_data": {"image": [_encoded(image) for image in prompt.images]},
+    }
 
 
 def _encoded(image: VisualInputs) -> str:

@@ -166,7 +166,7 @@ def _convert_until_killed(kind: str, source: Path, out: Path, steps: int) -> Non
     for module, names in STEPS.items():
         for name in names:
             setattr(module, name, counted(getattr(module, name)))
-    hf_writer.SHARD_BYTES = 20_000
+    hf_writer.SHARD_BYTES = 50_000
     if kind == "import":
         hf_to_megatron.convert(source, out)
     else:

@@ -236,16 +236,21 @@ def main() -> None:
             _logprobs(report, sync, engine, model, options.directory)
         # which is about memory that a trainer shares
         if rank == 0 and not options.apart:
+            _write(report, options.out)
             _sleep(report, engine)
     finally:
         for server in mine:
             server.stop()
         shutil.rmtree(folder)
     if rank == 0:
-        report |= workload.environment()
-        options.out.write_text(json.dumps(report, indent=2) + "\n")
-        print(json.dumps(report, indent=2))
+        _write(report, options.out)
+        print(options.out.read_text())
     dist.destroy_process_group()
+
+
+def _write(report: dict[str, Any], out: Path) -> None:
+    """What is known so far."""
+    out.write_text(json.dumps(report | workload.environment(), indent=2) + "\n")
 
 
 def _equality(

@@ -251,7 +251,8 @@ def test_from_config_reads_the_system_prompt_file(folder: Path, tmp_path: Path) 
     (tmp_path / "system.txt").write_text("Be brief.\n\n")
     data = schema.Data(path=tmp_path, system_prompt=tmp_path / "system.txt", max_prompt_tokens=77)
     encoder = PromptEncoder.from_config(folder, data)
-    assert encoder.system_prompt == "Be brief."
+    # the line end of the file is no part of it, a further one is
+    assert encoder.system_prompt == "Be brief.\n"
     assert (encoder.max_prompt_tokens, encoder.max_response_tokens) == (77, 6144)
 
 

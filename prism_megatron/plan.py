@@ -1,0 +1,139 @@
+"""What a configuration asks of so many GPUs: its batches and its memory, before anything runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from checkpoint_tools.megatron_directory import hf_directory
+from model_providers import memory
+from model_providers.config import Qwen3VLConfig, Recompute
+from model_providers.presets import PRESETS
+from prism_megatron.config.schema import (
+    RLVR,
+    SFT,
+    Align,
+    Discriminator,
+    Model,
+    Optimizer,
+    PolicyUpdate,
+    Section,
+    Stage,
+    Warmup,
+)
+from prism_megatron.training.setup import layout_of
+
+GB = 1e9
+
+
+@dataclass(frozen=True)
+class Need:
+    """Bytes that one model takes of each GPU."""
+
+    weights: float
+    """With gradients, and with a frozen reference model where there is a KL term."""
+    optimizer: float
+    offload: bool
+    """The optimizer's part is there during the update alone."""
+    activations: float
+
+
+def total(needs: Iterable[Need]) -> float:
+    """Bytes at the worst moment: one model at a time computes, or is updated."""
+    needs = list(needs)
+    held = sum(need.weights + (0 if need.offload else need.optimizer) for need in needs)
+    return held + max(max(n.activations, n.optimizer if n.offload else 0) for n in needs)
+
+
+def lines(config: Section, gpus: int) -> Iterator[str]:
+    """The plan of a training stage, a line a fact; nothing for other stages."""
+    if not isinstance(config, Stage):
+        return
+    yield f"{'GPUs':<14} {gpus}"
+    found, unknown = needs(config, gpus)
+    for name, need in found.items():
+        layout = layout_of(getattr(config, name).parallel)
+        optimizer = "optimizer in host memory" if need.offload else "optimizer"
+        yield (
+            f"{name:<14} tensor {layout.tensor}, context {layout.context}, pipeline "
+            f"{layout.pipeline}, expert {layout.expert}, data {layout.data(gpus)}: "
+            f"{need.weights / GB:.1f} GB of weights and gradients, {need.optimizer / GB:.1f} GB of "
+            f"{optimizer}, about {need.activations / GB:.0f} GB of activations"
+        )
+    for name, path in unknown.items():
+        yield (
+            f"{name:<14} {path} is not there yet; to plan with its size, name a release: "
+            f"{name}.path=Qwen3-VL-4B-Instruct"
+        )
+    yield f"{'step':<14} {_step(config)}"
+    if not unknown:
+        engines = ", rollout engines besides" if isinstance(config, Align | RLVR) else ""
+        yield f"{'memory':<14} about {total(found.values()) / GB:.0f} GB on each GPU{engines}"
+
+
+def needs(config: Stage, gpus: int) -> tuple[dict[str, Need], dict[str, Path]]:
+    """What each model of a stage takes, and the paths of those that are not there yet.
+
+    ValueError if a model can't be laid out so.
+    """
+    found, unknown = {}, {}
+    for name, model in config:
+        if not isinstance(model, Model):
+            continue
+        if (architecture := _architecture(model.path)) is None:
+            unknown[name] = model.path
+        else:
+            architecture.check_layout(layout_of(model.parallel))
+            found[name] = _need(config, name, model, architecture, gpus)
+    return found, unknown
+
+
+def _architecture(path: Path) -> Qwen3VLConfig | None:
+    """From a model that is there, or by the name of a release; None for one that is to be made."""
+    if path.exists():
+        return Qwen3VLConfig.from_hf(hf_directory(path))
+    found = [name for name in PRESETS if path.name.lower().startswith(f"{name}-")]
+    return PRESETS[max(found, key=len)] if found else None
+
+
+def _need(config: Stage, name: str, model: Model, architecture: Qwen3VLConfig, gpus: int) -> Need:
+    layout, score = layout_of(model.parallel), isinstance(model, Discriminator)
+    optimizer = getattr(config, f"{name}_optimizer", None) or getattr(config, "optimizer", None)
+    assert isinstance(optimizer, Optimizer)
+    weights, moments = memory.state_bytes(
+        architecture,
+        layout,
+        gpus,
+        frozen=frozenset(part for part, value in model.freeze if value),
+        moment_bytes=2 if optimizer.moments == "bfloat16" else 4,
+        score=score,
+    )
+    if name == "policy" and isinstance(config, PolicyUpdate) and config.kl_coef > 0:
+        every = frozenset({"language", "vision", "mergers"})
+        weights += memory.state_bytes(architecture, layout, gpus, frozen=every)[0]
+    recompute = Recompute(**model.recompute.model_dump())
+    tokens = config.train.micro_batch_tokens
+    activations = memory.activation_bytes(architecture, layout, tokens, recompute, score=score)
+    return Need(weights, moments, optimizer.offload, activations)
+
+
+def _step(config: Stage) -> str:
+    """The global batch, and at most how many tokens it has."""
+    prompt, response = config.data.max_prompt_tokens, config.data.max_response_tokens
+    if isinstance(config, Align | RLVR):
+        prompts, n = config.prompts_per_step, config.sampling.n
+        longest = prompt + config.sampling.max_new_tokens
+        return (
+            f"{prompts} prompts x {n} responses = {prompts * n:,} responses, at most "
+            f"{prompts * n * longest:,} tokens; {config.updates_per_step} update(s) of the policy"
+        )
+    if isinstance(config, Warmup):
+        return (
+            f"{config.batch_size} pairs, at most "
+            f"{2 * config.batch_size * (prompt + response):,} tokens"
+        )
+    assert isinstance(config, SFT)
+    return (
+        f"{config.batch_size} sequences, at most {config.batch_size * (prompt + response):,} tokens"
+    )

@@ -1,0 +1,135 @@
+"""The ids that a trainer trains on are the ones that engines see, over thousands of prompts."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import random
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import msgpack
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import AutoProcessor
+
+from checkpoint_tools import tiny_qwen3vl
+from prism_megatron.config.schema import Sampling
+from prism_megatron.data.prompts import PromptEncoder
+from prism_megatron.data.rows import ImageSource, Message, Row
+from prism_megatron.rollout import sglang, vllm
+from prism_megatron.rollout.vocabulary import Vocabulary
+from prism_megatron.types import Prompt
+from tests.mock_sglang import prompt_of
+
+PROMPTS = 2000
+WORDS = ("3+8=", "sum", "\n", " \t", "<caption>", "</image>", "image >", "<", "é", "数", "🙂", "  ")
+# any width and height: neither multiples of a patch nor of what is merged
+SIZES = [(8, 8), (31, 33), (64, 32), (57, 130), (200, 21), (90, 90)]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("tiny")
+    texts = ["<caption>3 8</caption><think>3+8=11</think><answer>11</answer>"] * 9
+    tiny_qwen3vl.create(out, texts, "Answer shortly.", 340, seed=1)
+    return out
+
+
+def pictures() -> list[bytes]:
+    found = []
+    for number, (width, height) in enumerate(SIZES):
+        values = np.random.default_rng(number).integers(0, 256, (height, width, 3), dtype=np.uint8)
+        buffer = io.BytesIO()
+        Image.fromarray(values).save(buffer, "PNG")
+        found.append(buffer.getvalue())
+    return found
+
+
+def rows(count: int) -> list[tuple[Row, list[dict[str, Any]]]]:
+    """Random rows, and the same as a chat of transformers: no image to three, anywhere in the text,
+    with pieces of text that resemble placeholders."""
+    draw, stored, found = random.Random(5), pictures(), []
+    for number in range(count):
+        images, parts, text = [], [], ""
+        for _ in range(draw.randrange(1, 7)):
+            if len(images) < 3 and draw.random() < 0.3:
+                images.append(draw.randrange(len(stored)))
+                parts.append({"type": "image"})
+                text += "<image>"
+            else:
+                word = draw.choice(WORDS)
+                parts.append({"type": "text", "text": word})
+                text += word
+        sources = tuple(ImageSource(data=stored[i]) for i in images)
+        chat = [{"role": "user", "content": parts, "pictures": [stored[i] for i in images]}]
+        found.append((Row(str(number), (Message("user", text),), sources), chat))
+    return found
+
+
+def by_transformers(processor: Any, chat: list[dict[str, Any]]) -> list[int]:
+    text = processor.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+    images = [Image.open(io.BytesIO(data)) for data in chat[0]["pictures"]]
+    return list(processor(images=images or None, text=[text])["input_ids"][0])
+
+
+def test_ids_are_those_of_transformers_and_of_the_engines(folder: Path) -> None:
+    processor, vocabulary = AutoProcessor.from_pretrained(folder), Vocabulary.of(folder)
+    encoder = PromptEncoder(
+        processor, system_prompt=None, max_prompt_tokens=4000, max_response_tokens=50
+    )
+    shown = 0
+    for number, (row, chat) in enumerate(rows(PROMPTS)):
+        prompt = encoder.encode_prompt(row)
+        assert list(prompt.input_ids) == by_transformers(processor, chat), row
+        sampling = Sampling(n=1 + number % 3, max_new_tokens=8)
+        for_sglang = json.loads(json.dumps(sglang.request(prompt, sampling, vocabulary)))
+        seen = prompt_of(for_sglang)
+        assert seen.input_ids == prompt.input_ids
+        assert_same_images(prompt, [(i.grid_thw, i.pixel_values) for i in seen.images])
+        for_vllm = json.loads(json.dumps(vllm.request(prompt, sampling, vocabulary)))
+        assert tuple(for_vllm["token_ids"]) == prompt.input_ids
+        assert_same_images(prompt, vllm_images(for_vllm, processor))
+        shown += len(prompt.images)
+    assert shown > PROMPTS / 2
+
+
+def assert_same_images(
+    prompt: Prompt, seen: list[tuple[tuple[int, int, int], torch.Tensor]]
+) -> None:
+    assert len(seen) == len(prompt.images)
+    for image, (grid, pixels) in zip(prompt.images, seen, strict=True):
+        assert grid == image.grid_thw
+        assert torch.equal(pixels, image.pixel_values.to(torch.bfloat16).float())
+
+
+def vllm_images(
+    body: dict[str, Any], processor: Any
+) -> list[tuple[tuple[int, int, int], torch.Tensor]]:
+    """What the request's features hold; their places are the runs of image tokens, each as long as
+    its image."""
+    if "features" not in body:
+        return []
+    found, features = [], body["features"]
+    for encoded in features["kwargs_data"]["image"]:
+        message = msgpack.unpackb(base64.b64decode(encoded))
+        (_, shape, pixels), (_, _, grid) = (
+            message[key]["data"] for key in ("pixel_values", "image_grid_thw")
+        )
+        values = torch.frombuffer(bytearray(pixels.data), dtype=torch.bfloat16).view(shape).float()
+        sizes = np.frombuffer(grid.data, dtype=np.int64).tolist()
+        found.append(((sizes[0], sizes[1], sizes[2]), values))
+    ids, start, runs = body["token_ids"], 0, []
+    for token, run in groupby(ids):
+        length = len(list(run))
+        if token == processor.image_token_id:
+            runs.append({"offset": start, "length": length})
+        start += length
+    assert features["mm_placeholders"]["image"] == runs
+    merged = processor.image_processor.merge_size**2
+    assert [run["length"] for run in runs] == [len(values) // merged for _, values in found]
+    return found
