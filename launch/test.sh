@@ -22,7 +22,7 @@ workers=$(awk -v cores="$(env -u OMP_NUM_THREADS nproc)" '/^MemTotal/ {
     workers = room < cores ? room : cores
     print workers < 1 ? 1 : workers
 }' /proc/meminfo)
-# the files that take longest first
+# files that take long first, so that none is left over at the end
 tests() {
     python -m pytest -n "$workers" --dist loadfile tests/dist tests/e2e tests/unit "$@"
 }

@@ -14,9 +14,8 @@ share of the layers. The numbers are those of the GPU that has most.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import ceil
 
-from model_providers.config import Qwen3VLConfig, Recompute
+from model_providers.config import Qwen3VLConfig, Recompute, stage_layers
 from model_providers.parallel import Layout
 
 WEIGHT, GRADIENT = 2, 4
@@ -54,9 +53,9 @@ def parameters(config: Qwen3VLConfig) -> Parameters:
     merger = joined**2 + joined + joined * vision.out_hidden_size + vision.out_hidden_size
     # the last merger's norm is before patches are joined, those of deepstack after that
     norms = 2 * width + config.num_deepstack * 2 * joined
-    attention = hidden * config.head_dim * (2 * config.num_heads + 2 * config.num_kv_heads)
-    layer = attention + 2 * config.head_dim + 2 * hidden
-    layer += hidden * (config.num_experts or 3 * config.intermediate_size)
+    # the norms of queries and keys, and of what goes into attention and MLP
+    layer = config.token_weights + 2 * config.head_dim + 2 * hidden
+    layer -= config.top_k * 3 * hidden * config.moe_intermediate_size
     return Parameters(
         embedding=config.vocab_size * hidden,
         # the decoder's last norm goes with it
@@ -83,11 +82,11 @@ def state_bytes(
 
     frozen: of "language", "vision", "mergers"; score: a discriminator, without a language head.
     """
-    count, stages = parameters(config), range(layout.pipeline)
+    count = parameters(config)
     shard = layout.tensor * layout.data(world) * layout.context
     expert_shard = layout.expert * layout.expert_tensor * layout.expert_data(world)
     weights, optimizer = [], []
-    for stage in stages:
+    for stage in range(layout.pipeline):
         first, last = stage == 0, stage == layout.pipeline - 1
         layers = _layers(config, layout, stage)
         head = count.head
@@ -144,29 +143,30 @@ def activation_bytes(
         if "moe_act" in recompute.modules:
             mlp -= config.top_k * config.moe_intermediate_size
     kept = attention + mlp
-    layers = _layers(config, layout, 0)
-    whole = 0
-    if recompute.granularity == "full":
-        whole = min(layers, recompute.layers or layers)
-    per_layer = (layers - whole) * kept + whole * hidden
-    in_flight = layout.pipeline
-    if layout.virtual_pipeline > 1:
-        in_flight += ceil((layout.pipeline - 1) / layout.virtual_pipeline)
-    total = 2.0 * tokens_here * per_layer * in_flight
-    if whole:
-        total += 2.0 * tokens_here * kept  # the layer that is being computed again
+    logits = 0.0
     if not score:
-        # BF16 logits, and in fp32 what the loss keeps of them
+        # in BF16, and in fp32 what the loss keeps of them
         logits = (2 + 4) * tokens / layout.context / layout.tensor * config.vocab_size
-        total = max(total, logits) if layout.pipeline > 1 else total + logits
-    return total
+    most, chunks = 0.0, layout.virtual_pipeline
+    for stage in range(layout.pipeline):
+        layers = _layers(config, layout, stage)
+        whole = 0
+        if recompute.granularity == "full":
+            whole = min(layers, recompute.layers or layers)
+        per_layer = (layers - whole) * kept + whole * hidden
+        before_end = layout.pipeline - 1 - stage
+        in_flight = before_end + 1
+        if chunks > 1:
+            # chunks that the interleaved schedule has computed forward before the first backward
+            in_flight = (2 * before_end + (chunks - 1) * layout.pipeline + 1) / chunks
+        # the layer that is being computed again
+        again = kept if whole else 0
+        own = 2.0 * tokens_here * (per_layer * in_flight + again)
+        most = max(most, own + (logits if before_end == 0 else 0))
+    return most
 
 
 def _layers(config: Qwen3VLConfig, layout: Layout, stage: int) -> int:
     """Decoder layers of a stage."""
-    ends = {0: layout.first_stage_layers, layout.pipeline - 1: layout.last_stage_layers}
-    if (given := ends.get(stage)) is not None:
-        return given
-    middle = layout.pipeline - sum(end is not None for end in ends.values())
-    rest = config.num_layers - sum(end or 0 for end in ends.values())
-    return ceil(rest / middle)
+    chunks = range(layout.virtual_pipeline)
+    return sum(len(stage_layers(config, layout, stage, chunk)) for chunk in chunks)

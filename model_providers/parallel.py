@@ -97,44 +97,29 @@ class ParallelState:
             ["expt_tp", "ep", "expt_dp", "pp"],
             shared_dims=["pp"],
         )
-        sizes = dict(zip(grid.dim_names, grid.shape, strict=True))
-        sizes |= {
-            "expt_tp": layout.expert_tensor,
-            "ep": layout.expert,
-            "expt_dp": expert_data,
-        }
-        alone = dist.new_group([dist.get_rank()], use_local_synchronization=True)
-
-        def group(*dims: str, view: str | None = None) -> dist.ProcessGroup:
-            # a rank by itself is the same group under every name, and gloo's groups have threads
-            if all(sizes[dim] == 1 for dim in dims):
-                return alone
-            return grid.create_pg([*dims]) if view is None else grid.create_pg([*dims], view=view)
-
         groups = ProcessGroupCollection(
-            tp=group("tp"),
-            cp=group("cp"),
-            pp=group("pp"),
-            dp=group("dp"),
-            mp=group("tp", "pp"),
-            tp_cp=group("tp", "cp"),
-            dp_cp=group("cp", "dp"),
-            tp_dp_cp=group("tp", "cp", "dp"),
-            ep=group("ep", view="expert"),
-            expt_tp=group("expt_tp", view="expert"),
-            expt_dp=group("expt_dp", view="expert"),
-            tp_ep=group("expt_tp", "ep", view="expert"),
-            tp_ep_pp=group("expt_tp", "ep", "pp", view="expert"),
+            tp=grid.create_pg("tp"),
+            cp=grid.create_pg("cp"),
+            pp=grid.create_pg("pp"),
+            dp=grid.create_pg("dp"),
+            mp=grid.create_pg(["tp", "pp"]),
+            tp_cp=grid.create_pg(["tp", "cp"]),
+            dp_cp=grid.create_pg(["cp", "dp"]),
+            tp_dp_cp=grid.create_pg(["tp", "cp", "dp"]),
+            ep=grid.create_pg("ep", view="expert"),
+            expt_tp=grid.create_pg("expt_tp", view="expert"),
+            expt_dp=grid.create_pg("expt_dp", view="expert"),
+            tp_ep=grid.create_pg(["expt_tp", "ep"], view="expert"),
+            tp_ep_pp=grid.create_pg(["expt_tp", "ep", "pp"], view="expert"),
         )
         groups.intra_dp_cp = groups.dp_cp
         groups.intra_expt_dp = groups.expt_dp
         # one optimizer instance spans the world
         groups.intra_dist_opt = dist.group.WORLD
-        groups.embd = _embedding_group(groups.pp) if layout.pipeline > 1 else alone
+        groups.embd = _embedding_group(groups.pp)
         groups.pos_embd = None
-        features = alone
-        if layout.context * data > 1:
-            features, _ = dist.new_subgroups_by_enumeration(grid.get_rank_enum(["cp", "dp"]))
+        alone, _ = dist.new_subgroups(group_size=1)
+        features, _ = dist.new_subgroups_by_enumeration(grid.get_rank_enum(["cp", "dp"]))
         assert features.rank() == groups.dp.rank() * layout.context + groups.cp.rank()
         return cls(layout, groups, alone, features)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,11 +39,10 @@ class Need:
     activations: float
 
 
-def total(needs: Iterable[Need]) -> float:
+def total(models: Collection[Need]) -> float:
     """Bytes at the worst moment: one model at a time computes, or is updated."""
-    needs = list(needs)
-    held = sum(need.weights + (0 if need.offload else need.optimizer) for need in needs)
-    return held + max(max(n.activations, n.optimizer if n.offload else 0) for n in needs)
+    held = sum(need.weights + (0 if need.offload else need.optimizer) for need in models)
+    return held + max(max(n.activations, n.optimizer if n.offload else 0) for n in models)
 
 
 def lines(config: Section, gpus: int) -> Iterator[str]:

@@ -15,7 +15,7 @@ from transformers import (
     Qwen3VLMoeForConditionalGeneration,
 )
 
-from checkpoint_tools import hf_writer
+from checkpoint_tools import hf_writer, tiny_qwen3vl
 
 IMAGE, VIDEO, VISION_START, VISION_END, VOCAB = 200, 201, 198, 199, 203
 
@@ -141,3 +141,10 @@ def save_served(directory: Path, processor: Path, kind: str) -> Path:
     hf_writer.copy_config(processor, directory)
     model.bfloat16().save_pretrained(directory)
     return directory
+
+
+def save_with_processor(out: Path) -> Path:
+    """A model as the quickstart's, with tokenizer, chat template and image processor."""
+    texts = ["<caption>3 8</caption><think>3+8=11</think><answer>11</answer>"] * 9
+    tiny_qwen3vl.create(out, texts, "default system", 340, seed=1)
+    return out

@@ -18,9 +18,6 @@ def ranks() -> Iterator[Callable[[int], Ranks]]:
     def get(world: int) -> Ranks:
         if world not in worlds:
             worlds[world] = Ranks(world)
-        for other in worlds.values():
-            if other.world != world:
-                other.rest()
         return worlds[world]
 
     yield get

@@ -112,7 +112,6 @@ class Ranks:
     def _start(self) -> None:
         context, port = mp.get_context("forkserver"), _free_port()
         context.set_forkserver_preload(PRELOADED)
-        self._rests = True
         self.pipes, self.processes = [], []
         for rank in range(self.world):
             here, there = context.Pipe()
@@ -125,7 +124,6 @@ class Ranks:
 
     def run(self, check: Callable[..., Any], *args: Any, timeout: float = 480) -> list[Any]:
         """Run check(*args) on every rank; the results by rank, or the first failure's traceback."""
-        self._rests = False
         for pipe in self.pipes:
             pipe.send((check, args))
         results: dict[int, Any] = {}
@@ -148,12 +146,6 @@ class Ranks:
                     raise AssertionError(f"rank {rank} of {self.world} failed:\n{value}")
                 results[rank] = value
         return [results[rank] for rank in range(self.world)]
-
-    def rest(self) -> None:
-        """Destroy what the last checks left behind, since others get the cores now."""
-        if self.sweeps and not self._rests:
-            self.run(_destroy_groups)
-            self._rests = True
 
     def _restart(self) -> None:
         self.close()

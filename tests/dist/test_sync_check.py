@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from unittest import mock
 
 import pytest
+from torch import Tensor
 
 from prism_megatron.config import schema
 from prism_megatron.data import digit_sums
@@ -56,12 +57,12 @@ def _fails(root: Path, out: Path) -> tuple[str, str]:
     """What is said of weights that do not come, and of an engine that computes something else."""
     load = LocalEngine.load_weights
 
-    def once(self: LocalEngine, tensors: object, version: int) -> None:
-        list(tensors)  # type: ignore[call-overload]
+    def once(self: LocalEngine, tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
+        list(tensors)
         self._weight_version = version
 
-    def changed(self: LocalEngine, tensors: object, version: int) -> None:
-        load(self, ((n, t * 1.1 if "v_proj" in n else t) for n, t in tensors), version)  # type: ignore[attr-defined]
+    def changed(self: LocalEngine, tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
+        load(self, ((n, t * 1.1 if "v_proj" in n else t) for n, t in tensors), version)
 
     said = []
     for broken in (once, changed):

@@ -17,13 +17,13 @@ import torch
 from PIL import Image
 from transformers import AutoProcessor
 
-from checkpoint_tools import tiny_qwen3vl
 from prism_megatron.config.schema import Sampling
 from prism_megatron.data.prompts import PromptEncoder
 from prism_megatron.data.rows import ImageSource, Message, Row
 from prism_megatron.rollout import sglang, vllm
 from prism_megatron.rollout.vocabulary import Vocabulary
 from prism_megatron.types import Prompt
+from tests import tiny_models
 from tests.mock_sglang import prompt_of
 
 PROMPTS = 2000
@@ -34,10 +34,7 @@ SIZES = [(8, 8), (31, 33), (64, 32), (57, 130), (200, 21), (90, 90)]
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("tiny")
-    texts = ["<caption>3 8</caption><think>3+8=11</think><answer>11</answer>"] * 9
-    tiny_qwen3vl.create(out, texts, "Answer shortly.", 340, seed=1)
-    return out
+    return tiny_models.save_with_processor(tmp_path_factory.mktemp("tiny"))
 
 
 def pictures() -> list[bytes]:

@@ -11,20 +11,17 @@ import torch
 from PIL import Image
 from transformers import AutoProcessor
 
-from checkpoint_tools import tiny_qwen3vl
 from prism_megatron.config import schema
 from prism_megatron.data.prompts import PromptEncoder, rollout_sequence
 from prism_megatron.data.rows import ImageSource, Message, Row, RowError
+from tests import tiny_models
 
 SYSTEM = "Answer shortly."
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("tiny")
-    texts = ["<caption>3 8</caption><think>3+8=11</think><answer>11</answer>"] * 9
-    tiny_qwen3vl.create(out, texts, "default system", 340, seed=1)
-    return out
+    return tiny_models.save_with_processor(tmp_path_factory.mktemp("tiny"))
 
 
 @pytest.fixture(scope="module")

@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 from transformers import AutoProcessor
 
-from checkpoint_tools import tiny_qwen3vl
 from prism_megatron.config import schema
 from prism_megatron.data.prompts import PromptEncoder
 from prism_megatron.objectives.sections import Sections
 from prism_megatron.training import discriminator
 from prism_megatron.types import Prompt, Sequence
+from tests import tiny_models
 
 PROMPT = Prompt("row", (5, 6, 7), ())
 SHORT = Sections("3 8", "3+8=11", "11")
@@ -22,9 +22,7 @@ LONG = Sections("3 8", "8 3 " * 400, "11")
 
 @pytest.fixture(scope="module")
 def encoder(tmp_path_factory: pytest.TempPathFactory) -> PromptEncoder:
-    out: Path = tmp_path_factory.mktemp("tiny")
-    texts = ["<caption>3 8</caption><think>3+8=11</think><answer>11</answer>"] * 9
-    tiny_qwen3vl.create(out, texts, "default system", 340, seed=1)
+    out = tiny_models.save_with_processor(tmp_path_factory.mktemp("tiny"))
     return PromptEncoder(
         AutoProcessor.from_pretrained(out),
         system_prompt=None,

@@ -7,12 +7,11 @@ from pathlib import Path
 import pytest
 import yaml
 
-from model_providers.parallel import Layout
+from model_providers.memory import state_bytes
 from model_providers.presets import PRESETS
 from prism_megatron.config import load as configuration
 from prism_megatron.config import schema
 from prism_megatron.training.setup import layout_of
-from tests.unit.test_presets import BILLIONS
 
 FILES = sorted((Path(__file__).resolve().parents[2] / "configs" / "layouts").glob("*.yaml"))
 SFT = """
@@ -23,18 +22,6 @@ model: {path: model, parallel: "${vars.layout}", recompute: "${vars.recompute}"}
 optimizer: {lr: 1e-3}
 batch_size: 4
 """
-
-
-def gigabytes(name: str, layout: Layout, gpus: int) -> float:
-    """Weights, gradients and optimizer on one GPU: 2 + 4 bytes a parameter, and 12 spread over
-    the data-parallel ranks."""
-    model = PRESETS[name]
-    experts = model.num_layers * model.num_experts * 3 * model.hidden_size
-    experts *= model.moe_intermediate_size
-    rest = BILLIONS[name] * 1e9 - experts
-    own = rest / layout.tensor * (6 + 12 / layout.data(gpus))
-    own += experts / (layout.expert * layout.expert_tensor) * (6 + 12 / layout.expert_data(gpus))
-    return own / layout.pipeline / 1e9
 
 
 def test_every_released_size_has_a_layout() -> None:
@@ -54,4 +41,5 @@ def test_a_shipped_layout_fits(path: Path, tmp_path: Path) -> None:
     assert facts["gpus"]
     for gpus in facts["gpus"]:
         configuration.check_world(config.model.parallel, gpus)
-        assert gigabytes(facts["model"], layout, gpus) <= 0.7 * facts["gpu_memory_gb"], gpus
+        state = sum(state_bytes(PRESETS[facts["model"]], layout, gpus))
+        assert state <= 0.7e9 * facts["gpu_memory_gb"], gpus
