@@ -93,7 +93,9 @@ class ServerProcess:
         command, environment = make_command(
             path, host="127.0.0.1", port=port, api_key="key", tensor=len(gpus), options=options
         )
-        environment |= {"CUDA_VISIBLE_DEVICES": ",".join(gpus), "VLLM_DEEP_GEMM_WARMUP": "skip"}
+        environment |= {"CUDA_VISIBLE_DEVICES": ",".join(gpus)}
+        # which would compile kernels first, for minutes
+        environment |= {"VLLM_DEEP_GEMM_WARMUP": "skip", "VLLM_USE_FLASHINFER_SAMPLER": "0"}
         if packages := os.environ.get("ENGINE_PYTHONPATH"):
             environment["PYTHONPATH"] = packages
         self.log = log
