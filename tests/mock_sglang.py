@@ -7,7 +7,6 @@ loaded when the update ends.
 
 from __future__ import annotations
 
-import base64
 import json
 import threading
 from collections.abc import Iterator
@@ -25,7 +24,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from prism_megatron.config.schema import Sampling
-from prism_megatron.rollout import outer_group
+from prism_megatron.rollout import outer_group, pixels
 from prism_megatron.rollout.local import LocalEngine
 from prism_megatron.types import Prompt, VisualInputs
 from tests.tiny_models import IMAGE, VIDEO, VISION_END, VISION_START
@@ -166,8 +165,8 @@ def prompt_of(body: Any) -> Prompt:
 def _image(item: Any) -> VisualInputs:
     assert item["format"] == "prism_megatron" and 0 <= item["hash"] < 2**63
     t, h, w = item["grid_thw"]
-    values = torch.frombuffer(bytearray(base64.b64decode(item["pixels"])), dtype=torch.bfloat16)
-    return VisualInputs(str(item["hash"]), values.view(t * h * w, -1).float(), (t, h, w))
+    values = pixels.decode(item["pixels"], t * h * w)
+    return VisualInputs(str(item["hash"]), values.float(), (t, h, w))
 
 
 @contextmanager

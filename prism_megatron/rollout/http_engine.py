@@ -7,10 +7,9 @@ from collections.abc import Mapping
 from typing import Any
 
 import httpx
-import torch
 
 from prism_megatron.rollout.vocabulary import Vocabulary
-from prism_megatron.types import Prompt, VisualInputs
+from prism_megatron.types import Prompt
 
 NEVER = -1e9
 """Added to the logit of a token that must not be sampled."""
@@ -75,8 +74,3 @@ def checked(response: httpx.Response) -> Any:
     if isinstance(answer, dict) and answer.get("success") is False:
         raise RuntimeError(f"{response.url}: {answer.get('message')}")
     return answer
-
-
-def pixel_bytes(image: VisualInputs) -> bytes:
-    """The patches in BF16, which is what a vision tower in BF16 makes of them anyway."""
-    return image.pixel_values.to(torch.bfloat16).contiguous().view(torch.uint8).numpy().tobytes()

@@ -7,7 +7,6 @@ ids, log-probabilities, finish reason, weight version <--'
 from __future__ import annotations
 
 import asyncio
-import base64
 import hashlib
 import sys
 from collections.abc import Mapping, Sequence
@@ -17,7 +16,8 @@ from typing import Any
 import torch
 
 from prism_megatron.config.schema import Sampling
-from prism_megatron.rollout.http_engine import NEVER, HttpEngine, pixel_bytes
+from prism_megatron.rollout import pixels
+from prism_megatron.rollout.http_engine import NEVER, HttpEngine
 from prism_megatron.rollout.vocabulary import Vocabulary
 from prism_megatron.rollout.weight_check import Action
 from prism_megatron.types import Prompt, Rollout, VisualInputs
@@ -51,6 +51,8 @@ def server_command(
         "SGLANG_VLM_CACHE_SIZE_MB": "0",
         # log-probabilities at temperature 1 and of the whole vocabulary, as the trainer's
         "SGLANG_RETURN_ORIGINAL_LOGPROB": "1",
+        # not served, but by default the port plus 10,000, which may be none
+        "SGLANG_GRPC_PORT": str(port),
     }
     return command, environment
 
@@ -197,7 +199,7 @@ def _image(image: VisualInputs) -> dict[str, Any]:
     digest = hashlib.blake2b(image.key.encode(), digest_size=7).digest()
     return {
         "format": "prism_megatron",
-        "pixels": base64.b64encode(pixel_bytes(image)).decode(),
+        "pixels": pixels.encode(image),
         "grid_thw": list(image.grid_thw),
         "hash": int.from_bytes(digest),
     }

@@ -18,13 +18,17 @@ import msgpack
 import torch
 
 from prism_megatron.config.schema import Sampling
-from prism_megatron.rollout.http_engine import NEVER, HttpEngine, pixel_bytes
+from prism_megatron.rollout.http_engine import NEVER, HttpEngine
+from prism_megatron.rollout.pixels import bf16
 from prism_megatron.rollout.vocabulary import Vocabulary
 from prism_megatron.rollout.weight_check import Action
 from prism_megatron.types import Prompt, Rollout, VisualInputs
 
 _RAW = 3
 """vLLM's code for plain bytes in its messages (vllm/v1/serial_utils.py)."""
+_FINAL_ONLY = 2
+"""RequestOutputKind: all samples of a prompt in one answer, and not those that ended last
+(vllm/v1/engine/parallel_sampling.py)."""
 
 
 def server_command(
@@ -184,6 +188,7 @@ def request(prompt: Prompt, sampling: Sampling, vocabulary: Vocabulary) -> dict[
             "logit_bias": {str(token): NEVER for token in vocabulary.placeholders},
             "logprobs": 0,
             "detokenize": False,
+            "output_kind": _FINAL_ONLY,
         },
     }
     if prompt.images:
@@ -209,11 +214,12 @@ def _features(prompt: Prompt, image_token: int) -> dict[str, Any]:
 def _encoded(image: VisualInputs) -> str:
     """One image in vLLM's message format (vllm/v1/serial_utils.py)."""
     patches, values = image.pixel_values.shape
+    pixels = bf16(image).view(torch.uint8).numpy().tobytes()
     grid = torch.tensor(image.grid_thw).numpy().tobytes()
     every = {"slices": [[0, patches, None]], "dim": 0, "keep_on_cpu": False}
     message = {
         "pixel_values": {
-            "data": ["bfloat16", [patches, values], msgpack.ExtType(_RAW, pixel_bytes(image))],
+            "data": ["bfloat16", [patches, values], msgpack.ExtType(_RAW, pixels)],
             "field": ["flat", every],
         },
         "image_grid_thw": {

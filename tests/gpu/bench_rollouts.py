@@ -51,7 +51,9 @@ def prompts(path: Path, count: int, text: int, seed: int) -> list[Prompt]:
     found = []
     for number in range(count):
         ids = torch.randint(*WORDS, (text,), generator=generator)
-        pixels = torch.randn(GRID[1] * GRID[2], config.vision.patch_dim, generator=generator)
+        # a still image of 8 bits a channel
+        frame = torch.randint(256, (GRID[1] * GRID[2], 3, 1, 16, 16), generator=generator)
+        pixels = (frame / 127.5 - 1).expand(-1, -1, 2, -1, -1).reshape(len(frame), -1)
         placed = [start, *[config.image_token_id] * visual]
         head, tail = ids[: text // 2].tolist(), ids[text // 2 :].tolist()
         row = f"{seed}/{number}"

@@ -20,9 +20,9 @@ from transformers import AutoProcessor
 from prism_megatron.config.schema import Sampling
 from prism_megatron.data.prompts import PromptEncoder
 from prism_megatron.data.rows import ImageSource, Message, Row
-from prism_megatron.rollout import sglang, vllm
+from prism_megatron.rollout import pixels, sglang, vllm
 from prism_megatron.rollout.vocabulary import Vocabulary
-from prism_megatron.types import Prompt
+from prism_megatron.types import Prompt, VisualInputs
 from tests import tiny_models
 from tests.mock_sglang import prompt_of
 
@@ -95,13 +95,31 @@ def test_ids_are_those_of_transformers_and_of_the_engines(folder: Path) -> None:
     assert shown > PROMPTS / 2
 
 
+@pytest.mark.parametrize("levels", (2, 256, 257, 5000))
+@pytest.mark.parametrize("still", (True, False))
+def test_every_value_arrives_and_a_still_image_of_8_bits_is_small(levels: int, still: bool) -> None:
+    generator = torch.Generator().manual_seed(levels)
+    # 257 values and more that BF16 tells apart, of either sign
+    values = torch.linspace(-5, 5, levels)
+    patches, patch = 24, 3 * 2 * 16 * 16
+    frame = torch.randint(levels, (patches, 3, 1, 256), generator=generator)
+    other = frame if still else frame.flip(0)
+    shown = values[torch.cat([frame, other], dim=2)].reshape(patches, patch)
+    encoded = json.loads(json.dumps(pixels.encode(VisualInputs("a", shown, (1, 4, 6)))))
+    assert torch.equal(pixels.decode(encoded, patches), shown.to(torch.bfloat16))
+    few = len(shown.to(torch.bfloat16).unique()) <= 256
+    assert few == (levels <= 256)
+    size = len(base64.b64decode(encoded["values"]))
+    assert size == patches * patch * (1 if few else 2) // (2 if still else 1)
+
+
 def assert_same_images(
     prompt: Prompt, seen: list[tuple[tuple[int, int, int], torch.Tensor]]
 ) -> None:
     assert len(seen) == len(prompt.images)
-    for image, (grid, pixels) in zip(prompt.images, seen, strict=True):
+    for image, (grid, patches) in zip(prompt.images, seen, strict=True):
         assert grid == image.grid_thw
-        assert torch.equal(pixels, image.pixel_values.to(torch.bfloat16).float())
+        assert torch.equal(patches, image.pixel_values.to(torch.bfloat16).float())
 
 
 def vllm_images(
@@ -114,10 +132,10 @@ def vllm_images(
     found, features = [], body["features"]
     for encoded in features["kwargs_data"]["image"]:
         message = msgpack.unpackb(base64.b64decode(encoded))
-        (_, shape, pixels), (_, _, grid) = (
+        (_, shape, patches), (_, _, grid) = (
             message[key]["data"] for key in ("pixel_values", "image_grid_thw")
         )
-        values = torch.frombuffer(bytearray(pixels.data), dtype=torch.bfloat16).view(shape).float()
+        values = torch.frombuffer(bytearray(patches.data), dtype=torch.bfloat16).view(shape).float()
         sizes = np.frombuffer(grid.data, dtype=np.int64).tolist()
         found.append(((sizes[0], sizes[1], sizes[2]), values))
     ids, start, runs = body["token_ids"], 0, []

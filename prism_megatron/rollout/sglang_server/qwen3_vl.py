@@ -6,8 +6,6 @@ images again, so that the engine may see other ids and other pixels than the tra
 expanded placeholders and preprocessed patches pass untouched, or the request is refused.
 """
 
-import base64
-
 import torch
 from sglang.srt.layers.rotary_embedding import MRotaryEmbedding
 from sglang.srt.managers.schedule_batch import (
@@ -18,6 +16,8 @@ from sglang.srt.managers.schedule_batch import (
 from sglang.srt.models.qwen3_vl import Qwen3VLForConditionalGeneration
 from sglang.srt.models.qwen3_vl_moe import Qwen3VLMoeForConditionalGeneration
 from sglang.srt.multimodal.processors.qwen_vl import QwenVLImageProcessor
+
+from prism_megatron.rollout import pixels
 
 FORMAT = "prism_megatron"
 
@@ -57,7 +57,7 @@ class VerbatimQwen3VLProcessor(QwenVLImageProcessor):
                 MultimodalDataItem(
                     modality=Modality.IMAGE,
                     hash=image["hash"],
-                    feature=_pixels(image["pixels"], int(grid.prod())),
+                    feature=pixels.decode(image["pixels"], int(grid.prod())),
                     offsets=[run],
                     model_specific_data={"image_grid_thw": grid[None]},
                 )
@@ -70,12 +70,6 @@ class VerbatimQwen3VLProcessor(QwenVLImageProcessor):
             mrope_positions=positions.squeeze(1),
             mrope_position_delta=delta,
         )
-
-
-def _pixels(encoded, patches):
-    """[patches, values] BF16, the precision that the vision tower computes in."""
-    values = torch.frombuffer(bytearray(base64.b64decode(encoded)), dtype=torch.bfloat16)
-    return values.view(patches, -1)
 
 
 def _runs(marked):
