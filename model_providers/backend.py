@@ -67,6 +67,11 @@ class Backend:
         if self.device.type == "cuda":
             torch.cuda.current_stream().synchronize()
 
+    def release_cached(self) -> None:
+        """Give the device the memory that torch keeps for tensors to come."""
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
     def device_uuid(self) -> str:
         """Name of this rank's device, the same in every process of the host."""
         if self.device.type == "cuda":

@@ -322,6 +322,10 @@ class Rollout(Section):
     sync_folder: Path | None = None
     """Folder that trainers and servers see, through which weights go to servers that share neither
     GPUs nor a network of GPUs with the trainers; null otherwise."""
+    sleep: bool = False
+    """Servers on the trainers' GPUs give back the memory of their weights and KV cache while the
+    policy trains, and trainers that of gradients while responses are sampled; see also offload of
+    the optimizers, whose state would lie there all the time."""
     start_timeout: float = Field(600, gt=0)
     """Seconds that an engine may take to start."""
     request_timeout: float = Field(1800, gt=0)
@@ -357,6 +361,11 @@ class Rollout(Section):
             raise ValueError(
                 f"sync_folder={self.sync_folder} is a way into servers, but kind is {self.kind}; "
                 "leave it out"
+            )
+        if self.sleep and (self.kind not in ("sglang", "vllm") or self.sync_folder is not None):
+            raise ValueError(
+                "sleep=true is for servers on the trainers' GPUs, but "
+                f"kind={self.kind} and sync_folder={self.sync_folder}; leave it out"
             )
         needed = self.tensor * self.engines_per_node
         if self.kind in ("sglang", "vllm") and len(self.gpus) != needed:

@@ -109,15 +109,21 @@ def run(config: schema.Align) -> None:
     }
     loop = TrainingLoop(config, models, stream, quarantine, shown="score_gap")
     done = loop.resume()
+
+    def release() -> None:
+        policy.release()
+        judge.release()
+
     engine = fleet.build(
         config.rollout,
         policy.model,
         hf_directory(config.policy.path),
         seed=config.run.seed,
         logs=config.run.dir / "engines",
+        release=release,
     )
     game = Game(config, reader, policy, frozen, judge, engine)
-    game.sync(done)
+    engine.sync(done)
     if loop.run(lambda: game.step(stream.next_batch(), loop.step)):
         loop.export("policy")
 
@@ -172,6 +178,7 @@ class Game:
         """Sample, judge, train the judge, train the policy, hand its weights to the engine."""
         config = self.config
         rollouts = self.engine.generate([t.prompt for t in tasks], config.sampling, number)
+        slept = self.engine.sleep()
         samples = [(t.prompt, r) for t, group in zip(tasks, rollouts, strict=True) for r in group]
         sections = [self._sections(rollout) for _, rollout in samples]
         groups = torch.arange(len(tasks)).repeat_interleave(config.sampling.n)
@@ -196,7 +203,7 @@ class Game:
             max_tokens=config.sampling.max_new_tokens,
             reference=self.frozen,
         )
-        synced = self.sync(number + 1)
+        synced = self.engine.sync(number + 1)
         metrics = {
             **self._means(streams, groups, valid),
             **judged,
@@ -207,12 +214,9 @@ class Game:
             "response_tokens": sum(len(r.ids) for _, r in samples) / len(samples),
             "weight_version": self.engine.weight_version,
             "sync_s": synced["total"],
+            **slept,
         }
         return metrics | self.alarms.check(metrics, number + 1)
-
-    def sync(self, version: int) -> dict[str, float]:
-        """Give the engine the policy's weights; and its version; seconds by phase."""
-        return self.engine.sync(version)
 
     def _sections(self, rollout: Rollout) -> Sections | None:
         if rollout.finish_reason != "stop":

@@ -66,6 +66,7 @@ def run(config: schema.RLVR) -> None:
         hf_directory(config.policy.path),
         seed=config.run.seed,
         logs=config.run.dir / "engines",
+        release=policy.release,
     )
     trainer = Trainer(config, encoder, policy, reference, engine)
     sampler = DynamicSampler(
@@ -87,7 +88,7 @@ def run(config: schema.RLVR) -> None:
     done = loop.resume()
     if loop.found:
         sampler.load_state_dict(loop.found, lambda name: task(find_row(sources, name)))
-    trainer.sync(done)
+    engine.sync(done)
     if loop.run(lambda: trainer.step(*sampler.next_batch(loop.step), loop.step)):
         loop.export("policy")
 
@@ -122,7 +123,7 @@ class Trainer:
     def step(self, batch: list[Group[Task]], sampled: list[Group[Task]], number: int) -> Metrics:
         """Train on the batch's groups, hand the weights to the engine. sampled: all groups that
         were sampled for this step, which tell how good the policy is."""
-        config = self.config
+        config, slept = self.config, self.engine.sleep()
         groups = torch.arange(len(batch)).repeat_interleave(config.sampling.n)
         rewards = torch.cat([self._totals(group) for group in batch])
         policy = policy_update(
@@ -133,7 +134,7 @@ class Trainer:
             max_tokens=config.sampling.max_new_tokens,
             reference=self.reference,
         )
-        synced = self.sync(number + 1)
+        synced = self.engine.sync(number + 1)
         stale = [r.weight_version != number for group in batch for r in group.rollouts]
         return {
             **(self._means(sampled) if sampled else {}),
@@ -142,11 +143,8 @@ class Trainer:
             "stale_share": sum(stale) / len(stale),
             "weight_version": self.engine.weight_version,
             "sync_s": synced["total"],
+            **slept,
         }
-
-    def sync(self, version: int) -> dict[str, float]:
-        """Give the engine the policy's weights; and its version; seconds by phase."""
-        return self.engine.sync(version)
 
     def _item(self, task: Task, rollout: Rollout) -> RewardItem:
         text = response_text(rollout.ids, self.table, (self.encoder.end_id,))

@@ -2,19 +2,22 @@
 
 RolloutEngine   what a pipeline samples with, in its own process
 EngineClient    how a fleet drives one engine that lives elsewhere: a server, or an actor
+ServerClient    the same with what only a server on GPUs can do
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from typing import Protocol
+from typing import Literal, Protocol
 
 from torch import Tensor
 
 from prism_megatron.config.schema import Sampling
 from prism_megatron.rollout.weight_check import Action
 from prism_megatron.types import Prompt, Rollout
+
+Part = Literal["weights", "kv_cache"]
 
 
 class EngineDied(RuntimeError):
@@ -87,6 +90,23 @@ class EngineClient(Protocol):
 
     async def close(self) -> None:
         """Let go of connections; the engine itself goes on."""
+        ...
+
+
+class ServerClient(EngineClient, Protocol):
+    """An engine that can give its GPUs' memory to the trainers for a while.
+
+    Asleep it answers questions for health and version, and samples nothing. What else computes on
+    its GPUs must have ended: SGLang unmaps weights without waiting for copies of its buffers
+    (scheduler_update_weights_mixin.py, release_memory_occupation).
+    """
+
+    async def sleep(self) -> None:
+        """Give back the memory of weights and KV cache, and forget what was in it."""
+        ...
+
+    async def wake(self, part: Part) -> None:
+        """Take the memory of a part again; the weights come by a sync in between."""
         ...
 
 

@@ -41,6 +41,11 @@ class Fleet(Protocol):
         by phase, "total" among them."""
         ...
 
+    def sleep(self) -> dict[str, float]:
+        """With rollout.sleep, have the engines give their memory to the trainers until the next
+        sync, and say how much there is; nothing otherwise."""
+        ...
+
     def check(self, action: Action) -> list[str]:
         """Do this part of a WeightCheck in every engine; what they say is wrong, on all ranks."""
         ...
@@ -53,12 +58,19 @@ class Fleet(Protocol):
 
 
 def build(
-    config: schema.Rollout, policy: Qwen3VLModel, hf_dir: Path, *, seed: int, logs: Path
+    config: schema.Rollout,
+    policy: Qwen3VLModel,
+    hf_dir: Path,
+    *,
+    seed: int,
+    logs: Path,
+    release: Callable[[], None] = lambda: None,
 ) -> Fleet:
     """The configured fleet for a policy, without weights yet.
 
     hf_dir: Hugging Face directory with the policy's config and processor; logs: folder for what
-    servers write.
+    servers write; release: has the trainer give back the memory that only updates need, before
+    engines that slept take theirs.
     """
     weights = partial(iter_hf_weights, policy)
     if config.kind == "embedded":
@@ -75,7 +87,9 @@ def build(
         return RayFleet(config, send_through_ray(weights), model=hf_dir, seed=seed, logs=logs)
     refit = ServerRefit(config, policy, hf_dir)
     server = server_kind(config, hf_dir)
-    return RayFleet(config, refit, model=hf_dir, seed=seed, logs=logs, server=server)
+    return RayFleet(
+        config, refit, model=hf_dir, seed=seed, logs=logs, server=server, release=release
+    )
 
 
 def share_out[T, R](items: Sequence[T], compute: Callable[[Sequence[T]], Sequence[R]]) -> list[R]:
@@ -95,6 +109,9 @@ class EmbeddedFleet:
 
     def sync(self, version: int) -> dict[str, float]:
         return InProcessSync(self.engine).sync(self.weights(), version)
+
+    def sleep(self) -> dict[str, float]:
+        return {}
 
     def check(self, action: Action) -> list[str]:
         wrong: list[str] = [""] * dist.get_world_size()

@@ -16,6 +16,7 @@ import asyncio
 import contextlib
 import time
 import traceback
+from collections.abc import Awaitable, Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from prism_megatron.config.schema import Rollout as RolloutConfig
 from prism_megatron.rollout.actors import AsyncLocalEngine, in_words
-from prism_megatron.rollout.engine import EngineDied
+from prism_megatron.rollout.engine import EngineDied, Part
 from prism_megatron.rollout.engine_state import UP, EngineState, Probe
 from prism_megatron.rollout.router import Engine, Lease, Outcome, Router
 from prism_megatron.rollout.server import Server, ServerKind
@@ -62,6 +63,7 @@ class Manager:
         self._supervisors: list[asyncio.Task[None]] = []
         self._actors: dict[int, Any] = {}
         self._group: Any = None
+        self._asleep = False
 
     async def start(self) -> None:
         """Place and start all engines; RuntimeError if one of them does not come up."""
@@ -111,6 +113,33 @@ class Manager:
                     f"answers with version {version} after weights of version "
                     f"{self.router.expected} were sent; it serves after a sync that reaches it",
                 )
+
+    async def sleep(self) -> None:
+        """Have all engines give their GPUs' memory back. None is started again until `wake`; one
+        that is being started sleeps first, too."""
+        self._asleep = True
+        await self._all(lambda actor: actor.sleep.remote())
+
+    async def wake(self, part: Part) -> None:
+        """Have the engines that sleep take the memory of a part again, the KV cache's last."""
+        if self._asleep:
+            await self._all(lambda actor: actor.wake.remote(part))
+            self._asleep = part != "kv_cache"
+            self.router.notify()
+
+    async def _all(self, call: Callable[[Any], Awaitable[None]]) -> None:
+        """Call every engine that is up; one that fails is dead, since what memory it has is not
+        known."""
+
+        async def one(lease: Lease) -> None:
+            try:
+                async with asyncio.timeout(self.config.request_timeout):
+                    await call(self._actors[lease.engine])
+            except Exception as error:
+                if self._is_up(lease):
+                    self.router.died(lease.engine, in_words(error))
+
+        await asyncio.gather(*map(one, self.router.up()))
 
     async def wait_for_engine(self) -> None:
         """Return once an engine is up; RuntimeError if none will come up any more."""
@@ -204,6 +233,7 @@ class Manager:
         has_been_up = False
         try:
             while True:
+                await self.router.until(lambda: not self._asleep)
                 self.router.restart(number)
                 started = time.monotonic()
                 fault = await self._start(number)
@@ -231,6 +261,11 @@ class Manager:
         actor = self._actors[number] = self._create(number)
         try:
             address = await actor.start.remote(self.config.start_timeout)
+            if self._asleep:
+                await actor.sleep.remote()
+                await self.router.until(lambda: not self._asleep)
+                await actor.wake.remote("weights")
+                await actor.wake.remote("kv_cache")
         except Exception as error:
             return f"it did not start: {in_words(error)}"
         self.router.is_up(number, address or actor)

@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
+import torch
 import torch.distributed as dist
 from ray.exceptions import ActorDiedError
 from torch import Tensor
@@ -88,13 +89,17 @@ class RayFleet:
         seed: int,
         logs: Path,
         server: ServerKind | None = None,
+        release: Callable[[], None] = lambda: None,
     ) -> None:
         """Start Ray, unless RAY_ADDRESS names a running one, and all engines; all ranks together.
 
         model, seed: of the LocalEngine actors; server: what to start instead of them; logs: folder
-        that gets the servers' output. RuntimeError if an engine does not start.
+        that gets the servers' output; release: see fleet.build. RuntimeError if an engine does not
+        start.
         """
-        self.config, self._refit = config, refit
+        self.config, self._refit, self._release = config, refit, release
+        if config.sleep:
+            release()
         self._server = server
         self._manager: Any = None
         self.weight_version = -1
@@ -119,7 +124,14 @@ class RayFleet:
         started = time.perf_counter()
         assert self._running is None, "new weights while prompts are out; collect() them first"
         self._first(lambda: self._ask(self._manager.expect, version))
-        phases = self._refit(self._ask(self._manager.refitting), version)
+        if self.config.sleep:
+            self._release()
+            dist.barrier(self._group)
+            self._first(lambda: self._ask(self._manager.wake, "weights"))
+        leases = self._ask(self._manager.refitting)
+        phases = self._refit(leases, version)
+        if self.config.sleep:
+            self._first(lambda: self._ask(self._manager.wake, "kv_cache"))
         self._first(lambda: self._ask(self._manager.confirm))
         self.weight_version = version
         self._report()
@@ -131,6 +143,24 @@ class RayFleet:
         """See Fleet: each rank has its share of the prompts answered."""
         self.submit(own_share(prompts), sampling, step)
         return merge_shares(self.collect(), len(prompts), self._group)
+
+    def sleep(self) -> dict[str, float]:
+        """See Fleet."""
+        if not self.config.sleep:
+            return {}
+        started = time.perf_counter()
+        assert self._running is None, "engines can't sleep while prompts are out"
+        self._first(lambda: self._ask(self._manager.sleep))
+        return {"sleep_s": time.perf_counter() - started} | self._free_memory()
+
+    def _free_memory(self) -> dict[str, float]:
+        """What the GPU with the least has for training."""
+        if not torch.accelerator.is_available():
+            return {}
+        free: list[Any] = [None] * dist.get_world_size()
+        mine = torch.accelerator.get_memory_info()[0] / 2**30
+        dist.all_gather_object(free, mine, group=self._group)
+        return {"free_gib": min(free)}
 
     def check(self, action: Action) -> list[str]:
         """See Fleet."""

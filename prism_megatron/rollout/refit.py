@@ -102,6 +102,11 @@ class ServerRefit:
         ranks = engine_ranks({lease.engine: lease.address.host for lease in leases}, config, places)
         if all(ranks.values()):
             return IpcSync(self.model, ranks)
+        if config.sleep:
+            raise ValueError(
+                "rollout.sleep lends the engines' GPU memory to trainers, but none of them runs on "
+                f"rollout.gpus={list(config.gpus)}; leave it out, or give engines trainers' GPUs"
+            )
         return BroadcastSync(self.model, config.tensor)
 
 

@@ -112,7 +112,7 @@ class Router:
         elif outcome.version is not None:
             engine.health.answered("request", outcome.version, self.expected)
             engine.restarts = 0
-        self._notify()
+        self.notify()
 
     def restart(self, number: int) -> None:
         """A new process of the engine is being started."""
@@ -121,13 +121,13 @@ class Router:
         engine.restarts += engine.incarnation > 0
         engine.incarnation += 1
         engine.outstanding, engine.address = 0, None
-        self._notify()
+        self.notify()
 
     def is_up(self, number: int, address: Any) -> None:
         """The new process answers at `address`; it gets requests once it has the weights."""
         self.engines[number].health.is_up()
         self.engines[number].address = address
-        self._notify()
+        self.notify()
 
     def checked(self, number: int, version: int | None, fault: str = "") -> None:
         """A health check ended: with the engine's weight version, or None and what was wrong."""
@@ -135,21 +135,21 @@ class Router:
             self._failed(number, "check", fault)
         else:
             self.engines[number].health.answered("check", version, self.expected)
-        self._notify()
+        self.notify()
 
     def died(self, number: int, fault: str) -> None:
         """The engine's process has ended."""
         engine = self.engines[number]
         engine.health.died()
         engine.fault, engine.outstanding = fault, 0
-        self._notify()
+        self.notify()
 
     def give_up(self, number: int) -> None:
         """The dead engine will not be started again."""
         engine = self.engines[number]
         assert engine.state is EngineState.DEAD, f"an engine given up while it is {engine.state}"
         engine.given_up = True
-        self._notify()
+        self.notify()
 
     def expect(self, version: int) -> list[Lease]:
         """From now on only weights of `version` count; the engines that can be given them.
@@ -159,13 +159,19 @@ class Router:
         out = {i: engine.outstanding for i, engine in enumerate(self.engines) if engine.outstanding}
         assert not out, f"new weights while engines have outstanding tokens: {out}"
         self.expected = version
-        leases = []
-        for number, engine in enumerate(self.engines):
-            if engine.state in UP:
-                engine.health.expect_other_weights()
-                leases.append(Lease(number, engine.incarnation, 0, engine.address))
-        self._notify()
+        leases = self.up()
+        for lease in leases:
+            self.engines[lease.engine].health.expect_other_weights()
+        self.notify()
         return leases
+
+    def up(self) -> list[Lease]:
+        """Leases, without tokens, on the engines that answer."""
+        return [
+            Lease(number, engine.incarnation, 0, engine.address)
+            for number, engine in enumerate(self.engines)
+            if engine.state in UP
+        ]
 
     async def until(self, reached: Callable[[], bool]) -> None:
         """Return once `reached()` holds; asked after every event."""
@@ -179,7 +185,8 @@ class Router:
         if engine.state is EngineState.DEAD:
             engine.outstanding = 0
 
-    def _notify(self) -> None:
+    def notify(self) -> None:
+        """Something that `until` waits for may have happened."""
         self._changed.set()
         self._changed = asyncio.Event()
         self._dispatch()

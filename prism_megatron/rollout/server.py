@@ -19,7 +19,7 @@ from pathlib import Path
 
 import psutil
 
-from prism_megatron.rollout.engine import EngineClient, EngineDied
+from prism_megatron.rollout.engine import EngineDied, Part, ServerClient
 
 LOG_LINES = 30
 POLL_SECONDS = 0.5
@@ -43,7 +43,7 @@ class ServerKind:
     """One engine program: command line and additional environment for an endpoint, and a client."""
 
     command: Callable[[Endpoint], tuple[list[str], dict[str, str]]]
-    connect: Callable[[Endpoint], EngineClient]
+    connect: Callable[[Endpoint], ServerClient]
 
 
 class Server:
@@ -64,7 +64,7 @@ class Server:
         self.kind, self.log, self.gpus, self.interface = kind, log, gpus, interface
         self.health_timeout = health_timeout
         self._process: subprocess.Popen[bytes] | None = None
-        self._client: EngineClient | None = None
+        self._client: ServerClient | None = None
 
     async def start(self, timeout: float) -> Endpoint:
         """Start the process; returns when it answers.
@@ -114,6 +114,16 @@ class Server:
         """See EngineClient."""
         assert self._client is not None, "start comes first"
         return await self._client.weight_version()
+
+    async def sleep(self) -> None:
+        """See ServerClient."""
+        assert self._client is not None, "start comes first"
+        await self._client.sleep()
+
+    async def wake(self, part: Part) -> None:
+        """See ServerClient."""
+        assert self._client is not None, "start comes first"
+        await self._client.wake(part)
 
     def last_words(self) -> str:
         """The end of the server's log, for an error message."""

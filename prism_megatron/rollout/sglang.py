@@ -17,6 +17,7 @@ import torch
 
 from prism_megatron.config.schema import Sampling
 from prism_megatron.rollout import pixels
+from prism_megatron.rollout.engine import Part
 from prism_megatron.rollout.http_engine import NEVER, HttpEngine
 from prism_megatron.rollout.vocabulary import Vocabulary
 from prism_megatron.rollout.weight_check import Action
@@ -51,6 +52,8 @@ def server_command(
         "SGLANG_VLM_CACHE_SIZE_MB": "0",
         # log-probabilities at temperature 1 and of the whole vocabulary, as the trainer's
         "SGLANG_RETURN_ORIGINAL_LOGPROB": "1",
+        # /health says whether the server has started, and does not sample
+        "SGLANG_ENABLE_HEALTH_ENDPOINT_GENERATION": "0",
         # not served, but by default the port plus 10,000, which may be none
         "SGLANG_GRPC_PORT": str(port),
     }
@@ -159,13 +162,20 @@ class SGLangEngine(HttpEngine):
             {"model_path": str(hf_dir), "weight_version": str(version)},
         )
 
-    def sleep(self) -> None:
-        """Give GPU memory back; weights have to be synced after `wake`."""
-        self.post("/release_memory_occupation")
+    async def health(self) -> None:
+        """Whether the scheduler answers; /health samples a token instead, which no engine that is
+        asleep can."""
+        await super().health()
+        await asyncio.to_thread(self.get, "/server_info")
 
-    def wake(self, *tags: str) -> None:
-        """Take memory again, of "weights", "kv_cache", "cuda_graph" or all."""
-        self.post("/resume_memory_occupation", {"tags": list(tags)} if tags else {})
+    async def sleep(self) -> None:
+        """See ServerClient."""
+        await asyncio.to_thread(self.post, "/release_memory_occupation")
+
+    async def wake(self, part: Part) -> None:
+        """See ServerClient."""
+        tags = ["weights"] if part == "weights" else ["kv_cache", "cuda_graph"]
+        await asyncio.to_thread(self.post, "/resume_memory_occupation", {"tags": tags})
 
     async def check(self, action: Action) -> None:
         """See EngineClient."""

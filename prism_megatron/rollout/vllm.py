@@ -18,6 +18,7 @@ import msgpack
 import torch
 
 from prism_megatron.config.schema import Sampling
+from prism_megatron.rollout.engine import Part
 from prism_megatron.rollout.http_engine import NEVER, HttpEngine
 from prism_megatron.rollout.pixels import bf16
 from prism_megatron.rollout.vocabulary import Vocabulary
@@ -166,13 +167,13 @@ class VLLMEngine(HttpEngine):
         if wrong := [words for [words] in answers if words]:
             raise RuntimeError("; ".join(wrong))
 
-    def sleep(self) -> None:
-        """Give GPU memory back; weights have to be synced after `wake`."""
-        self.post("/sleep?level=2")
+    async def sleep(self) -> None:
+        """See ServerClient."""
+        await asyncio.to_thread(self.post, "/sleep?level=2")
 
-    def wake(self, *tags: str) -> None:
-        """Take memory again, of "weights", "kv_cache" or all."""
-        self.post("/wake_up" + "".join(f"{'&' if i else '?'}tags={t}" for i, t in enumerate(tags)))
+    async def wake(self, part: Part) -> None:
+        """See ServerClient."""
+        await asyncio.to_thread(self.post, f"/wake_up?tags={part}")
 
 
 def request(prompt: Prompt, sampling: Sampling, vocabulary: Vocabulary) -> dict[str, Any]:

@@ -108,6 +108,7 @@ class ModelRunner:
                 self.forward_backward(sequences, loss_fn)
             self._has_scales = True
         for chunk in self.ddp:
+            chunk.restore_grad_buffers(synchronize=False)
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
         sums = self.forward_backward(sequences, loss_fn)
@@ -123,6 +124,14 @@ class ModelRunner:
                 "before, so a layer overflowed on the way back"
             )
         return StepResult(sums, float(grad_norm), rate)
+
+    def release(self) -> None:
+        """Give the device the memory that only an update needs, gradients and what the allocator
+        keeps for activations; the next train_step takes it again."""
+        self.model.backend.synchronize()
+        for chunk in self.ddp:
+            chunk.offload_grad_buffers(synchronize=False, empty_cache=False)
+        self.model.backend.release_cached()
 
     def save(self, path: Path, hf: Path) -> None:
         """Write a training checkpoint; hf: directory whose config and processor go with it."""

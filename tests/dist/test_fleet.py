@@ -311,13 +311,19 @@ from tests.unit.test_server import Client, ask, command
 
 signal.alarm(240)
 backend.create("cpu").init_process_group()
-config = Rollout(kind="sglang", engines=2, gpus=(4, 6), health_interval=0.2)
+config = Rollout(kind="sglang", engines=2, gpus=(4, 6), health_interval=0.2, sleep=True)
 server = ServerKind(partial(command, "serve"), Client)
-leases = []
+leases, released = [], []
+def refit(found, version):
+    leases.append(found)
+    asleep.append([ask(lease.address, lease.address.api_key, "refit")["asked"] for lease in found])
+    return {}
+asleep = []
 fleet = RayFleet(
-    config, lambda found, version: leases.append(found) or {}, model=Path("none"), seed=0,
-    logs=Path(sys.argv[1]), server=server,
+    config, refit, model=Path("none"), seed=0, logs=Path(sys.argv[1]), server=server,
+    release=lambda: released.append(1),
 )
+assert len(released) == 1
 servers = lambda: [ask(lease.address, lease.address.api_key) for lease in leases[-1]]
 status = lambda: ray.get(fleet._manager.status.remote())
 states = lambda: [(engine["state"], engine["incarnation"]) for engine in status()]
@@ -332,12 +338,31 @@ fleet.sync(0)
 assert states() == [("healthy", 1), ("healthy", 2)], states()
 pids = {pid for found in first + servers() for pid in found["pids"]}
 assert len(pids) == 6
+# awake engines are not woken
+assert asleep[-1] == [["/refit", "/refit"], ["/refit"]], asleep
+assert set(fleet.sleep()) == {"sleep_s"}
+os.kill(servers()[1]["pids"][0], signal.SIGKILL)
+while states() != [("healthy", 1), ("dead", 2)]:
+    time.sleep(0.02)
+# no engine takes memory while the trainers have it
+time.sleep(2)
+assert states() == [("healthy", 1), ("dead", 2)], states()
+fleet.sync(1)
+assert len(released) == 4
+# the weights' memory first, then the sync, then the rest
+[only] = servers()
+assert only["asked"][2:] == ["/sleep", "/weights", "/refit", "/kv_cache"], only["asked"]
+while states()[1] != ("stale", 3):
+    time.sleep(0.02)
+fleet.sync(1)
+pids |= {pid for found in servers() for pid in found["pids"]}
+assert len(pids) == 8
 print(*pids, flush=True)
 time.sleep(1000)
 """
 
 
-def test_servers_are_restarted_and_end_with_a_job_that_is_killed(
+def test_servers_sleep_are_restarted_and_end_with_a_job_that_is_killed(
     address: str, tmp_path: Path
 ) -> None:
     job = subprocess.Popen(
@@ -349,7 +374,7 @@ def test_servers_are_restarted_and_end_with_a_job_that_is_killed(
     )
     assert job.stdout is not None
     found = [int(pid) for pid in job.stdout.readline().split()]
-    assert len(found) == 6
+    assert len(found) == 8
     assert sum(psutil.pid_exists(pid) for pid in found) == 4
     job.kill()
     assert gone(found, within=30)
@@ -358,4 +383,5 @@ def test_servers_are_restarted_and_end_with_a_job_that_is_killed(
         "engine_0_1.log",
         "engine_1_1.log",
         "engine_1_2.log",
+        "engine_1_3.log",
     ]

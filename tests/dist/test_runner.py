@@ -116,6 +116,36 @@ def test_passes_that_find_scales_leave_no_gradient(
     assert all(torch.equal(weights[name], weight) for name, weight in expected.items())
 
 
+def _two_steps(path: Path, released: bool) -> tuple[list[float], Weights, set[int]]:
+    """Losses, weights, and the bytes that gradients took between the steps."""
+    runner = checks.make_runner(path, Layout())
+    losses, held = [], set()
+    for _ in range(2):
+        if released:
+            runner.release()
+            # twice is no more than once, and what needs no gradient works
+            runner.release()
+            runner.infer(checks.mixed_batch(), _every_logprob)
+        for chunk in runner.ddp:
+            held |= {b.grad_data.untyped_storage().nbytes() for b in chunk.buffers}
+        batch = checks.mixed_batch()
+        losses.append(runner.train_step(batch, checks.weighted_loss(30)).sums["loss"])
+    return losses, _weights(runner), held
+
+
+def test_gradients_take_no_memory_between_a_release_and_the_next_step(
+    ranks: Worlds, hf_models: dict[str, Path]
+) -> None:
+    for found, plain in zip(
+        ranks(2).run(_two_steps, hf_models["dense"], True),
+        ranks(2).run(_two_steps, hf_models["dense"], False),
+        strict=True,
+    ):
+        assert found[0] == plain[0]
+        assert all(torch.equal(found[1][name], weight) for name, weight in plain[1].items())
+        assert found[2] == {0} and min(plain[2]) > 0
+
+
 @pytest.mark.parametrize(
     "fp8, histories, lacks",
     [

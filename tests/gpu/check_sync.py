@@ -338,10 +338,11 @@ def _sleep(report: dict[str, Any], engine: Engine) -> None:
     free, times = [], []
     for _ in range(20):
         started = time.perf_counter()
-        engine.sleep()
+        asyncio.run(engine.sleep())
         slept = time.perf_counter()
         free.append(torch.accelerator.get_memory_info()[0])
-        engine.wake()
+        asyncio.run(engine.wake("weights"))
+        asyncio.run(engine.wake("kv_cache"))
         times.append((slept - started, time.perf_counter() - slept))
     report["sleep"] = {
         "free_asleep_gib": free[0] / 2**30,

@@ -27,8 +27,9 @@ ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "tests" / "fixtures" / "tiny_server.py"
 
 
-def ask(endpoint: Endpoint, api_key: str) -> dict[str, Any]:
-    request = urllib.request.Request(endpoint.url, headers={"Authorization": f"Bearer {api_key}"})
+def ask(endpoint: Endpoint, api_key: str, path: str = "") -> dict[str, Any]:
+    url = f"{endpoint.url}/{path}"
+    request = urllib.request.Request(url, headers={"Authorization": f"Bearer {api_key}"})
     with urllib.request.urlopen(request, timeout=5) as answer:
         found: dict[str, Any] = json.load(answer)
     return found
@@ -55,6 +56,12 @@ class Client:
 
     async def close(self) -> None:
         pass
+
+    async def sleep(self) -> None:
+        await asyncio.to_thread(ask, self.endpoint, self.endpoint.api_key, "sleep")
+
+    async def wake(self, part: str) -> None:
+        await asyncio.to_thread(ask, self.endpoint, self.endpoint.api_key, part)
 
 
 def command(mode: str, endpoint: Endpoint) -> tuple[list[str], dict[str, str]]:
