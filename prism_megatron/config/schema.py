@@ -197,7 +197,24 @@ class Warmup(Stage):
     """Weight of the router's z-loss, which keeps its logits small."""
 
 
-class Align(Advantage, PolicyUpdate, Stage):
+class Sampled(PolicyUpdate):
+    """A policy that trains on its own responses."""
+
+    sampling: Sampling
+    rollout: Rollout = Rollout()
+    """Where responses are sampled."""
+
+    @model_validator(mode="after")
+    def _older_weights_are_corrected_for(self) -> Self:
+        if self.rollout.ahead and self.rollout_is == "none":
+            raise ValueError(
+                "rollout.ahead trains on responses of older weights, for which nothing corrects; "
+                "set rollout_is to tis, mis or icepop"
+            )
+        return self
+
+
+class Align(Advantage, Sampled, Stage):
     """Stage 2: the adversarial game between policy and discriminator."""
 
     policy: Model
@@ -206,9 +223,6 @@ class Align(Advantage, PolicyUpdate, Stage):
     discriminator_optimizer: Optimizer
     prompts_per_step: int = Field(ge=1)
     """Prompts a step; each gets sampling.n responses."""
-    sampling: Sampling
-    rollout: Rollout = Rollout()
-    """Where responses are sampled."""
     caption_weight: float = Field(0.5, ge=0)
     """Weight of the perception stream in the advantage."""
     reasoning_weight: float = Field(0.5, ge=0)
@@ -250,16 +264,13 @@ class Align(Advantage, PolicyUpdate, Stage):
     alarms: Alarms = Alarms()
 
 
-class RLVR(PolicyUpdate, Stage):
+class RLVR(Sampled, Stage):
     """Stage 3: reinforcement learning with verifiable rewards, by GRPO and what grew out of it."""
 
     policy: Model
     policy_optimizer: Optimizer
     prompts_per_step: int = Field(ge=1)
     """Prompts a step; each gets sampling.n responses."""
-    sampling: Sampling
-    rollout: Rollout = Rollout()
-    """Where responses are sampled."""
     rewards: Rewards = Rewards()
     algorithm: Literal["grpo", "dapo", "gspo", "dr_grpo", "cispo"] = "grpo"
     """Names the options in ALGORITHMS, of which each can still be set by itself."""
@@ -275,6 +286,10 @@ class RLVR(PolicyUpdate, Stage):
     until the step has prompts_per_step of them; surplus ones wait for the next step (DAPO)."""
     gen_batch_size: int | None = Field(None, ge=1)
     """Prompts sampled at a time with dynamic_sampling; as many as prompts_per_step if not set."""
+    max_staleness: int | None = Field(None, ge=0)
+    """Updates between the weights that sampled a response and those that it trains, beyond which
+    its group is left out: a surplus of dynamic_sampling, or rollout.ahead, which needs 1; null: any
+    number."""
     max_epochs: int | None = Field(None, ge=1)
     """Passes over the data after which the run ends, even before train.steps; null: any number.
     With dynamic_sampling it also ends when one pass does not fill a step."""
@@ -297,6 +312,11 @@ class RLVR(PolicyUpdate, Stage):
             raise ValueError(
                 f"overlong_buffer={self.overlong_buffer} is longer than the longest response, "
                 f"sampling.max_new_tokens={self.sampling.max_new_tokens}"
+            )
+        if self.rollout.ahead and self.max_staleness == 0:
+            raise ValueError(
+                "rollout.ahead trains on responses that are one update old, but max_staleness=0; "
+                "raise it to 1"
             )
         if self.gen_batch_size is not None and not self.dynamic_sampling:
             raise ValueError(

@@ -326,6 +326,9 @@ class Rollout(Section):
     """Servers on the trainers' GPUs give back the memory of their weights and KV cache while the
     policy trains, and trainers that of gradients while responses are sampled; see also offload of
     the optimizers, whose state would lie there all the time."""
+    ahead: bool = False
+    """Engines sample the next step's responses while the policy trains on this step's, with weights
+    that are one update older than those that they train (one-step-off)."""
     start_timeout: float = Field(600, gt=0)
     """Seconds that an engine may take to start."""
     request_timeout: float = Field(1800, gt=0)
@@ -367,6 +370,8 @@ class Rollout(Section):
                 "sleep=true is for servers on the trainers' GPUs, but "
                 f"kind={self.kind} and sync_folder={self.sync_folder}; leave it out"
             )
+        if self.sleep and self.ahead:
+            raise ValueError("engines can't sleep and sample ahead at the same time; choose one")
         needed = self.tensor * self.engines_per_node
         if self.kind in ("sglang", "vllm") and len(self.gpus) != needed:
             raise ValueError(

@@ -26,7 +26,7 @@ from prism_megatron.config import schema
 from prism_megatron.data.packing import plan_micro_batches
 from prism_megatron.data.prompts import PromptEncoder
 from prism_megatron.data.rows import TEACHER_SECTIONS, PromptRow, RowError, read_prompts
-from prism_megatron.data.sources import open_sources
+from prism_megatron.data.sources import find_row, open_sources
 from prism_megatron.data.stream import BatchStream
 from prism_megatron.objectives.advantages import alignment_advantage
 from prism_megatron.objectives.losses import (
@@ -46,6 +46,7 @@ from prism_megatron.objectives.sections import (
 from prism_megatron.rollout import fleet
 from prism_megatron.rollout.fleet import share_out
 from prism_megatron.rollout.rewards import reward_item
+from prism_megatron.rollout.sampler import Sampler, stale_share
 from prism_megatron.training import discriminator
 from prism_megatron.training.alarms import Alarms
 from prism_megatron.training.loop import Metrics, TrainingLoop
@@ -81,8 +82,9 @@ def run(config: schema.Align) -> None:
         section_ends=config.section_ends,
     )
     quarantine = open_quarantine(config.run, config.data)
+    sources = open_sources(config.data, partial(read_prompts, required=TEACHER_SECTIONS))
     stream = BatchStream(
-        open_sources(config.data, partial(read_prompts, required=TEACHER_SECTIONS)),
+        sources,
         lambda row: task(encoder, reader, row),
         quarantine,
         batch_size=config.prompts_per_step,
@@ -107,8 +109,6 @@ def run(config: schema.Align) -> None:
         "policy": (policy, config.policy.path),
         "discriminator": (judge, config.discriminator.path),
     }
-    loop = TrainingLoop(config, models, stream, quarantine, shown="score_gap")
-    done = loop.resume()
 
     def release() -> None:
         policy.release()
@@ -122,9 +122,18 @@ def run(config: schema.Align) -> None:
         logs=config.run.dir / "engines",
         release=release,
     )
-    game = Game(config, reader, policy, frozen, judge, engine)
-    engine.sync(done)
-    if loop.run(lambda: game.step(stream.next_batch(), loop.step)):
+    sampler = Sampler(stream, engine, config.sampling, ahead=config.rollout.ahead)
+    loop = TrainingLoop(
+        config, models, stream, quarantine, shown="score_gap", carried=sampler.state_dict
+    )
+    done = loop.resume()
+    if loop.found:
+        sampler.load_state_dict(
+            loop.found, lambda name: task(encoder, reader, find_row(sources, name))
+        )
+    game = Game(config, reader, policy, frozen, judge, sampler)
+    sampler.sync(done)
+    if loop.run(lambda: game.step(loop.step)):
         loop.export("policy")
 
 
@@ -156,7 +165,7 @@ class Stream:
 
 
 class Game:
-    """The two players and the rollout engine."""
+    """The two players, and what samples from the policy."""
 
     def __init__(
         self,
@@ -165,21 +174,22 @@ class Game:
         policy: ModelRunner,
         frozen: ModelRunner | None,
         judge: ModelRunner,
-        engine: fleet.Fleet,
+        sampler: Sampler[Task],
     ) -> None:
         self.config, self.reader = config, reader
-        self.policy, self.frozen, self.judge, self.engine = policy, frozen, judge, engine
+        self.policy, self.frozen, self.judge, self.sampler = policy, frozen, judge, sampler
         self.alarms = Alarms(config.alarms)
         self.table = token_bytes(reader.encoder.tokenizer)
         judges_answers = config.advantage_mode != "default"
         self.scorer = Scorer(config.rewards) if judges_answers else None
 
-    def step(self, tasks: list[Task], number: int) -> Metrics:
+    def step(self, number: int) -> Metrics:
         """Sample, judge, train the judge, train the policy, hand its weights to the engine."""
         config = self.config
-        rollouts = self.engine.generate([t.prompt for t in tasks], config.sampling, number)
-        slept = self.engine.sleep()
-        samples = [(t.prompt, r) for t, group in zip(tasks, rollouts, strict=True) for r in group]
+        answered = self.sampler.next(number, is_last=number + 1 == config.train.steps)
+        slept = self.sampler.engine.sleep()
+        tasks = [task for task, _ in answered]
+        samples = [(task.prompt, rollout) for task, group in answered for rollout in group]
         sections = [self._sections(rollout) for _, rollout in samples]
         groups = torch.arange(len(tasks)).repeat_interleave(config.sampling.n)
         valid = torch.tensor([s is not None for s in sections])
@@ -203,7 +213,7 @@ class Game:
             max_tokens=config.sampling.max_new_tokens,
             reference=self.frozen,
         )
-        synced = self.engine.sync(number + 1)
+        synced = self.sampler.sync(number + 1)
         metrics = {
             **self._means(streams, groups, valid),
             **judged,
@@ -212,7 +222,8 @@ class Game:
             "format_rate": float(valid.float().mean()),
             **({} if accuracy is None else {"accuracy": float(accuracy.mean())}),
             "response_tokens": sum(len(r.ids) for _, r in samples) / len(samples),
-            "weight_version": self.engine.weight_version,
+            "stale_share": stale_share([rollout for _, rollout in samples], number),
+            "weight_version": self.sampler.engine.weight_version,
             "sync_s": synced["total"],
             **slept,
         }

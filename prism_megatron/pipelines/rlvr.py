@@ -25,7 +25,8 @@ from prism_megatron.objectives.sections import response_text, token_bytes
 from prism_megatron.rollout import fleet
 from prism_megatron.rollout.fleet import share_out
 from prism_megatron.rollout.rewards import reward_item
-from prism_megatron.training.dynamic_sampling import DynamicSampler, Group
+from prism_megatron.rollout.sampler import Sampler, stale_share
+from prism_megatron.training.dynamic_sampling import Batch, DynamicSampler, Group
 from prism_megatron.training.loop import Metrics, TrainingLoop
 from prism_megatron.training.policy import policy_update
 from prism_megatron.training.runner import ModelRunner
@@ -68,14 +69,17 @@ def run(config: schema.RLVR) -> None:
         logs=config.run.dir / "engines",
         release=policy.release,
     )
-    trainer = Trainer(config, encoder, policy, reference, engine)
-    sampler = DynamicSampler(
-        stream,
-        trainer.sample,
+    sampler = Sampler(stream, engine, config.sampling, ahead=config.rollout.ahead)
+    trainer = Trainer(config, encoder, policy, reference, sampler)
+    groups = DynamicSampler(
+        sampler,
+        trainer.reward,
         batch_size=config.prompts_per_step,
         filtered=config.dynamic_sampling,
         num_rows=sum(map(len, sources)),
         max_epochs=config.max_epochs,
+        max_staleness=config.max_staleness,
+        steps=config.train.steps,
     )
     loop = TrainingLoop(
         config,
@@ -83,18 +87,18 @@ def run(config: schema.RLVR) -> None:
         stream,
         quarantine,
         shown="reward",
-        carried=sampler.state_dict,
+        carried=groups.state_dict,
     )
     done = loop.resume()
     if loop.found:
-        sampler.load_state_dict(loop.found, lambda name: task(find_row(sources, name)))
-    engine.sync(done)
-    if loop.run(lambda: trainer.step(*sampler.next_batch(loop.step), loop.step)):
+        groups.load_state_dict(loop.found, lambda name: task(find_row(sources, name)))
+    sampler.sync(done)
+    if loop.run(lambda: trainer.step(groups.next_batch(loop.step), loop.step)):
         loop.export("policy")
 
 
 class Trainer:
-    """The policy and the engine that samples from it."""
+    """The policy and what samples from it."""
 
     def __init__(
         self,
@@ -102,46 +106,45 @@ class Trainer:
         encoder: PromptEncoder,
         policy: ModelRunner,
         reference: ModelRunner | None,
-        engine: fleet.Fleet,
+        sampler: Sampler[Task],
     ) -> None:
         self.config, self.encoder = config, encoder
-        self.policy, self.reference, self.engine = policy, reference, engine
+        self.policy, self.reference, self.sampler = policy, reference, sampler
         self.table = token_bytes(encoder.tokenizer)
         self.scorer = Scorer(config.rewards)
 
-    def sample(self, tasks: list[Task], number: int) -> list[Group[Task]]:
-        """Responses to each task, rewarded."""
+    def reward(self, answered: list[tuple[Task, list[Rollout]]]) -> list[Group[Task]]:
+        """Tasks and their responses, rewarded."""
         n = self.config.sampling.n
-        rollouts = self.engine.generate([t.prompt for t in tasks], self.config.sampling, number)
-        items = [self._item(t, r) for t, group in zip(tasks, rollouts, strict=True) for r in group]
+        items = [self._item(task, rollout) for task, group in answered for rollout in group]
         rewards = share_out(items, self.scorer.score)
         return [
             Group(task, group, rewards[i * n : i * n + n])
-            for i, (task, group) in enumerate(zip(tasks, rollouts, strict=True))
+            for i, (task, group) in enumerate(answered)
         ]
 
-    def step(self, batch: list[Group[Task]], sampled: list[Group[Task]], number: int) -> Metrics:
-        """Train on the batch's groups, hand the weights to the engine. sampled: all groups that
-        were sampled for this step, which tell how good the policy is."""
-        config, slept = self.config, self.engine.sleep()
-        groups = torch.arange(len(batch)).repeat_interleave(config.sampling.n)
-        rewards = torch.cat([self._totals(group) for group in batch])
+    def step(self, batch: Batch[Task], number: int) -> Metrics:
+        """Train on the batch's groups, hand the weights to the engine."""
+        config, slept = self.config, self.sampler.engine.sleep()
+        groups = torch.arange(len(batch.groups)).repeat_interleave(config.sampling.n)
+        rewards = torch.cat([self._totals(group) for group in batch.groups])
+        samples = [(g.task.prompt, rollout) for g in batch.groups for rollout in g.rollouts]
         policy = policy_update(
             self.policy,
-            [(group.task.prompt, rollout) for group in batch for rollout in group.rollouts],
+            samples,
             group_normalise(rewards, groups, by_std=config.norm_adv_by_std),
             config,
             max_tokens=config.sampling.max_new_tokens,
             reference=self.reference,
         )
-        synced = self.engine.sync(number + 1)
-        stale = [r.weight_version != number for group in batch for r in group.rollouts]
+        synced = self.sampler.sync(number + 1)
         return {
-            **(self._means(sampled) if sampled else {}),
+            **(self._means(batch.sampled) if batch.sampled else {}),
             **policy,
-            "sampled_prompts": len(sampled),
-            "stale_share": sum(stale) / len(stale),
-            "weight_version": self.engine.weight_version,
+            "sampled_prompts": len(batch.sampled),
+            "expired_prompts": batch.expired,
+            "stale_share": stale_share([rollout for _, rollout in samples], number),
+            "weight_version": self.sampler.engine.weight_version,
             "sync_s": synced["total"],
             **slept,
         }

@@ -93,7 +93,8 @@ def logprobs_agree(
     engines: fleet.Fleet, runner: ModelRunner, prompts: list[Prompt], sampling: schema.Sampling
 ) -> Report:
     """Distance of the engines' log-probabilities from the trainer's, over all response tokens."""
-    rollouts = engines.generate(prompts, sampling, 0)
+    engines.submit(prompts, sampling, 0)
+    rollouts = engines.collect()
     return distances(
         runner, [(p, r) for p, group in zip(prompts, rollouts, strict=True) for r in group]
     )

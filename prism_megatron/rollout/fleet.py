@@ -50,10 +50,13 @@ class Fleet(Protocol):
         """Do this part of a WeightCheck in every engine; what they say is wrong, on all ranks."""
         ...
 
-    def generate(
-        self, prompts: Sequence[Prompt], sampling: Sampling, step: int
-    ) -> list[list[Rollout]]:
-        """See RolloutEngine; every rank gives the same prompts and gets all rollouts."""
+    def submit(self, prompts: Sequence[Prompt], sampling: Sampling, step: int) -> None:
+        """Have prompts answered, of which every rank gives the same; see RolloutEngine.generate.
+        Returns at once where the engines are processes of their own."""
+        ...
+
+    def collect(self) -> list[list[Rollout]]:
+        """Wait for the answers to the prompts submitted last; every rank gets all of them."""
         ...
 
 
@@ -102,6 +105,7 @@ class EmbeddedFleet:
 
     def __init__(self, engine: LocalEngine, weights: Weights) -> None:
         self.engine, self.weights = engine, weights
+        self._submitted: tuple[Sequence[Prompt], Sampling, int] | None = None
 
     @property
     def weight_version(self) -> int:
@@ -123,9 +127,12 @@ class EmbeddedFleet:
         dist.all_gather_object(wrong, found)
         return [words for words in wrong if words]
 
-    def generate(
-        self, prompts: Sequence[Prompt], sampling: Sampling, step: int
-    ) -> list[list[Rollout]]:
+    def submit(self, prompts: Sequence[Prompt], sampling: Sampling, step: int) -> None:
+        self._submitted = prompts, sampling, step
+
+    def collect(self) -> list[list[Rollout]]:
+        assert self._submitted is not None, "nothing was submitted"
+        (prompts, sampling, step), self._submitted = self._submitted, None
         return share_out(prompts, lambda mine: self.engine.generate(mine, sampling, step))
 
 

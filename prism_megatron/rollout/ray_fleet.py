@@ -70,11 +70,13 @@ class _Job:
 
 @dataclass
 class _Work:
-    """The prompts of one call on this rank: those still to be answered, and the answers."""
+    """The prompts of one call on this rank: those still to be answered, and the answers; count: of
+    all ranks' prompts."""
 
     sampling: Sampling
     jobs: deque[_Job]
-    answers: list[list[Rollout] | None]
+    answers: list[Any]
+    count: int
 
 
 class RayFleet:
@@ -137,13 +139,6 @@ class RayFleet:
         self._report()
         return phases | {"total": time.perf_counter() - started}
 
-    def generate(
-        self, prompts: Sequence[Prompt], sampling: Sampling, step: int
-    ) -> list[list[Rollout]]:
-        """See Fleet: each rank has its share of the prompts answered."""
-        self.submit(own_share(prompts), sampling, step)
-        return merge_shares(self.collect(), len(prompts), self._group)
-
     def sleep(self) -> dict[str, float]:
         """See Fleet."""
         if not self.config.sleep:
@@ -182,17 +177,18 @@ class RayFleet:
         return found
 
     def submit(self, prompts: Sequence[Prompt], sampling: Sampling, step: int) -> None:
-        """Have this rank's own prompts answered in the background, until `collect`."""
+        """See Fleet: each rank has its share of the prompts answered, in the background."""
         assert self._work is None, "the prompts of the last submit() were not collected"
         if self.weight_version < 0:
             raise RuntimeError("the rollout engines have no weights yet: call sync first")
-        keys = request_keys(prompts, step)
-        jobs = deque(_Job(i, p, k) for i, (p, k) in enumerate(zip(prompts, keys, strict=True)))
-        self._work = _Work(sampling, jobs, [None] * len(prompts))
+        mine = own_share(prompts)
+        keys = request_keys(mine, step)
+        jobs = deque(_Job(i, p, k) for i, (p, k) in enumerate(zip(mine, keys, strict=True)))
+        self._work = _Work(sampling, jobs, [None] * len(mine), len(prompts))
         self._running = self._run(self._play(self._work))
 
     def collect(self) -> list[list[Rollout]]:
-        """Wait for the answers to this rank's prompts; all ranks call it together.
+        """See Fleet.
 
         RuntimeError if a prompt fails on rollout.max_attempts engines, or no engine is left;
         ValueError if an engine says that a prompt can't be sampled from.
@@ -216,7 +212,7 @@ class RayFleet:
         self._work = None
         self._report()
         assert all(answer is not None for answer in work.answers)
-        return [answer for answer in work.answers if answer is not None]
+        return merge_shares(work.answers, work.count, self._group)
 
     def close(self) -> None:
         """Cancel what is out and end the engines; the fleet is of no use afterwards."""

@@ -170,6 +170,8 @@ class SGLangEngine(HttpEngine):
 
     async def sleep(self) -> None:
         """See ServerClient."""
+        # waits for the batch that was begun before the last answer came, which still writes
+        await asyncio.to_thread(self.post, "/flush_cache?timeout=60")
         await asyncio.to_thread(self.post, "/release_memory_occupation")
 
     async def wake(self, part: Part) -> None:

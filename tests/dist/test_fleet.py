@@ -146,7 +146,8 @@ def assert_same(found: list[list[Rollout]], wanted: list[list[Rollout]]) -> None
 
 
 def _generate(step: int) -> list[list[Rollout]]:
-    return _fleet.generate(step_prompts(), SAMPLING, step)
+    _fleet.submit(step_prompts(), SAMPLING, step)
+    return _fleet.collect()
 
 
 def test_all_ranks_get_what_one_engine_would_sample(fleet: Ranks, hf_dir: Path) -> None:
@@ -235,8 +236,7 @@ def _refused() -> str:
     """A prompt with a placeholder and no image, on the second rank alone."""
     _sync(4)
     wrong = Prompt("wrong", prompts()[0].input_ids, ())
-    mine = [wrong] if dist.get_rank() else prompts()[:1]
-    _fleet.submit(mine, SAMPLING, 5)
+    _fleet.submit([prompts()[0], wrong], SAMPLING, 5)
     try:
         _fleet.collect()
     except (RuntimeError, ValueError) as error:

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 from transformers import AutoProcessor
 
+from model_providers.weight_plan import iter_hf_weights
 from prism_megatron.config import schema
 from prism_megatron.data import digit_sums
 from prism_megatron.pipelines import rlvr, tiny_model
@@ -92,9 +93,28 @@ def _run(root: Path, out: Path, steps: int, **options: Any) -> list[str]:
         }
         | options
     )
-    with mock.patch.object(fleet, "LocalEngine", AnsweringEngine):
+    with (
+        mock.patch.object(fleet, "LocalEngine", AnsweringEngine),
+        mock.patch.object(rlvr.fleet, "build", ahead if config.rollout.ahead else fleet.build),
+    ):
         rlvr.run(config)
     return AnsweringEngine.asked
+
+
+class AheadFleet(fleet.EmbeddedFleet):
+    """Answers with the weights of when it is asked, as engines do that sample meanwhile."""
+
+    def submit(self, prompts: Sequence[Prompt], sampling: schema.Sampling, step: int) -> None:
+        super().submit(prompts, sampling, step)
+        self.answers = super().collect()
+
+    def collect(self) -> list[list[Rollout]]:
+        return self.answers
+
+
+def ahead(config: schema.Rollout, policy: Any, hf_dir: Path, **options: Any) -> fleet.Fleet:
+    engine: Any = AnsweringEngine(hf_dir)
+    return AheadFleet(engine, lambda: iter_hf_weights(policy))
 
 
 def _metrics(out: Path) -> list[dict[str, float]]:
@@ -143,6 +163,28 @@ def test_surplus_groups_are_trained_after_a_restart(
         assert one | CLOCKS == other | CLOCKS
     saved = tmp_path / "split" / "checkpoints" / "step_000003" / "state.json"
     assert "waiting" in json.loads(saved.read_text())["carried"]
+
+
+def _split_ahead(root: Path, out: Path) -> list[list[str]]:
+    """Four steps at once, and the same with a stop in between."""
+    options = {"rollout": {"kind": "local", "ahead": True}, "rollout_is": "tis"}
+    whole = _run(root, out / "whole", 4, **options)
+    stop = {"train": {"steps": 4, "micro_batch_tokens": 1024, "stop_at": 2}}
+    first = _run(root, out / "split", 4, **(options | stop))
+    second = _run(root, out / "split", 4, **options)
+    return [whole, first, second]
+
+
+def test_what_is_sampled_ahead_is_trained_after_a_restart(
+    ranks: Worlds, root: Path, tmp_path: Path
+) -> None:
+    [(whole, first, second), _] = ranks(2).run(_split_ahead, root, tmp_path)
+    assert whole == first + second
+    steps, again = _metrics(tmp_path / "whole"), _metrics(tmp_path / "split")
+    assert [step["stale_share"] for step in steps] == [0, 1, 1, 1]
+    assert [step["weight_version"] for step in steps] == [1, 2, 3, 4]
+    for one, other in zip(steps, again, strict=True):
+        assert one | CLOCKS == other | CLOCKS
 
 
 def _to_the_end(root: Path, out: Path) -> None:

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from prism_megatron.config.schema import Sampling
 from prism_megatron.data.sources import Source
 from prism_megatron.data.stream import BatchStream, Quarantine
 from prism_megatron.objectives.rewards.types import Reward
-from prism_megatron.training.dynamic_sampling import DynamicSampler, Group
+from prism_megatron.rollout.sampler import Sampler, stale_share
+from prism_megatron.rollout.weight_check import Action
+from prism_megatron.training.dynamic_sampling import Batch, DynamicSampler, Group
 from prism_megatron.training.loop import EndOfData
 from prism_megatron.types import Prompt, Rollout
 
@@ -63,21 +66,60 @@ def sampler(
         seed=3,
     )
 
-    def sample(tasks: list[Task], step: int) -> list[Group[Task]]:
-        return [group(task, step) for task in tasks]
+    def reward(answered: list[tuple[Task, list[Rollout]]]) -> list[Group[Task]]:
+        return [group(*each) for each in answered]
 
-    def group(task: Task, step: int) -> Group[Task]:
+    def group(task: Task, rollouts: list[Rollout]) -> Group[Task]:
         second = float(not teaches(int(task.prompt.row_id.split(":")[1])))
-        rollouts = [Rollout((step, 7), (-0.1, -1 / 3), "stop", step)] * 2
         return Group(
             task, rollouts, [Reward(1.0, 1.0, 1.0, "number"), Reward(second, second, 1.0, "number")]
         )
 
+    ahead = options.pop("ahead", False)
+    bounds = {"max_epochs": None, "max_staleness": None, "steps": 100}
     return DynamicSampler(
-        stream,
-        sample,
-        **{"batch_size": 3, "filtered": True, "num_rows": size, "max_epochs": None, **options},
+        Sampler(stream, Engines(), Sampling(n=2), ahead=ahead),
+        reward,
+        **{"batch_size": 3, "filtered": True, "num_rows": size, **bounds, **options},
     )
+
+
+class Engines:
+    """A fleet that answers with the step and the weights of when it was asked."""
+
+    weight_version = -1
+
+    def __init__(self) -> None:
+        self.out: list[list[Rollout]] = []
+
+    def submit(self, prompts: Sequence[Prompt], sampling: Sampling, step: int) -> None:
+        assert not self.out and self.weight_version >= 0
+        answer = Rollout((step, 7), (-0.1, -1 / 3), "stop", self.weight_version)
+        self.out = [[answer] * sampling.n for _ in prompts]
+
+    def collect(self) -> list[list[Rollout]]:
+        answers, self.out = self.out, []
+        return answers
+
+    def sync(self, version: int) -> dict[str, float]:
+        assert not self.out, "new weights while prompts are out"
+        self.weight_version = version
+        return {}
+
+    def sleep(self) -> dict[str, float]:
+        raise NotImplementedError
+
+    def check(self, action: Action) -> list[str]:
+        raise NotImplementedError
+
+
+def steps(found: DynamicSampler[Task], numbers: Iterable[int]) -> Iterator[Batch[Task]]:
+    """A run's batches, each with the weights of its number."""
+    for step in numbers:
+        if found.sampler.engine.weight_version < step:
+            found.sampler.sync(step)
+        yield found.next_batch(step)
+    found.sampler.sync(step + 1)
 
 
 def names(groups: list[Group[Task]]) -> list[str]:
@@ -86,50 +128,89 @@ def names(groups: list[Group[Task]]) -> list[str]:
 
 def test_a_step_is_filled_and_the_surplus_is_the_next_ones(tmp_path: Path) -> None:
     found = sampler(tmp_path, 40, lambda i: i % 2 == 0, gen_batch_size=8)
-    order = names(sampler(tmp_path, 40, bool, 40, batch_size=40, filtered=False).next_batch(0)[0])
+    whole = sampler(tmp_path, 40, bool, 40, batch_size=40, filtered=False)
+    [every] = steps(whole, [0])
+    order = names(every.groups)
     wanted = [name for name in order if int(name.split(":")[1]) % 2 == 0]
     batches, rounds = [], []
-    for step in range(5):
-        batch, sampled = found.next_batch(step)
-        assert len(batch) == 3 and all(group.differs for group in batch)
-        batches += names(batch)
-        rounds.append(len(sampled) // 8)
-        if not sampled:
-            assert batch[0].rollouts[0].weight_version < step
+    for step, batch in enumerate(steps(found, range(5))):
+        assert len(batch.groups) == 3 and all(group.differs for group in batch.groups)
+        batches += names(batch.groups)
+        rounds.append(len(batch.sampled) // 8)
+        if not batch.sampled:
+            assert batch.groups[0].rollouts[0].weight_version < step
     assert batches == wanted[:15]
-    assert sum(rounds) * 8 == found.stream.position and 0 in rounds
+    assert sum(rounds) * 8 == found.sampler.stream.position and 0 in rounds
 
 
 def test_without_filter_every_group_is_taken_as_it_comes(tmp_path: Path) -> None:
     found = sampler(tmp_path, 9, lambda i: False, gen_batch_size=3, filtered=False)
-    batch, sampled = found.next_batch(0)
-    assert batch == sampled and len(batch) == 3 and found.waiting == []
+    [batch] = steps(found, [0])
+    assert batch.groups == batch.sampled and len(batch.groups) == 3 and found.waiting == []
 
 
-def test_waiting_groups_come_through_a_checkpoint(tmp_path: Path) -> None:
+@pytest.mark.parametrize("ahead", [False, True])
+def test_what_is_sampled_comes_through_a_checkpoint(tmp_path: Path, ahead: bool) -> None:
     def fresh() -> DynamicSampler[Task]:
-        return sampler(tmp_path, 40, lambda i: i % 3 > 0, gen_batch_size=10)
+        return sampler(tmp_path, 40, lambda i: i % 3 > 0, gen_batch_size=10, ahead=ahead)
 
     first, second = fresh(), fresh()
-    first.next_batch(0)
+    list(steps(first, [0]))
     saved = json.loads(json.dumps(first.state_dict()))
     assert len(saved["waiting"]) > 0
-    second.stream.restore(first.stream.state)
+    assert len(saved["ready"]) == (10 if ahead else 0)
+    second.sampler.stream.restore(first.sampler.stream.state)
     second.load_state_dict(saved, task_of)
-    for step in range(1, 4):
-        assert second.next_batch(step) == first.next_batch(step)
+    assert list(steps(second, range(1, 6))) == list(steps(first, range(1, 6)))
+
+
+def test_a_batch_is_sampled_while_the_one_before_trains(tmp_path: Path) -> None:
+    """And none for a step that does not come."""
+    options = {"gen_batch_size": 3, "filtered": False, "steps": 4}
+    ahead = sampler(tmp_path, 12, bool, ahead=True, **options)
+    found = list(steps(ahead, range(4)))
+    plain = list(steps(sampler(tmp_path, 12, bool, **options), range(4)))
+    assert [names(batch.groups) for batch in found] == [names(batch.groups) for batch in plain]
+    versions = [batch.groups[0].rollouts[0].weight_version for batch in found]
+    assert versions == [0, 0, 1, 2]
+    # random numbers are those of the step that a batch is for
+    assert [batch.groups[0].rollouts[0].ids[0] for batch in found] == [0, 1, 2, 3]
+    assert not ahead.sampler.has_drawn and ahead.sampler.stream.position == 12
+    stale = [stale_share(batch.groups[0].rollouts, step) for step, batch in enumerate(found)]
+    assert stale == [0, 1, 1, 1]
+
+
+@pytest.mark.parametrize("bound, oldest", [(None, 3), (1, 1), (0, 0)])
+def test_groups_that_are_too_old_are_left_out(
+    tmp_path: Path, bound: int | None, oldest: int
+) -> None:
+    """Of twelve groups at once, three a step."""
+    found = sampler(tmp_path, 48, lambda i: True, gen_batch_size=12, max_staleness=bound)
+    batches = list(steps(found, range(8)))
+    ages = [step - b.groups[0].rollouts[0].weight_version for step, b in enumerate(batches)]
+    assert max(ages) == oldest
+    drawn = sum(len(batch.sampled) for batch in batches)
+    assert drawn == 24 + sum(b.expired for b in batches) + len(found.waiting)
+    assert (sum(batch.expired for batch in batches) > 0) == (bound is not None)
 
 
 def test_a_pass_that_does_not_fill_a_step_ends_the_data(tmp_path: Path) -> None:
     found = sampler(tmp_path, 12, lambda i: i in (4, 7), gen_batch_size=4)
     with pytest.raises(EndOfData, match=r"12 rows did not fill a step: 2 of the 3 groups"):
-        found.next_batch(0)
-    assert found.stream.position == 12
+        list(steps(found, [0]))
+    assert found.sampler.stream.position == 12
 
 
 def test_the_number_of_passes_is_bounded(tmp_path: Path) -> None:
     found = sampler(tmp_path, 6, lambda i: True, gen_batch_size=3, max_epochs=2)
-    for step in range(4):
-        found.next_batch(step)
+    assert len(list(steps(found, range(4)))) == 4
     with pytest.raises(EndOfData, match=r"max_epochs=2 passes over the data's 6 rows are made"):
+        found.next_batch(4)
+
+
+def test_what_is_sampled_ahead_is_trained_before_the_data_ends(tmp_path: Path) -> None:
+    found = sampler(tmp_path, 6, lambda i: True, gen_batch_size=3, max_epochs=2, ahead=True)
+    assert len(list(steps(found, range(4)))) == 4
+    assert found.sampler.stream.position == 12
+    with pytest.raises(EndOfData, match=r"max_epochs=2"):
         found.next_batch(4)

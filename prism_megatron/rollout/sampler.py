@@ -1,0 +1,96 @@
+"""The prompts of a stream with their responses, batch by batch.
+
+synchronous          step k:  draw, sample with the weights of version k | train | sync k + 1
+rollout.ahead        step k:  take the batch that is there | train, while engines sample the next
+                              one with the weights of version k | wait for it | sync k + 1
+
+A batch that was sampled ahead trains weights one update newer than those that sampled it; what it
+was sampled with comes with it, so that rollout_is can correct for the difference.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from typing import Any, Protocol
+
+from prism_megatron.config.schema import Sampling
+from prism_megatron.data.stream import BatchStream
+from prism_megatron.rollout.fleet import Fleet
+from prism_megatron.types import Prompt, Rollout
+
+
+class HasPrompt(Protocol):
+    """A task of a stage."""
+
+    @property
+    def prompt(self) -> Prompt: ...
+
+
+class Sampler[T: HasPrompt]:
+    """Draws tasks and has them answered; all ranks call it together, and get the same."""
+
+    def __init__(
+        self, stream: BatchStream[Any, T], engine: Fleet, sampling: Sampling, *, ahead: bool
+    ) -> None:
+        self.stream, self.engine, self.sampling, self.ahead = stream, engine, sampling, ahead
+        self._asked: list[T] | None = None
+        self._ready: list[tuple[T, list[Rollout]]] | None = None
+
+    @property
+    def has_drawn(self) -> bool:
+        """Whether a batch was drawn that `next` has not given out."""
+        return self._asked is not None or self._ready is not None
+
+    def next(self, step: int, *, is_last: bool) -> list[tuple[T, list[Rollout]]]:
+        """A batch for the step; is_last: none needs to be sampled while it trains."""
+        if not self.has_drawn:
+            self._ask(step)
+        self._wait()
+        batch, self._ready = self._ready, None
+        assert batch is not None
+        if self.ahead and not is_last:
+            self._ask(step + 1)
+        return batch
+
+    def sync(self, version: int) -> dict[str, float]:
+        """See Fleet; what is being sampled is waited for."""
+        self._wait()
+        return self.engine.sync(version)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What is sampled and not given out, as JSON holds it; tasks by the names of their rows.
+        After a sync, which leaves nothing unanswered."""
+        assert self._asked is None, "a checkpoint while prompts are out"
+        return {
+            "ready": [
+                {"row": task.prompt.row_id, "rollouts": [asdict(rollout) for rollout in rollouts]}
+                for task, rollouts in self._ready or []
+            ]
+        }
+
+    def load_state_dict(self, state: dict[str, Any], task_of: Callable[[str], T]) -> None:
+        """Undo state_dict. task_of: row name -> its task."""
+        ready = state["ready"]
+        self._ready = [(task_of(s["row"]), rollouts_of(s["rollouts"])) for s in ready] or None
+
+    def _ask(self, step: int) -> None:
+        self._asked = self.stream.next_batch()
+        self.engine.submit([task.prompt for task in self._asked], self.sampling, step)
+
+    def _wait(self) -> None:
+        if self._asked is not None:
+            self._ready = list(zip(self._asked, self.engine.collect(), strict=True))
+            self._asked = None
+
+
+def stale_share(rollouts: Sequence[Rollout], version: int) -> float:
+    """Share of the rollouts that other weights than those of `version` sampled."""
+    return sum(rollout.weight_version != version for rollout in rollouts) / len(rollouts)
+
+
+def rollouts_of(saved: list[dict[str, Any]]) -> list[Rollout]:
+    """Rollouts that JSON held."""
+    return [
+        Rollout(**(s | {"ids": tuple(s["ids"]), "logprobs": tuple(s["logprobs"])})) for s in saved
+    ]
