@@ -265,6 +265,12 @@ class Qwen3VLModel(nn.Module):
             router.load = 0
         return loads
 
+    @property
+    def expert_layers(self) -> list[int]:
+        """Numbers of the decoder layers with experts that this rank holds, in the order of
+        Sequence.routes."""
+        return [router.layer_number - 1 for chunk in self.chunks for router in chunk.routers]
+
     def record_routes(self, recording: bool) -> None:
         """Whether each chunk keeps its last pass's experts in `routes`, [T, routers, k]."""
         for chunk in self.chunks:

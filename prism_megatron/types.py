@@ -45,12 +45,15 @@ class Rollout:
     finish_reason: "stop" (ended by end-of-turn), "length", or "abort" (cut off while it was
     sampled; no answer yet).
     weight_version: version of the weights that sampled it.
+    routes: [P + R - 1, layers * k] of integers, the experts that each token of prompt and response
+    but the last took in every layer; None if the engine was not asked.
     """
 
     ids: tuple[int, ...]
     logprobs: tuple[float, ...]
     finish_reason: str
     weight_version: int
+    routes: Tensor | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True)

@@ -205,11 +205,16 @@ class Sampled(PolicyUpdate):
     """Where responses are sampled."""
 
     @model_validator(mode="after")
-    def _older_weights_are_corrected_for(self) -> Self:
+    def _the_engines_give_what_updates_need(self) -> Self:
         if self.rollout.ahead and self.rollout_is == "none":
             raise ValueError(
                 "rollout.ahead trains on responses of older weights, for which nothing corrects; "
                 "set rollout_is to tis, mis or icepop"
+            )
+        if self.router_replay == "R3" and self.rollout.kind not in ("sglang", "vllm"):
+            raise ValueError(
+                f"router_replay=R3 takes experts from the engine, but rollout.kind="
+                f"{self.rollout.kind} does not tell them; use sglang or vllm, or R2"
             )
         return self
 

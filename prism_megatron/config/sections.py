@@ -28,7 +28,7 @@ LossAggMode = Literal[
     "token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm"
 ]
 KL = Literal["k1", "k2", "k3"]
-RouterReplay = Literal["disabled", "R2"]
+RouterReplay = Literal["disabled", "R2", "R3"]
 RolloutIS = Literal["none", "tis", "mis", "icepop"]
 ScoreBound = Literal["none", "clip", "tanh"]
 AdvantageMode = Literal["default", "acc_gating", "gated_align", "rlvr", "rlvr_v2", "sign_align"]
@@ -424,7 +424,8 @@ class PolicyUpdate(Section):
     """Highest ratio that counts in full."""
     router_replay: RouterReplay = "disabled"
     """R2: each update of a Mixture of Experts sends tokens to the experts that they took in the
-    pass of the old log-probabilities, so that a ratio is not one of other experts."""
+    pass of the old log-probabilities, so that a ratio is not one of other experts. R3: every pass
+    sends them to the experts that they took in the engine, which tells them."""
 
     @property
     def updates_per_step(self) -> int:

@@ -121,6 +121,7 @@ def run(config: schema.Align) -> None:
         seed=config.run.seed,
         logs=config.run.dir / "engines",
         release=release,
+        routes=config.router_replay == "R3",
     )
     sampler = Sampler(stream, engine, config.sampling, ahead=config.rollout.ahead)
     loop = TrainingLoop(

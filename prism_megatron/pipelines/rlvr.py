@@ -68,6 +68,7 @@ def run(config: schema.RLVR) -> None:
         seed=config.run.seed,
         logs=config.run.dir / "engines",
         release=policy.release,
+        routes=config.router_replay == "R3",
     )
     sampler = Sampler(stream, engine, config.sampling, ahead=config.rollout.ahead)
     trainer = Trainer(config, encoder, policy, reference, sampler)

@@ -7,6 +7,7 @@ prompts --> engines --> responses and log-probabilities --> the trainer's own, t
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ from prism_megatron.data.rows import read_prompts
 from prism_megatron.data.sources import open_sources
 from prism_megatron.data.stream import BatchStream
 from prism_megatron.rollout import fleet
-from prism_megatron.training.policy import response_logprobs
+from prism_megatron.training.policy import engine_routes, response_logprobs
 from prism_megatron.training.runner import ModelRunner
 from prism_megatron.training.setup import (
     build_encoder,
@@ -101,8 +102,15 @@ def logprobs_agree(
 
 
 def distances(runner: ModelRunner, samples: list[tuple[Prompt, Rollout]]) -> Report:
-    """Mean, 99th percentile and largest distance; mean over prompts with images apart."""
-    sequences = [rollout_sequence(prompt, rollout.ids, {}) for prompt, rollout in samples]
+    """Mean, 99th percentile and largest distance; mean over prompts with images apart. The trainer
+    takes the engine's experts where it told them."""
+    sequences = [
+        replace(
+            rollout_sequence(prompt, rollout.ids, {}),
+            routes=None if rollout.routes is None else engine_routes(runner, prompt, rollout),
+        )
+        for prompt, rollout in samples
+    ]
     found = runner.infer(sequences, response_logprobs)
     ours = torch.cat([f[s.response_mask].cpu() for f, s in zip(found, sequences, strict=True)])
     theirs = torch.cat([torch.tensor(rollout.logprobs) for _, rollout in samples])

@@ -68,12 +68,13 @@ def build(
     seed: int,
     logs: Path,
     release: Callable[[], None] = lambda: None,
+    routes: bool = False,
 ) -> Fleet:
     """The configured fleet for a policy, without weights yet.
 
     hf_dir: Hugging Face directory with the policy's config and processor; logs: folder for what
     servers write; release: has the trainer give back the memory that only updates need, before
-    engines that slept take theirs.
+    engines that slept take theirs; routes: rollouts come with the experts that tokens took.
     """
     weights = partial(iter_hf_weights, policy)
     if config.kind == "embedded":
@@ -89,7 +90,7 @@ def build(
     if config.kind == "local":
         return RayFleet(config, send_through_ray(weights), model=hf_dir, seed=seed, logs=logs)
     refit = ServerRefit(config, policy, hf_dir)
-    server = server_kind(config, hf_dir)
+    server = server_kind(config, hf_dir, routes)
     return RayFleet(
         config, refit, model=hf_dir, seed=seed, logs=logs, server=server, release=release
     )

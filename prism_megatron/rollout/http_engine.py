@@ -7,6 +7,9 @@ from collections.abc import Mapping
 from typing import Any
 
 import httpx
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
 
 from prism_megatron.rollout.vocabulary import Vocabulary
 from prism_megatron.types import Prompt
@@ -19,10 +22,17 @@ class HttpEngine:
     """Requests to one server: blocking ones to control it, asynchronous ones to sample."""
 
     def __init__(
-        self, url: str, api_key: str, vocabulary: Vocabulary, *, timeout_seconds: float = 1800
+        self,
+        url: str,
+        api_key: str,
+        vocabulary: Vocabulary,
+        *,
+        routes: bool = False,
+        timeout_seconds: float = 1800,
     ) -> None:
-        """timeout_seconds: longest wait for an answer, such as all responses to a prompt."""
-        self.url, self.vocabulary = url, vocabulary
+        """routes: ask for the experts that tokens took, which the server was started for;
+        timeout_seconds: longest wait for an answer, such as all responses to a prompt."""
+        self.url, self.vocabulary, self.routes = url, vocabulary, routes
         self._settings: dict[str, Any] = {
             "base_url": url,
             "headers": {"Authorization": f"Bearer {api_key}"},
@@ -62,6 +72,12 @@ class HttpEngine:
         if self._asynchronous is not None:
             await self._asynchronous.aclose()
             self._asynchronous = None
+
+
+def small_routes(chosen: NDArray[Any], tokens: int) -> Tensor:
+    """An engine's choice of experts as Rollout holds it, [tokens, layers * k]."""
+    kind = torch.uint8 if chosen.max(initial=0) < 256 else torch.int16
+    return torch.from_numpy(chosen.reshape(tokens, -1)).to(kind)
 
 
 def checked(response: httpx.Response) -> Any:

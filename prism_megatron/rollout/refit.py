@@ -31,16 +31,24 @@ _PROGRAMS: dict[str, tuple[Callable[..., Any], type[HttpEngine]]] = {
 }
 
 
-def server_kind(config: schema.Rollout, hf_dir: Path) -> ServerKind:
-    """The configured engine program, for the model of a Hugging Face directory."""
+def server_kind(config: schema.Rollout, hf_dir: Path, routes: bool) -> ServerKind:
+    """The configured engine program, for the model of a Hugging Face directory.
+
+    routes: its rollouts come with the experts that tokens took.
+    """
     command, _ = _PROGRAMS[config.kind]
     return ServerKind(
-        partial(_command, command, config, hf_dir), partial(connect, config.kind, hf_dir)
+        partial(_command, command, config, hf_dir, routes),
+        partial(connect, config.kind, hf_dir, routes=routes),
     )
 
 
 def _command(
-    command: Callable[..., Any], config: schema.Rollout, hf_dir: Path, endpoint: Endpoint
+    command: Callable[..., Any],
+    config: schema.Rollout,
+    hf_dir: Path,
+    routes: bool,
+    endpoint: Endpoint,
 ) -> tuple[list[str], dict[str, str]]:
     found: tuple[list[str], dict[str, str]] = command(
         hf_dir,
@@ -49,14 +57,16 @@ def _command(
         api_key=endpoint.api_key,
         tensor=config.tensor,
         python=str(config.python or sys.executable),
+        routes=routes,
         options=config.server_args,
     )
     return found
 
 
-def connect(kind: str, hf_dir: Path, endpoint: Endpoint) -> Any:
+def connect(kind: str, hf_dir: Path, endpoint: Endpoint, *, routes: bool = False) -> Any:
     """The client of a server that listens at the endpoint."""
-    return _PROGRAMS[kind][1](endpoint.url, endpoint.api_key, _vocabulary(hf_dir))
+    vocabulary = _vocabulary(hf_dir)
+    return _PROGRAMS[kind][1](endpoint.url, endpoint.api_key, vocabulary, routes=routes)
 
 
 @cache

@@ -10,9 +10,14 @@ was sampled with comes with it, so that rollout_is can correct for the differenc
 
 from __future__ import annotations
 
+import base64
+import io
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import fields
 from typing import Any, Protocol
+
+import numpy as np
+import torch
 
 from prism_megatron.config.schema import Sampling
 from prism_megatron.data.stream import BatchStream
@@ -64,7 +69,7 @@ class Sampler[T: HasPrompt]:
         assert self._asked is None, "a checkpoint while prompts are out"
         return {
             "ready": [
-                {"row": task.prompt.row_id, "rollouts": [asdict(rollout) for rollout in rollouts]}
+                {"row": task.prompt.row_id, "rollouts": [state_of(rollout) for rollout in rollouts]}
                 for task, rollouts in self._ready or []
             ]
         }
@@ -89,8 +94,22 @@ def stale_share(rollouts: Sequence[Rollout], version: int) -> float:
     return sum(rollout.weight_version != version for rollout in rollouts) / len(rollouts)
 
 
-def rollouts_of(saved: list[dict[str, Any]]) -> list[Rollout]:
-    """Rollouts that JSON held."""
-    return [
-        Rollout(**(s | {"ids": tuple(s["ids"]), "logprobs": tuple(s["logprobs"])})) for s in saved
-    ]
+def state_of(rollout: Rollout) -> dict[str, Any]:
+    """The rollout as JSON holds it."""
+    state = {f.name: getattr(rollout, f.name) for f in fields(rollout)}
+    if rollout.routes is not None:
+        file = io.BytesIO()
+        np.save(file, rollout.routes.numpy())
+        state["routes"] = base64.b64encode(file.getvalue()).decode()
+    return state
+
+
+def rollouts_of(states: list[dict[str, Any]]) -> list[Rollout]:
+    """Undo state_of."""
+    found = []
+    for state in states:
+        values = state | {"ids": tuple(state["ids"]), "logprobs": tuple(state["logprobs"])}
+        if (routes := state["routes"]) is not None:
+            values["routes"] = torch.from_numpy(np.load(io.BytesIO(base64.b64decode(routes))))
+        found.append(Rollout(**values))
+    return found

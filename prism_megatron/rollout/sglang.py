@@ -7,18 +7,20 @@ ids, log-probabilities, finish reason, weight version <--'
 from __future__ import annotations
 
 import asyncio
+import base64
 import hashlib
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from prism_megatron.config.schema import Sampling
 from prism_megatron.rollout import pixels
 from prism_megatron.rollout.engine import Part
-from prism_megatron.rollout.http_engine import NEVER, HttpEngine
+from prism_megatron.rollout.http_engine import NEVER, HttpEngine, small_routes
 from prism_megatron.rollout.vocabulary import Vocabulary
 from prism_megatron.rollout.weight_check import Action
 from prism_megatron.types import Prompt, Rollout, VisualInputs
@@ -32,17 +34,20 @@ def server_command(
     api_key: str,
     tensor: int = 1,
     python: str = sys.executable,
+    routes: bool = False,
     options: Sequence[str] = (),
 ) -> tuple[list[str], dict[str, str]]:
     """Command line and additional environment of a server on the visible GPUs.
 
     python: of the environment that has SGLang. hf_dir needs no weights: they come by a weight sync.
-    options go to SGLang as they are.
+    routes: it shall tell the experts that tokens take. options go to SGLang as they are.
     """
     command = [python, "-m", "sglang.launch_server", "--model-path", str(hf_dir)]
     command += ["--host", host, "--port", str(port), "--api-key", api_key]
     command += ["--tp-size", str(tensor), "--weight-version", "-1", "--skip-tokenizer-init"]
     command += ["--enable-memory-saver", "--log-level", "warning", *options]
+    if routes:
+        command.append("--enable-return-routed-experts")
     # a model that is to get other weights anyway
     if not any(Path(hf_dir).glob("*.safetensors")):
         command += ["--load-format", "dummy"]
@@ -68,7 +73,7 @@ class SGLangEngine(HttpEngine):
 
         A response that holds an id of no token has finish_reason "invalid".
         """
-        body = request(prompt, sampling, self.vocabulary)
+        body = request(prompt, sampling, self.vocabulary, routes=self.routes)
         answer = await self.ask("/generate", body, prompt)
         answers = answer if isinstance(answer, list) else [answer]
         if len(answers) != sampling.n:
@@ -84,11 +89,16 @@ class SGLangEngine(HttpEngine):
             )
         tokens = [(token, logprob) for logprob, token, *_ in meta["output_token_logprobs"]]
         ids = tuple(token for token, _ in tokens)
+        routes = None
+        if self.routes:
+            chosen = np.frombuffer(base64.b64decode(meta["routed_experts"]), dtype=np.int32)
+            routes = small_routes(chosen, prompt_tokens + len(ids) - 1)
         return Rollout(
             ids=ids,
             logprobs=tuple(logprob for _, logprob in tokens),
             finish_reason=self.vocabulary.finish_reason(ids, meta["finish_reason"]["type"]),
             weight_version=int(meta["weight_version"]),
+            routes=routes,
         )
 
     async def weight_version(self) -> int:
@@ -184,7 +194,9 @@ class SGLangEngine(HttpEngine):
         await asyncio.to_thread(self.post, "/weights_checker", {"action": action})
 
 
-def request(prompt: Prompt, sampling: Sampling, vocabulary: Vocabulary) -> dict[str, Any]:
+def request(
+    prompt: Prompt, sampling: Sampling, vocabulary: Vocabulary, *, routes: bool = False
+) -> dict[str, Any]:
     """What SGLang's /generate and Engine.generate take."""
     parameters = {
         "n": sampling.n,
@@ -198,6 +210,7 @@ def request(prompt: Prompt, sampling: Sampling, vocabulary: Vocabulary) -> dict[
         "input_ids": list(prompt.input_ids),
         "sampling_params": parameters,
         "return_logprob": True,
+        "return_routed_experts": routes,
     }
     if prompt.images:
         images = [_image(image) for image in prompt.images]

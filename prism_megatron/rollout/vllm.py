@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import io
 import sys
 from collections.abc import Mapping, Sequence
 from itertools import groupby
@@ -15,11 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import msgpack
+import numpy as np
 import torch
 
 from prism_megatron.config.schema import Sampling
 from prism_megatron.rollout.engine import Part
-from prism_megatron.rollout.http_engine import NEVER, HttpEngine
+from prism_megatron.rollout.http_engine import NEVER, HttpEngine, small_routes
 from prism_megatron.rollout.pixels import bf16
 from prism_megatron.rollout.vocabulary import Vocabulary
 from prism_megatron.rollout.weight_check import Action
@@ -40,17 +42,21 @@ def server_command(
     api_key: str,
     tensor: int = 1,
     python: str = sys.executable,
+    routes: bool = False,
     options: Sequence[str] = (),
 ) -> tuple[list[str], dict[str, str]]:
     """Command line and additional environment of a server on the visible GPUs.
 
     python: of the environment that has vLLM, whose transformers is another than the trainer's.
-    hf_dir needs no trained weights: they come by a weight sync. options go to vLLM as they are.
+    hf_dir needs no trained weights: they come by a weight sync. routes: it shall tell the
+    experts that tokens take. options go to vLLM as they are.
     """
     command = [python, "-m", "vllm.entrypoints.openai.api_server", "--model", str(hf_dir)]
     command += ["--host", host, "--port", str(port), "--api-key", api_key]
     command += ["--tensor-parallel-size", str(tensor), "--enable-sleep-mode"]
     command += ["--worker-extension-cls", "prism_megatron.rollout.vllm_server.WeightExtension"]
+    if routes:
+        command.append("--enable-return-routed-experts")
     # a model that is to get other weights anyway
     if not any(Path(hf_dir).glob("*.safetensors")):
         command += ["--load-format", "dummy"]
@@ -76,15 +82,20 @@ class VLLMEngine(HttpEngine):
                 f"{self.url} gave {len(choices)} responses for n={sampling.n}, sampled with the "
                 f"weights of version {before} to {version}"
             )
-        return [self._rollout(choice, version) for choice in choices]
+        return [self._rollout(choice, version, len(prompt.input_ids)) for choice in choices]
 
-    def _rollout(self, choice: Mapping[str, Any], version: int) -> Rollout:
+    def _rollout(self, choice: Mapping[str, Any], version: int, prompt_tokens: int) -> Rollout:
         ids = tuple(choice["token_ids"])
+        routes = None
+        if self.routes:
+            chosen = np.load(io.BytesIO(base64.b64decode(choice["routed_experts"])))
+            routes = small_routes(chosen, prompt_tokens + len(ids) - 1)
         return Rollout(
             ids=ids,
             logprobs=tuple(token["logprob"] for token in choice["logprobs"]["content"]),
             finish_reason=self.vocabulary.finish_reason(ids, choice["finish_reason"]),
             weight_version=version,
+            routes=routes,
         )
 
     async def weight_version(self) -> int:

@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from prism_megatron.objectives.rewards.types import Reward
-from prism_megatron.rollout.sampler import HasPrompt, Sampler, rollouts_of
+from prism_megatron.rollout.sampler import HasPrompt, Sampler, rollouts_of, state_of
 from prism_megatron.training.loop import EndOfData
 from prism_megatron.types import Rollout
 
@@ -116,7 +116,7 @@ class DynamicSampler[T: HasPrompt]:
             "waiting": [
                 {
                     "row": group.task.prompt.row_id,
-                    "rollouts": [asdict(rollout) for rollout in group.rollouts],
+                    "rollouts": [state_of(rollout) for rollout in group.rollouts],
                     "rewards": [asdict(reward) for reward in group.rewards],
                 }
                 for group in self.waiting

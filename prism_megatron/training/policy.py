@@ -63,11 +63,15 @@ def policy_update(
     # a part without any advantage still takes its step, on a gradient of zero
     trained = [[i for i in part if run_all or advantages[i] != 0] or [part[0]] for part in parts]
     sequences = {i: _sequence(*samples[i], advantages[i]) for part in trained for i in part}
+    if reference is not None:
+        _add_logprobs(reference, "ref_logprobs", sequences)
+    if config.router_replay == "R3":
+        sequences = {
+            i: replace(s, routes=engine_routes(model, *samples[i])) for i, s in sequences.items()
+        }
     routes: list[Tensor] = []
     if config.updates_per_step > 1:
         routes = _add_logprobs(model, "old_logprobs", sequences, config.router_replay == "R2")
-    if reference is not None:
-        _add_logprobs(reference, "ref_logprobs", sequences)
     if routes:
         sequences = {
             i: replace(sequence, routes=own)
@@ -152,6 +156,29 @@ def _step(
         "logprob_mismatch": sums["distance"] / tokens,
         **{name: sums[name] / tokens for name in means if name in sums},
     }
+
+
+def engine_routes(model: ModelRunner, prompt: Prompt, rollout: Rollout) -> Tensor:
+    """The engine's choice of experts as Sequence.routes, [L, layers, k] of this rank's layers.
+
+    Nothing was sampled after the last token, so the engine never ran it, and nothing that is
+    trained depends on it: it takes the experts of the one before. ValueError if the engine did not
+    tell all.
+    """
+    tokens, experts = len(prompt.input_ids) + len(rollout.ids), model.model.architecture.top_k
+    if rollout.routes is None or len(rollout.routes) != tokens - 1:
+        told = "none" if rollout.routes is None else f"those of {len(rollout.routes)} tokens"
+        raise ValueError(
+            f"row {prompt.row_id}: router_replay=R3 needs the experts of {tokens - 1} tokens, the "
+            f"engine told {told}"
+        )
+    routes = rollout.routes.view(tokens - 1, -1, experts)
+    if bool((routes.sort(-1).values.diff() == 0).any()):
+        raise ValueError(
+            f"row {prompt.row_id}: the engine names an expert twice for one token, so that it has "
+            "not recorded all of them"
+        )
+    return torch.cat([routes, routes[-1:]])[:, model.model.expert_layers]
 
 
 def _sequence(prompt: Prompt, rollout: Rollout, advantage: Tensor) -> Sequence:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,8 @@ from model_providers.parallel import Layout
 from model_providers.router import SectionRouter
 from model_providers.weight_plan import iter_hf_weights
 from prism_megatron.config.schema import Optimizer, PolicyUpdate
-from prism_megatron.training.policy import policy_update, response_logprobs
+from prism_megatron.training.policy import engine_routes, policy_update, response_logprobs
+from prism_megatron.types import Prompt, Rollout
 from tests.dist import checks
 from tests.dist.ranks import Ranks
 from tests.dist.test_objectives import samples
@@ -24,6 +26,19 @@ from tests.dist.test_objectives import samples
 Worlds = Callable[[int], Ranks]
 # large enough that the first update changes the experts of many tokens
 ADAM = Optimizer(lr=2e-2, eps=1e-3)
+EXPERTS = 4
+
+
+def _routed_samples() -> tuple[list[tuple[Prompt, Rollout]], Tensor]:
+    """The samples, with experts that no router would choose alike: 4 layers, 2 of 4 experts."""
+    found, advantages = samples()
+    generator = torch.Generator().manual_seed(2)
+    routed = []
+    for prompt, rollout in found:
+        tokens = len(prompt.input_ids) + len(rollout.ids) - 1
+        chosen = torch.rand(tokens, 4, EXPERTS, generator=generator).topk(2).indices
+        routed.append((prompt, replace(rollout, routes=chosen.flatten(1).to(torch.uint8))))
+    return routed, advantages
 
 
 def _update(
@@ -43,7 +58,8 @@ def _update(
         if isinstance(module, SectionRouter):
             module.register_forward_hook(record)
     config = PolicyUpdate(epochs=2, router_replay=replay)
-    metrics = policy_update(runner, *samples(), config, max_tokens=25)
+    given = _routed_samples() if replay == "R3" else samples()
+    metrics = policy_update(runner, *given, config, max_tokens=25)
     weights = {name: tensor.clone() for name, tensor in iter_hf_weights(runner.model)}
     return seen, metrics["policy_loss"], weights if dist.get_rank() == 0 else {}
 
@@ -71,6 +87,50 @@ def test_replay_repeats_the_experts_of_the_first_pass(
         assert (first.sum(1) == 2).all()
 
 
+def test_experts_of_the_engine_are_taken_in_every_pass(
+    ranks: Worlds, hf_models: dict[str, Path]
+) -> None:
+    [(seen, _, _)] = ranks(1).run(_update, hf_models["moe"], Layout(), 4096, "R3", PLAIN)
+    routed, advantages = _routed_samples()
+    trained = [s for s, advantage in zip(routed, advantages, strict=True) if advantage]
+    # all fit into one row; each sequence's last token takes the experts of the one before
+    wanted = torch.cat(
+        [torch.cat([r.routes, r.routes[-1:]]) for _, r in trained if r.routes is not None]
+    ).view(-1, 4, 2)
+    assert len(seen) == 2 * 4
+    for number, taken in enumerate(seen):
+        expected = torch.zeros(len(wanted), EXPERTS, dtype=torch.bool)
+        expected.scatter_(1, wanted[:, number % 4].long(), True)
+        # rows are planned by length
+        assert sorted(map(bytes, taken[: len(wanted)].byte().numpy())) == sorted(
+            map(bytes, expected.byte().numpy())
+        )
+
+
+CHANGES: dict[str, tuple[Callable[[Tensor], Tensor | None], str]] = {
+    "none": (lambda routes: None, "the engine told none"),
+    "fewer": (lambda routes: routes[1:], "the engine told those of"),
+    "not recorded": (torch.zeros_like, "names an expert twice"),
+}
+
+
+def _told(path: Path, change: str) -> str:
+    [(prompt, rollout), *_], _ = _routed_samples()
+    assert rollout.routes is not None
+    runner = checks.make_runner(path, Layout())
+    with pytest.raises(ValueError) as error:
+        engine_routes(runner, prompt, replace(rollout, routes=CHANGES[change][0](rollout.routes)))
+    return str(error.value)
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_experts_that_the_engine_does_not_tell_are_an_error(
+    ranks: Worlds, hf_models: dict[str, Path], change: str
+) -> None:
+    [said] = ranks(1).run(_told, hf_models["moe"], change)
+    assert CHANGES[change][1] in said
+
+
 def _routes(path: Path, layout: Layout, tokens: int) -> list[Tensor]:
     runner = checks.make_runner(path, layout, micro_batch_tokens=tokens)
     return runner.infer_with_routes(checks.mixed_batch(), response_logprobs)[1]
@@ -79,8 +139,11 @@ def _routes(path: Path, layout: Layout, tokens: int) -> list[Tensor]:
 @pytest.fixture(scope="module")
 def on_one_rank(ranks: Worlds, hf_models: dict[str, Path]) -> Any:
     [routes] = ranks(1).run(_routes, hf_models["moe"], Layout(), 4096)
-    [update] = ranks(1).run(_update, hf_models["moe"], Layout(), 4096, "R2", PLAIN)
-    return routes, update
+    updates = {
+        replay: ranks(1).run(_update, hf_models["moe"], Layout(), 4096, replay, PLAIN)[0]
+        for replay in ("R2", "R3")
+    }
+    return routes, updates
 
 
 @pytest.mark.parametrize(
@@ -96,7 +159,7 @@ def on_one_rank(ranks: Worlds, hf_models: dict[str, Path]) -> Any:
 def test_replay_is_that_of_one_rank(
     ranks: Worlds, hf_models: dict[str, Path], on_one_rank: Any, layout: Layout, tokens: int
 ) -> None:
-    wanted, (_, loss, weights) = on_one_rank
+    wanted, updates = on_one_rank
     found = ranks(2).run(_routes, hf_models["moe"], layout, tokens)
     for index, sequence in enumerate(checks.mixed_batch()):
         assert wanted[index].shape == (len(sequence), 4, 2)
@@ -107,8 +170,9 @@ def test_replay_is_that_of_one_rank(
             assert torch.equal(whole, wanted[index].sort(-1).values)
         else:
             assert all(torch.equal(r, wanted[index].sort(-1).values) for r in per_rank)
-    _, other_loss, other_weights = ranks(2).run(
-        _update, hf_models["moe"], layout, tokens, "R2", PLAIN
-    )[0]
-    assert other_loss == pytest.approx(loss, rel=1e-3)
-    assert max(float((other_weights[n] - w).abs().max()) for n, w in weights.items()) < 2e-4
+    for replay, (_, loss, weights) in updates.items():
+        _, other_loss, other_weights = ranks(2).run(
+            _update, hf_models["moe"], layout, tokens, replay, PLAIN
+        )[0]
+        assert other_loss == pytest.approx(loss, rel=1e-3)
+        assert max(float((other_weights[n] - w).abs().max()) for n, w in weights.items()) < 2e-4

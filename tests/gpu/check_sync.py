@@ -7,8 +7,9 @@ Servers are on the trainers' GPUs, or with --apart that many on the GPUs after t
 
 With a kind of DIR (tests.gpu.served_models): the server loads the export from disk, its tensors are
 kept, scrambled and synced from Megatron, and must be the same again. Then it samples responses to
-prompts with images, whose log-probabilities Megatron recomputes; the same once more with other
-weights, the vision tower's too, and the same images.
+prompts with images, whose log-probabilities Megatron recomputes, of a Mixture of Experts by its own
+choice of experts and by the engine's; the same once more with other weights, the vision tower's
+too, and the same images.
 
 With --preset NAME, of true shape and random weights: seconds of a sync by phase.
 """
@@ -86,12 +87,26 @@ class ServerProcess:
     """A server on some of this host's GPUs, for as long as the block lasts."""
 
     def __init__(
-        self, kind: str, path: Path, gpus: list[str], options: list[str], log: Path, port: int
+        self,
+        kind: str,
+        path: Path,
+        gpus: list[str],
+        options: list[str],
+        log: Path,
+        port: int,
+        *,
+        routes: bool = False,
     ) -> None:
         """ENGINE_PYTHONPATH: packages of the server, where they are not the trainer's."""
         make_command, client = PROGRAMS[kind]
         command, environment = make_command(
-            path, host="127.0.0.1", port=port, api_key="key", tensor=len(gpus), options=options
+            path,
+            host="127.0.0.1",
+            port=port,
+            api_key="key",
+            tensor=len(gpus),
+            options=options,
+            routes=routes,
         )
         environment |= {"CUDA_VISIBLE_DEVICES": ",".join(gpus)}
         # which would compile kernels first, for minutes
@@ -201,6 +216,7 @@ def main() -> None:
             flags,
             options.out.with_suffix(f".server{i}.log"),
             options.port + 50 * i,
+            routes=options.kind == "moe",
         )
         for i, members in groups.items()
         if talks[i] == rank
@@ -306,7 +322,7 @@ def _logprobs(
     # A random model gives them a hundredth of the probability, which suppressing them would shift
     # to the other tokens; so they may be sampled here, and responses that hold one are left out.
     free = replace(engine.vocabulary, placeholders=())
-    engine = type(engine)(engine.url, "key", free)
+    engine = type(engine)(engine.url, "key", free, routes=report["model"] == "moe")
     sampling = Sampling(n=32, max_new_tokens=64)
     for moment in ("before", "after"):
         if moment == "after":
@@ -328,7 +344,9 @@ def _logprobs(
         ]
         dist.broadcast_object_list(box, src=0)
         samples = [(p, r) for p, group in zip(prompts, box[0], strict=True) for r in group]
-        found = distances(runner, samples)
+        if report["model"] == "moe":
+            report[f"logprobs_{moment}_with_engines_experts"] = distances(runner, samples)
+        found = distances(runner, [(p, replace(r, routes=None)) for p, r in samples])
         report[f"logprobs_{moment}"] = found | {"tokens_per_s": tokens / seconds}
         assert found["mean_distance"] <= CLOSE[report["model"]], report
 

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from prism_megatron.config.schema import Sampling
 from prism_megatron.data.sources import Source
 from prism_megatron.data.stream import BatchStream, Quarantine
 from prism_megatron.objectives.rewards.types import Reward
-from prism_megatron.rollout.sampler import Sampler, stale_share
+from prism_megatron.rollout.sampler import Sampler, rollouts_of, stale_share, state_of
 from prism_megatron.rollout.weight_check import Action
 from prism_megatron.training.dynamic_sampling import Batch, DynamicSampler, Group
 from prism_megatron.training.loop import EndOfData
@@ -162,6 +163,16 @@ def test_what_is_sampled_comes_through_a_checkpoint(tmp_path: Path, ahead: bool)
     second.sampler.stream.restore(first.sampler.stream.state)
     second.load_state_dict(saved, task_of)
     assert list(steps(second, range(1, 6))) == list(steps(first, range(1, 6)))
+
+
+def test_a_rollout_comes_through_json() -> None:
+    routes = torch.randint(200, (5, 6), dtype=torch.int16)
+    plain = Rollout((3, 1), (-0.1, -1 / 3), "length", 4)
+    [same, routed] = rollouts_of(
+        json.loads(json.dumps([state_of(plain), state_of(replace(plain, routes=routes))]))
+    )
+    assert same == plain == routed and same.routes is None
+    assert routed.routes is not None and torch.equal(routed.routes, routes)
 
 
 def test_a_batch_is_sampled_while_the_one_before_trains(tmp_path: Path) -> None:
