@@ -44,7 +44,8 @@ class Rollout:
     logprobs: log-probability of each id under the sampling model, same length as ids.
     finish_reason: "stop" (ended by end-of-turn), "length", or "abort" (cut off while it was
     sampled; no answer yet).
-    weight_version: version of the weights that sampled it.
+    weight_version: version of the weights that sampled it, or its end.
+    earlier: (version, tokens) of the parts before, if a sync came while it was sampled.
     routes: [P + R - 1, layers * k] of integers, the experts that each token of prompt and response
     but the last took in every layer; None if the engine was not asked.
     """
@@ -53,7 +54,27 @@ class Rollout:
     logprobs: tuple[float, ...]
     finish_reason: str
     weight_version: int
+    earlier: tuple[tuple[int, int], ...] = ()
     routes: Tensor | None = field(default=None, compare=False)
+
+    @property
+    def token_versions(self) -> tuple[int, ...]:
+        """Version of the weights that sampled each token."""
+        before = [version for version, tokens in self.earlier for _ in range(tokens)]
+        return (*before, *[self.weight_version] * (len(self.ids) - len(before)))
+
+    def followed_by(self, rest: Rollout) -> Rollout:
+        """This beginning and the rest, which was sampled with it as part of the prompt."""
+        parts = list(self.earlier)
+        own = len(self.ids) - sum(tokens for _, tokens in parts)
+        if own and self.weight_version != rest.weight_version:
+            parts.append((self.weight_version, own))
+        return replace(
+            rest,
+            ids=self.ids + rest.ids,
+            logprobs=self.logprobs + rest.logprobs,
+            earlier=tuple(parts),
+        )
 
 
 @dataclass(frozen=True)

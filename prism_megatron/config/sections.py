@@ -329,6 +329,9 @@ class Rollout(Section):
     ahead: bool = False
     """Engines sample the next step's responses while the policy trains on this step's, with weights
     that are one update older than those that they train (one-step-off)."""
+    partial: bool = False
+    """With ahead: new weights do not wait for responses that are being sampled, which go on with
+    them from where they were."""
     start_timeout: float = Field(600, gt=0)
     """Seconds that an engine may take to start."""
     request_timeout: float = Field(1800, gt=0)
@@ -369,6 +372,11 @@ class Rollout(Section):
             raise ValueError(
                 "sleep=true is for servers on the trainers' GPUs, but "
                 f"kind={self.kind} and sync_folder={self.sync_folder}; leave it out"
+            )
+        if self.partial and not self.ahead:
+            raise ValueError(
+                "partial=true is about responses that are sampled during an update, of which there "
+                "are none without ahead=true; set both, or leave it out"
             )
         if self.sleep and self.ahead:
             raise ValueError("engines can't sleep and sample ahead at the same time; choose one")

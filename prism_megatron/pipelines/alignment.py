@@ -123,7 +123,7 @@ def run(config: schema.Align) -> None:
         release=release,
         routes=config.router_replay == "R3",
     )
-    sampler = Sampler(stream, engine, config.sampling, ahead=config.rollout.ahead)
+    sampler = Sampler(stream, engine, config.sampling, config.rollout)
     loop = TrainingLoop(
         config, models, stream, quarantine, shown="score_gap", carried=sampler.state_dict
     )

@@ -70,7 +70,7 @@ def run(config: schema.RLVR) -> None:
         release=policy.release,
         routes=config.router_replay == "R3",
     )
-    sampler = Sampler(stream, engine, config.sampling, ahead=config.rollout.ahead)
+    sampler = Sampler(stream, engine, config.sampling, config.rollout)
     trainer = Trainer(config, encoder, policy, reference, sampler)
     groups = DynamicSampler(
         sampler,

@@ -96,6 +96,10 @@ class Manager:
         """The engines that can be given the weights of the last `expect`."""
         return self._leases
 
+    async def up(self) -> list[Lease]:
+        """See Router."""
+        return self.router.up()
+
     async def confirm(self) -> None:
         """Ask the refitted engines for their version; those that have the expected one serve.
 

@@ -7,7 +7,8 @@
  rest
 
 A prompt gets exactly its n rollouts, sampled with the weights of the last sync, whatever engines
-did meanwhile: an answer counts once it is complete, and nothing is kept of a failed request.
+did meanwhile: an answer counts once it is complete, and nothing is kept of a failed request. With
+rollout.partial a sync interrupts what is out, and each rollout goes on behind its own beginning.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ import uuid
 from collections import deque
 from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from concurrent.futures import TimeoutError as FutureTimeout
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -47,6 +49,7 @@ from prism_megatron.types import Prompt, Rollout
 
 NAMESPACE = "prism_megatron"
 STOP_SECONDS = 30
+ABORT_SECONDS = 1
 
 Refit = Callable[[Sequence[Lease], int], dict[str, float]]
 """Gives the engines behind the leases the policy's weights of now, as a version; all ranks call it.
@@ -60,12 +63,14 @@ class WrongAnswer(RuntimeError):
 
 @dataclass
 class _Job:
-    """One prompt, and what became of the attempts to have it answered."""
+    """One prompt, and what became of the attempts to have it answered; begun: its rollouts where a
+    sync interrupted some of them."""
 
     index: int
     prompt: Prompt
     key: str
     faults: list[str] = field(default_factory=list)
+    begun: list[Rollout] = field(default_factory=list)
 
 
 @dataclass
@@ -77,6 +82,7 @@ class _Work:
     jobs: deque[_Job]
     answers: list[Any]
     count: int
+    interrupted: bool = False
 
 
 class RayFleet:
@@ -124,7 +130,8 @@ class RayFleet:
     def sync(self, version: int) -> dict[str, float]:
         """See Fleet: engines that are up get the weights, those that confirm serve."""
         started = time.perf_counter()
-        assert self._running is None, "new weights while prompts are out; collect() them first"
+        if self._work is not None and self._running is not None:
+            self._interrupt(self._work)
         self._first(lambda: self._ask(self._manager.expect, version))
         if self.config.sleep:
             self._release()
@@ -137,6 +144,8 @@ class RayFleet:
         self._first(lambda: self._ask(self._manager.confirm))
         self.weight_version = version
         self._report()
+        if self._work is not None:
+            self._running = self._run(self._play(self._work))
         return phases | {"total": time.perf_counter() - started}
 
     def sleep(self) -> dict[str, float]:
@@ -208,7 +217,6 @@ class RayFleet:
                 )
             self._first(lambda: self._ask(self._manager.wait_for_engine))
             self.sync(self.weight_version)
-            self._running = self._run(self._play(work))
         self._work = None
         self._report()
         assert all(answer is not None for answer in work.answers)
@@ -262,11 +270,41 @@ class RayFleet:
         for _, client in self._clients.values():
             await client.close()
 
+    def _interrupt(self, work: _Work) -> None:
+        """Have engines return what they have sampled so far, which stays in work.jobs."""
+        assert self._running is not None
+        work.interrupted = True
+        ended = False
+        while not ended:
+            # once more for requests that had not arrived
+            self._first(self._abort)
+            with contextlib.suppress(FutureTimeout):
+                self._running.exception(ABORT_SECONDS)
+            reports: list[Any] = [None] * dist.get_world_size()
+            dist.all_gather_object(reports, self._running.done(), group=self._group)
+            ended = all(reports)
+        # errors, here or on another rank; answers that are missing are what collect waits for
+        self._left(work)
+        work.interrupted = False
+
+    def _abort(self) -> None:
+        async def abort_all() -> None:
+            for lease in await self._manager.up.remote():
+                # a dead engine's requests end by themselves
+                with contextlib.suppress(Exception):
+                    await (await self._client(lease)).abort()
+
+        asyncio.run_coroutine_threadsafe(abort_all(), self._loop).result()
+
     async def _play(self, work: _Work) -> None:
-        """Until every job is answered, or no engine can serve; what is left stays in work.jobs."""
+        """Until every job is answered, interrupted, or no engine can serve; what is left stays in
+        work.jobs."""
         running: set[asyncio.Task[None]] = set()
         async with asyncio.TaskGroup() as tasks:
-            while work.jobs or running:
+            while (work.jobs and not work.interrupted) or running:
+                if work.interrupted:
+                    await asyncio.wait(running)
+                    continue
                 if not work.jobs:
                     await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
                     continue
@@ -286,8 +324,8 @@ class RayFleet:
         try:
             client = await self._client(lease)
             async with asyncio.timeout(self.config.request_timeout):
-                rollouts = await client.generate(job.prompt, work.sampling, job.key)
-            outcome = self._judge(rollouts, work.sampling)
+                rollouts = await _generate(client, job, work.sampling)
+            outcome = self._judge(rollouts, work)
         except ValueError as error:
             raise ValueError(str(getattr(error, "cause", error))) from error
         except EngineDied as error:
@@ -299,7 +337,11 @@ class RayFleet:
         finally:
             await self._manager.release.remote(lease, outcome)
         if outcome.version == self.weight_version:
-            work.answers[job.index] = rollouts
+            if any(rollout.finish_reason == "abort" for rollout in rollouts):
+                job.begun = rollouts
+                work.jobs.append(job)
+            else:
+                work.answers[job.index] = rollouts
             return
         fault = outcome.fault or f"weights of version {outcome.version}"
         job.faults.append(f"engine {lease.engine}: {fault}")
@@ -311,13 +353,18 @@ class RayFleet:
             )
         work.jobs.append(job)
 
-    def _judge(self, rollouts: list[Rollout], sampling: Sampling) -> Outcome:
+    def _judge(self, rollouts: list[Rollout], work: _Work) -> Outcome:
         """Whether they are what was asked for; a version other than the present one counts too."""
-        if len(rollouts) != sampling.n:
-            raise WrongAnswer(f"{len(rollouts)} rollouts came, {sampling.n} were asked for")
-        if cut := sum(rollout.finish_reason == "abort" for rollout in rollouts):
-            raise WrongAnswer(f"{cut} of {sampling.n} rollouts were cut off")
+        asked = work.sampling.n
+        if len(rollouts) != asked:
+            raise WrongAnswer(f"{len(rollouts)} rollouts came, {asked} were asked for")
+        cut = sum(rollout.finish_reason == "abort" for rollout in rollouts)
+        if cut and not work.interrupted:
+            raise WrongAnswer(f"{cut} of {asked} rollouts were cut off")
         versions = {rollout.weight_version for rollout in rollouts}
+        # those that were complete before an interruption are older than the others
+        if len(versions) > 1 and self.config.partial:
+            versions = {max(versions)}
         if len(versions) > 1:
             raise WrongAnswer(f"the rollouts of one prompt have weight versions {versions}")
         return Outcome(version=versions.pop())
@@ -407,6 +454,24 @@ def send_through_ray(weights: Weights) -> Refit:
         return {}
 
     return refit
+
+
+async def _generate(client: EngineClient, job: _Job, sampling: Sampling) -> list[Rollout]:
+    """The job's rollouts, each from where it was interrupted."""
+    if not job.begun:
+        return await client.generate(job.prompt, sampling, job.key)
+
+    async def complete(number: int, rollout: Rollout) -> Rollout:
+        if rollout.finish_reason != "abort":
+            return rollout
+        longer = replace(job.prompt, input_ids=job.prompt.input_ids + rollout.ids)
+        left = sampling.max_new_tokens - len(rollout.ids)
+        rest = sampling.model_copy(update={"n": 1, "max_new_tokens": left})
+        key = f"{job.key}/{number}/{len(rollout.ids)}"
+        [found] = await client.generate(longer, rest, key)
+        return rollout.followed_by(found)
+
+    return list(await asyncio.gather(*map(complete, *zip(*enumerate(job.begun), strict=True))))
 
 
 def _copied(tensor: Tensor) -> Tensor:

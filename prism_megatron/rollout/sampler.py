@@ -1,11 +1,14 @@
 """The prompts of a stream with their responses, batch by batch.
 
-synchronous          step k:  draw, sample with the weights of version k | train | sync k + 1
-rollout.ahead        step k:  take the batch that is there | train, while engines sample the next
-                              one with the weights of version k | wait for it | sync k + 1
+synchronous       step k:  draw, sample with the weights of version k | train | sync k + 1
+rollout.ahead     step k:  take the batch that is there | train, while engines sample the next one
+                           with the weights of version k | wait for it | sync k + 1
+rollout.partial   step k:  the same, but the sync comes at once, what is not complete goes on with
+                           the weights of version k + 1, and step k + 1 waits for it
 
-A batch that was sampled ahead trains weights one update newer than those that sampled it; what it
-was sampled with comes with it, so that rollout_is can correct for the difference.
+A batch that was sampled ahead trains weights one update newer than those that sampled it, or its
+beginning; what it was sampled with comes with it, so that rollout_is can correct for the
+difference.
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
+from prism_megatron.config import schema
 from prism_megatron.config.schema import Sampling
 from prism_megatron.data.stream import BatchStream
 from prism_megatron.rollout.fleet import Fleet
@@ -36,9 +40,9 @@ class Sampler[T: HasPrompt]:
     """Draws tasks and has them answered; all ranks call it together, and get the same."""
 
     def __init__(
-        self, stream: BatchStream[Any, T], engine: Fleet, sampling: Sampling, *, ahead: bool
+        self, stream: BatchStream[Any, T], engine: Fleet, sampling: Sampling, config: schema.Rollout
     ) -> None:
-        self.stream, self.engine, self.sampling, self.ahead = stream, engine, sampling, ahead
+        self.stream, self.engine, self.sampling, self.config = stream, engine, sampling, config
         self._asked: list[T] | None = None
         self._ready: list[tuple[T, list[Rollout]]] | None = None
 
@@ -54,19 +58,20 @@ class Sampler[T: HasPrompt]:
         self._wait()
         batch, self._ready = self._ready, None
         assert batch is not None
-        if self.ahead and not is_last:
+        if self.config.ahead and not is_last:
             self._ask(step + 1)
         return batch
 
     def sync(self, version: int) -> dict[str, float]:
-        """See Fleet; what is being sampled is waited for."""
-        self._wait()
+        """See Fleet; what is being sampled is waited for, or goes on afterwards."""
+        if not self.config.partial:
+            self._wait()
         return self.engine.sync(version)
 
     def state_dict(self) -> dict[str, Any]:
         """What is sampled and not given out, as JSON holds it; tasks by the names of their rows.
-        After a sync, which leaves nothing unanswered."""
-        assert self._asked is None, "a checkpoint while prompts are out"
+        Waits for what is being sampled."""
+        self._wait()
         return {
             "ready": [
                 {"row": task.prompt.row_id, "rollouts": [state_of(rollout) for rollout in rollouts]}
@@ -90,8 +95,9 @@ class Sampler[T: HasPrompt]:
 
 
 def stale_share(rollouts: Sequence[Rollout], version: int) -> float:
-    """Share of the rollouts that other weights than those of `version` sampled."""
-    return sum(rollout.weight_version != version for rollout in rollouts) / len(rollouts)
+    """Share of the tokens that other weights than those of `version` sampled."""
+    versions = [v for rollout in rollouts for v in rollout.token_versions]
+    return sum(v != version for v in versions) / max(1, len(versions))
 
 
 def state_of(rollout: Rollout) -> dict[str, Any]:
@@ -109,6 +115,7 @@ def rollouts_of(states: list[dict[str, Any]]) -> list[Rollout]:
     found = []
     for state in states:
         values = state | {"ids": tuple(state["ids"]), "logprobs": tuple(state["logprobs"])}
+        values["earlier"] = tuple((version, tokens) for version, tokens in state["earlier"])
         if (routes := state["routes"]) is not None:
             values["routes"] = torch.from_numpy(np.load(io.BytesIO(base64.b64decode(routes))))
         found.append(Rollout(**values))

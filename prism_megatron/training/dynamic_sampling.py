@@ -88,7 +88,7 @@ class DynamicSampler[T: HasPrompt]:
         return Batch(groups, sampled, expired)
 
     def _is_expired(self, group: Group[T], step: int) -> bool:
-        oldest = min(rollout.weight_version for rollout in group.rollouts)
+        oldest = min(v for rollout in group.rollouts for v in rollout.token_versions)
         return self.max_staleness is not None and step - oldest > self.max_staleness
 
     def _end(self) -> str:

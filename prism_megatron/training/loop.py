@@ -133,8 +133,10 @@ class TrainingLoop:
         dist.barrier()
         for name, (runner, source) in self.runners.items():
             runner.save(staging / name, megatron_directory.hf_directory(source))
+        # on all ranks, which may have to wait for each other
+        carried = self.carried()
         if self.is_writer:
-            state = {"step": self.step, "data": self.stream.state, "carried": self.carried()}
+            state = {"step": self.step, "data": self.stream.state, "carried": carried}
             (staging / "state.json").write_text(json.dumps(state))
             shutil.rmtree(final, ignore_errors=True)
             os.replace(staging, final)

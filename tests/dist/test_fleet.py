@@ -21,6 +21,7 @@ from typing import Any
 import psutil
 import pytest
 import ray
+import torch
 import torch.distributed as dist
 
 from prism_megatron.config import schema
@@ -32,7 +33,7 @@ from prism_megatron.rollout.ray_fleet import RayFleet, send_through_ray
 from prism_megatron.types import Prompt, Rollout
 from tests.dist.ranks import Ranks
 from tests.engine_contract import CASES, SEEDED, VERSION, WEIGHTS_SEED
-from tests.unit.test_local_engine import prompts, save, tiny_model
+from tests.unit.test_local_engine import full_forward_logprobs, prompts, save, tiny_model
 from tests.unit.test_server import gone
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -46,7 +47,11 @@ ENGINES = schema.Rollout(
     # two prompts at a time, so that ranks wait for room
     max_outstanding_tokens=400,
     max_attempts=10,
+    ahead=True,
+    partial=True,
 )
+LONG = Sampling(n=3, max_new_tokens=250, batch_size=64, temperature=0.01)
+"""Few of them end by themselves."""
 
 # of a rank process; the version of the weights says which model the policy is
 _fleet: RayFleet
@@ -230,6 +235,38 @@ def test_an_answer_with_older_weights_is_refused(fleet: Ranks, hf_dir: Path) -> 
         assert_same(found, expected(hf_dir, 3, 4))
     [states, _] = fleet.run(_states)
     assert [state for state, _ in states] == ["stale", "healthy"]
+
+
+def _interrupted(step: int) -> list[list[Rollout]]:
+    """Two syncs come while prompts are out."""
+    _sync(10)
+    _fleet.submit(step_prompts(), LONG, step)
+    for version in (11, 12):
+        time.sleep(0.7)
+        _sync(version)
+    return _fleet.collect()
+
+
+def test_a_sync_lets_rollouts_go_on_with_the_new_weights(fleet: Ranks, hf_dir: Path) -> None:
+    found, others = fleet.run(_interrupted, 7)
+    assert found == others
+    models = {version: tiny_model(seed=version) for version in (10, 11, 12)}
+    split = 0
+    for prompt, group in zip(step_prompts(), found, strict=True):
+        assert len(group) == LONG.n
+        for rollout in group:
+            assert rollout.finish_reason == ("length" if len(rollout.ids) == 250 else "stop")
+            versions = rollout.token_versions
+            assert list(versions) == sorted(versions) and len(versions) == len(rollout.ids)
+            split += len(set(versions)) > 1
+            # each token has the log-probability that the weights of its version give
+            for version in set(versions):
+                own = torch.tensor([v == version for v in versions])
+                wanted = full_forward_logprobs(models[version], prompt, rollout)[own]
+                told = torch.tensor(rollout.logprobs)[own]
+                torch.testing.assert_close(told, wanted, atol=1e-4, rtol=0)
+    print(f"{split} rollouts were interrupted")
+    assert split > LONG.n
 
 
 def _refused() -> str:

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Alignment and RLVR of 30 steps each on the quickstart's data, with responses from SGLang servers on
-# the trainers' GPUs: on one GPU, and on two where there are.
+# the trainers' GPUs, which sleep while these train: on one GPU, and on two where there are. There
+# also RLVR with a server on a GPU of its own, which samples ahead.
 #
 #   bash tests/gpu/digit_sums.sh OUT MODEL
 #
@@ -27,14 +28,19 @@ stage sft 1 sft backend=cuda "model.path=$model" model.parallel.tensor=1 train.s
 stage upcycle 1 discriminator
 stage pairs 1 pairs backend=cuda data.path="$run/data/prompts.parquet"
 stage warmup 1 warmup backend=cuda model.parallel.expert=1 train.steps=100
+available=$(nvidia-smi -L | wc -l)
+common=(--config tests/gpu/sglang.yaml train.steps=30)
 for gpus in 1 2; do
-    ((gpus <= $(nvidia-smi -L | wc -l))) || break
+    ((gpus <= available)) || break
     served=(
-        --config tests/gpu/sglang.yaml train.steps=30 "rollout.gpus=[$(seq -s, 0 $((gpus - 1)))]"
-        "rollout.engines=$gpus" "policy.parallel.tensor=$gpus"
+        "${common[@]}" "rollout.gpus=[$(seq -s, 0 $((gpus - 1)))]" "rollout.engines=$gpus"
+        "policy.parallel.tensor=$gpus"
     )
     stage align "$gpus" "align-$gpus" "${served[@]}" "discriminator.parallel.expert=$gpus" \
         "run.dir=$run/align-$gpus"
     stage rlvr "$gpus" "rlvr-$gpus" "${served[@]}" "policy.path=$run/sft/hf" \
         "run.dir=$run/rlvr-$gpus"
 done
+((available < 2)) || stage rlvr 1 rlvr-ahead "${common[@]}" "rollout.gpus=[1]" rollout.sleep=false \
+    rollout.ahead=true rollout.partial=true rollout_is=tis policy.parallel.tensor=1 \
+    "policy.path=$run/sft/hf" "run.dir=$run/rlvr-ahead"
