@@ -438,7 +438,8 @@ class TrainingOptions:
     value is top_k as in transformers' load_balancing_loss_func; z_loss_coef the squared logsumexp
     of the router's logits (ST-MoE, arXiv:2202.08906), averaged over tokens and layers.
     entropy: what the language head says in training beside log-probabilities: nothing, the entropy
-    of each token's distribution as a number (metric), or with a gradient (loss).
+    of each token's distribution as a number (metric), or with a gradient (loss). score_dtype: what
+    the score head computes in.
     """
 
     aux_loss_coef: float = 0.0
@@ -447,6 +448,7 @@ class TrainingOptions:
     precision: Precision = Precision()
     dispatcher: Dispatcher = "alltoall"
     entropy: Literal["none", "metric", "loss"] = "none"
+    score_dtype: torch.dtype = torch.float32
 
 
 DEFAULT_OPTIONS = TrainingOptions()

@@ -68,6 +68,13 @@ class Noise(Protocol):
     std: float
 
 
+class Dropout(Protocol):
+    """Dropout of one sequence's hidden states before the score head."""
+
+    seed: int
+    rate: float
+
+
 class Batch(Protocol):
     """What the model reads of a micro-batch; shapes as in prism_megatron.types.PackedBatch."""
 
@@ -83,32 +90,36 @@ class Batch(Protocol):
     grids: Sequence[Grid]
     exchange: FeatureExchange | None
     noise: Sequence[Noise | None]
+    dropout: Sequence[Dropout | None]
     routes: Tensor | None
 
 
 class ScoreHead(nn.Module):
-    """Linear hidden -> 1 without bias, in fp32 (the reference's v_head, which is bf16 there).
+    """Linear hidden -> 1 without bias (the reference's v_head, value_head.py).
 
-    Under sequence parallelism each tensor-parallel rank scores its own tokens, hence the mark.
+    Its weight is fp32; dtype is what it computes and rounds scores in. Under sequence parallelism
+    each tensor-parallel rank scores its own tokens, hence the mark.
     """
 
-    def __init__(self, hidden_size: int, sequence_parallel: bool) -> None:
+    def __init__(self, hidden_size: int, sequence_parallel: bool, dtype: torch.dtype) -> None:
         super().__init__()
+        self.dtype = dtype
         self.weight = nn.Parameter(torch.zeros(1, hidden_size, dtype=torch.float32))
         self.weight.sequence_parallel = sequence_parallel  # type: ignore[attr-defined]
 
     def forward(self, hidden: Tensor, section: Tensor) -> Tensor:
-        """[T, 1, h] -> [T]."""
-        return nn.functional.linear(hidden.float(), self.weight).flatten()
+        """[T, 1, h] -> [T] fp32."""
+        scores = nn.functional.linear(hidden.to(self.dtype), self.weight.to(self.dtype))
+        return scores.float().flatten()
 
 
 class SectionHeads(nn.Module):
     """A score head for each of model_providers.config.SECTIONS."""
 
-    def __init__(self, hidden_size: int, sequence_parallel: bool) -> None:
+    def __init__(self, hidden_size: int, sequence_parallel: bool, dtype: torch.dtype) -> None:
         super().__init__()
-        self.perception = ScoreHead(hidden_size, sequence_parallel)
-        self.reasoning = ScoreHead(hidden_size, sequence_parallel)
+        self.perception = ScoreHead(hidden_size, sequence_parallel, dtype)
+        self.reasoning = ScoreHead(hidden_size, sequence_parallel, dtype)
 
     def forward(self, hidden: Tensor, section: Tensor) -> Tensor:
         """[T, 1, h], section [T] -> [T], each token's from the head of its section."""
@@ -185,7 +196,9 @@ class LanguageModel(MegatronModule):
             )
         elif self.post_process:
             head_type = SectionHeads if config.dedicated else ScoreHead
-            self.score_head = head_type(config.hidden_size, transformer.sequence_parallel)
+            self.score_head = head_type(
+                config.hidden_size, transformer.sequence_parallel, options.score_dtype
+            )
         if self.tied and self.post_process and not self.pre_process:
             # a copy of the first chunk's, which the gradient norm counts already
             self.embedding.word_embeddings.weight.shared = True
@@ -382,6 +395,8 @@ class Qwen3VLChunk(MegatronModule):
         if not self.post_process:
             return self._pack(hidden, features)
         if self.head == "score":
+            if batch.dropout:
+                hidden = self._dropped_out(hidden, batch, share, local)
             scores = self.language_model.score_head(hidden, section)
             if self.config.sequence_parallel:
                 scores = tensor_parallel.gather_from_sequence_parallel_region(
@@ -482,6 +497,22 @@ class Qwen3VLChunk(MegatronModule):
                 generator = torch.Generator().manual_seed(noise.seed)
                 row[start:end].normal_(0, noise.std, generator=generator)
         return share.take(self.backend.to_device(row.T.contiguous()), 0).T.to(self.backend.dtype)
+
+    def _dropped_out(
+        self, hidden: Tensor, batch: Batch, share: ContextShare, local: slice
+    ) -> Tensor:
+        """Hidden states [T_local, 1, h] with the channels set to 0 that their sequence drops, and
+        the others scaled up. All tokens of a sequence drop the same ones, of which one token's
+        score is read; drawn on the host by the sequence's seed, so that neither the layout, nor the
+        packing, nor a resumed run changes them, and a score can be computed again."""
+        kept = torch.ones(len(batch.cu_seqlens) - 1, self.architecture.hidden_size)
+        for row, dropout in zip(kept, batch.dropout, strict=False):
+            if dropout is not None:
+                generator = torch.Generator().manual_seed(dropout.seed)
+                row.bernoulli_(1 - dropout.rate, generator=generator).div_(1 - dropout.rate)
+        number = torch.repeat_interleave(batch.cu_seqlens.diff().long())
+        mine = share.take(self.backend.to_device(number), 0)[local]
+        return (hidden.float() * self.backend.to_device(kept)[mine, None]).to(hidden.dtype)
 
     def _image_features(self, batch: Batch) -> Tensor:
         """Features [1 + F, V, h] of the images that the batch shows; see image_shares.py.

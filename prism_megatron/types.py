@@ -86,6 +86,15 @@ class Noise:
 
 
 @dataclass(frozen=True)
+class Dropout:
+    """Dropout of a share `rate` of a sequence's channels before the score head; the seed says
+    which."""
+
+    seed: int
+    rate: float
+
+
+@dataclass(frozen=True)
 class Sequence:
     """One training sequence: the prompt's tokens followed by the response's.
 
@@ -96,6 +105,8 @@ class Sequence:
     section: index in model_providers.config.SECTIONS of what a dedicated discriminator judges here;
     other models don't look.
     noise: what is added to the embeddings, images' included.
+    dropout: what the score head does not see of the hidden states.
+    scored: index of the token whose score counts; None for the last one.
     routes: [L, layers, k] of integers, the experts that each token shall take in the expert layers
     that this rank's pipeline stage holds; None lets the routers choose.
     """
@@ -107,6 +118,8 @@ class Sequence:
     videos: tuple[VisualInputs, ...] = ()
     section: int = 0
     noise: Noise | None = None
+    dropout: Dropout | None = None
+    scored: int | None = None
     routes: Tensor | None = None
 
     def __len__(self) -> int:
@@ -142,7 +155,7 @@ class ImageShare:
     exchange: FeatureExchange | None = None
 
 
-ON_HOST = ("cu_seqlens", "visual_index", "feature_index")
+ON_HOST = ("cu_seqlens", "scored", "visual_index", "feature_index")
 
 
 @dataclass
@@ -153,6 +166,8 @@ class PackedBatch:
     position_ids [3, T] int64  interleaved-MRoPE positions (t, h, w), starting anew in each sequence
     cu_seqlens   [S+1] int32   sequence i is input_ids[cu_seqlens[i]:cu_seqlens[i+1]]; trailing
                                padding, if any, is the last sequence
+    scored       [S] int64     position in [0, T) of each sequence's token whose score counts; not
+                               of the padding sequence
     loss_mask    [T] float     1 where labels[t] is trained, i.e. the *predicted* token is response
     padding_mask [T] bool      True on padding tokens
     section      [T] int64     the sequence's section (see Sequence), 0 on padding
@@ -165,10 +180,11 @@ class PackedBatch:
     per_token    name -> [T]   values aligned with *labels* (shifted left by one, like loss_mask)
     num_sequences              S without the padding sequence
     noise                      on the embeddings of each of these; empty if none has any
+    dropout                    before the score head of each of these; empty if none has any
     routes       [T, layers, k] experts that the tokens take (see Sequence); None if they choose
 
-    cu_seqlens, visual_index, feature_index, grids and exchange stay on the host: a forward plans by
-    them, and none shall wait for the device.
+    cu_seqlens, scored, visual_index, feature_index, grids and exchange stay on the host: a forward
+    plans by them, and none shall wait for the device.
 
     Example: two sequences "A B | c d" and "E | f", response after the bar, no padding:
     input_ids = [A B c d E f], labels = [B c d 0 f 0], loss_mask = [0 1 1 0 1 0],
@@ -179,6 +195,7 @@ class PackedBatch:
     labels: Tensor
     position_ids: Tensor
     cu_seqlens: Tensor
+    scored: Tensor
     loss_mask: Tensor
     padding_mask: Tensor
     section: Tensor
@@ -190,6 +207,7 @@ class PackedBatch:
     num_sequences: int
     per_token: dict[str, Tensor] = field(default_factory=dict)
     noise: tuple[Noise | None, ...] = ()
+    dropout: tuple[Dropout | None, ...] = ()
     routes: Tensor | None = None
 
     def to(self, device: torch.device | str) -> PackedBatch:

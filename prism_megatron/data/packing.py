@@ -150,12 +150,15 @@ def pack(
         visuals = {visual.key: visual for kind in shown.values() for visual in kind}
         images = ImageShare(tuple(visuals.values()), first_rows(visuals.values(), merge_size))
     encoded = images.encoded
+    bounds = torch.tensor([0, *map(len, parts)]).cumsum(0)
+    last = [len(s) - 1 if s.scored is None else s.scored for s in sequences]
     visual_index = torch.isin(input_ids, torch.tensor([*shown])).nonzero().flatten()
     return PackedBatch(
         input_ids=input_ids,
         labels=_shifted([s.input_ids for s in sequences], length, torch.int64),
         position_ids=torch.cat(positions, dim=1),
-        cu_seqlens=torch.tensor([0, *map(len, parts)]).cumsum(0).to(torch.int32),
+        cu_seqlens=bounds.to(torch.int32),
+        scored=bounds[: len(sequences)] + torch.tensor(last, dtype=torch.int64),
         loss_mask=_shifted([s.response_mask for s in sequences], length, torch.float32),
         padding_mask=torch.arange(length) >= total,
         section=torch.cat([torch.full_like(p, k) for p, k in zip(parts, sections, strict=True)]),
@@ -170,6 +173,7 @@ def pack(
             for name in per_token
         },
         noise=tuple(s.noise for s in sequences) if any(s.noise for s in sequences) else (),
+        dropout=tuple(s.dropout for s in sequences) if any(s.dropout for s in sequences) else (),
         routes=_routes(sequences, length),
     )
 

@@ -8,6 +8,7 @@ import torch
 from prism_megatron.data.mrope import mrope_positions
 from prism_megatron.data.packing import pack, packed_length, plan_micro_batches
 from prism_megatron.types import (
+    Dropout,
     FeatureExchange,
     ImageShare,
     Noise,
@@ -52,6 +53,18 @@ def test_documented_example() -> None:
     assert batch.num_sequences == 2
     assert batch.pixel_values is None and batch.grids == ()
     assert batch.visual_index.numel() == batch.feature_index.numel() == 0
+
+
+def test_a_sequence_is_scored_at_its_last_token_or_where_it_says() -> None:
+    long, short = sequence([1, 2, 3, 4], 2), sequence([5, 6, 7], 1)
+    batch = pack([long, short, short], pad_multiple=16, **SETTINGS)
+    assert batch.scored.tolist() == [3, 6, 9] and batch.dropout == ()
+    dropout = Dropout(3, 0.25)
+    early = [replace(long, scored=1), short, replace(short, scored=0, dropout=dropout)]
+    batch = pack(early, **SETTINGS)
+    assert batch.scored.tolist() == [1, 6, 7]
+    assert batch.dropout == (None, None, dropout)
+    assert pack([], pad_to=2, **SETTINGS).scored.tolist() == []
 
 
 def test_values_follow_the_predicted_token() -> None:
