@@ -252,6 +252,27 @@ def local_pair_weights(micro_batches: Ordered[Ordered[int]], valid: Tensor) -> T
     return weights
 
 
+def fallback_loss(teacher: Tensor, plan: Ordered[Ordered[Ordered[int]]], valid: Tensor) -> Tensor:
+    """What the reference adds for micro-batches that have no valid response on any rank.
+
+    0.01 * -log sigmoid(mean teacher score) of each, by its share of the step's B responses: it
+    raises the teacher's scores with no student to compare them with (reference: dp_critic.py,
+    update_critic). teacher [B]: of one stream, the score of each response's teacher; valid [B]
+    bool; plan[rank][k]: indices into the B responses, ranks run their k-th micro-batches together.
+
+    Example: plan [[[0, 1], [2]], [[3], []]], all but 0 and 3 invalid, teacher score 0 of response
+    2: only the micro-batch [2] has none, and adds 0.01 * 1/4 * log 2.
+    """
+    total = teacher.new_zeros(())
+    for together in zip(*plan, strict=True):
+        if any(bool(valid[list(members)].any()) for members in together if members):
+            continue
+        for members in filter(None, together):
+            share = len(members) / len(valid)
+            total = total - 0.01 * share * functional.logsigmoid(teacher[list(members)].mean())
+    return total
+
+
 def score_regulariser(scores: Tensor, count: int) -> Tensor:
     """Sum of squared scores divided by their number in the whole step; pulls scores towards 0.
 

@@ -15,6 +15,7 @@ import re
 from collections.abc import Collection
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import TYPE_CHECKING
 
 from tokenizers import decoders
@@ -30,7 +31,9 @@ _LAYOUT = re.compile(
 STREAMS = {"sections": ("caption", "reasoning"), "response": ("response",)}
 """What the discriminator is shown of an answer, by name: its sections one by one (PRISM), or the
 whole of it at once (GAD)."""
-_CONTROL_TOKEN = re.compile(r"<\|\w+\|>")
+_CAPTION_TO_THINK = re.compile(r"</caption>\s*<think>")
+_THINK_TO_ANSWER = re.compile(r"</think>\s*<answer>")
+CONTROL_TOKEN = re.compile(r"<\|\w+\|>")
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}".encode()
 
 
@@ -67,12 +70,34 @@ def split_sections(text: str) -> Sections | None:
     format of PRISM, with the reference's pattern (dp_critic.py and mm_gad_no_llm.py) corrected:
     that one accepts blank and repeated sections, and reads an answer that stands inside thinking.
     """
-    if any(text.count(tag) != 1 for tag in TAGS) or _CONTROL_TOKEN.search(text):
+    if any(text.count(tag) != 1 for tag in TAGS) or CONTROL_TOKEN.search(text):
         return None
     match = _LAYOUT.fullmatch(text)
     if match is None or not all(body.strip() for body in match.groups()):
         return None
     return Sections(*match.groups())
+
+
+def reference_sections(text: str) -> Sections | None:
+    """The sections of a response, or None, by the reference's pattern.
+
+    Sections in order with white space between them and around them; what is in them does not
+    matter, so that it may be nothing, or further tags. Source: dp_critic.py and mm_gad_no_llm.py, a
+    regular expression with lazy bodies, for which the first place where one section can end is
+    always a right one. In time linear in the length.
+    """
+    text = text.strip()
+    if not text.startswith("<caption>") or not text.endswith("</answer>"):
+        return None
+    think = _CAPTION_TO_THINK.search(text, len("<caption>"))
+    answer = think and _THINK_TO_ANSWER.search(text, think.end())
+    if think is None or answer is None:
+        return None
+    return Sections(
+        text[len("<caption>") : think.start()],
+        text[think.end() : answer.start()],
+        text[answer.end() : -len("</answer>")],
+    )
 
 
 def sections_of(caption: str, reasoning: str) -> Sections | None:
@@ -106,12 +131,38 @@ def token_bytes(tokenizer: PreTrainedTokenizerFast) -> tuple[bytes, ...]:
     return tuple(table)
 
 
-def response_text(ids: Seq[int], table: Seq[bytes], end_ids: Collection[int]) -> str:
+def response_text(
+    ids: Seq[int],
+    table: Seq[bytes],
+    end_ids: Collection[int],
+    hidden: Collection[int] = (),
+) -> str:
     """The text of a sampled response without its end-of-turn token.
 
     Other control tokens stay visible, so that `split_sections` refuses them; what is not UTF-8 and
-    ids outside the tokenizer's vocabulary (embedding tables are padded) become U+FFFD.
+    ids outside the tokenizer's vocabulary (embedding tables are padded) become U+FFFD. hidden: ids
+    that are left out wherever they stand.
     """
     body = ids[:-1] if ids and ids[-1] in end_ids else ids
-    pieces = (table[index] if index < len(table) else _REPLACEMENT for index in body)
-    return b"".join(pieces).decode(errors="replace")
+    return b"".join(_pieces(body, table, hidden)).decode(errors="replace")
+
+
+def caption_tokens(
+    ids: Seq[int], table: Seq[bytes], caption: str, hidden: Collection[int] = ()
+) -> int:
+    """How many of a valid response's ids it takes until its caption section is complete.
+
+    The last of them may bring what stands behind the section, white space or the next tag's
+    beginning. caption: the section's body; hidden: as for response_text, with which the body was
+    found. Source: dp_critic.py, find_text_boundary_in_tokens, which decodes every prefix.
+    """
+    pieces = _pieces(ids, table, hidden)
+    whole, end = b"".join(pieces), 0
+    for _ in range(caption.count("</caption>") + 1):
+        end = whole.index(b"</caption>", end) + len(b"</caption>")
+    ends = accumulate(map(len, pieces))
+    return next(count for count, reached in enumerate(ends, 1) if reached >= end)
+
+
+def _pieces(ids: Seq[int], table: Seq[bytes], hidden: Collection[int]) -> list[bytes]:
+    return [b"" if i in hidden else table[i] if i < len(table) else _REPLACEMENT for i in ids]

@@ -15,6 +15,7 @@ from prism_megatron.objectives.losses import (
     aggregation,
     bound_scores,
     bradley_terry_loss,
+    fallback_loss,
     importance_weights,
     kl_penalty,
     local_pair_weights,
@@ -499,6 +500,31 @@ def test_local_pair_weights_by_hand() -> None:
     assert local_pair_weights([[0, 1], [2, 3]], torch.ones(4) > 0).tolist() == [1, 1, 1, 1]
     found = local_pair_weights([[0], [1, 2]], torch.tensor([False, True, True]))
     assert found.tolist() == pytest.approx([0, 2 / 3, 2 / 3])
+
+
+def test_fallback_loss_by_hand() -> None:
+    """Two ranks of three micro-batches; on the second no response of either rank is valid."""
+    plan = [[[0, 1], [2, 3, 6], []], [[4], [5], [7]]]
+    valid = torch.tensor([False, True, False, False, False, False, False, True])
+    teacher = torch.tensor([9.0, 9, 2, -1, 9, 0.5, 2, 9], requires_grad=True)
+    found = fallback_loss(teacher, plan, valid)
+    # means of 1 for three of the eight responses and of 0.5 for one
+    wanted = 0.01 * (3 / 8 * math.log1p(math.exp(-1)) + 1 / 8 * math.log1p(math.exp(-0.5)))
+    assert found.item() == pytest.approx(wanted, rel=1e-5)
+    found.backward()
+    slope = -0.01 / 8 / (1 + math.e)
+    assert teacher.grad is not None
+    assert teacher.grad.tolist() == pytest.approx(
+        [0, 0, slope, slope, 0, -0.01 / 8 / (1 + math.exp(0.5)), slope, 0], rel=1e-5
+    )
+    assert fallback_loss(teacher, plan, torch.ones(8) > 0).item() == 0
+    assert fallback_loss(teacher, [], valid).item() == 0
+
+
+def test_the_documented_fallback_loss() -> None:
+    valid = torch.tensor([True, False, False, True])
+    found = fallback_loss(torch.tensor([5.0, 5, 0, 5]), [[[0, 1], [2]], [[3], []]], valid)
+    assert found.item() == pytest.approx(0.01 / 4 * math.log(2), rel=1e-6)
 
 
 def test_bradley_terry_weights_pairs() -> None:

@@ -14,13 +14,19 @@ from prism_megatron.objectives.rewards.responses import (
     has_reference_format,
     reference_answer,
 )
-from prism_megatron.objectives.sections import TAGS, sections_of, split_sections
+from prism_megatron.objectives.sections import (
+    TAGS,
+    Sections,
+    reference_sections,
+    sections_of,
+    split_sections,
+)
 
 VALID = "<caption> 3 8 </caption><think> 3 + 8 = 11 </think><answer> 11 </answer>"
 
 # the reference's patterns, as they are documented
 LENIENT = re.compile(
-    r"^\s*<caption>.*?</caption>\s*<think>.*?</think>\s*<answer>.*?</answer>\s*$", re.DOTALL
+    r"^\s*<caption>(.*?)</caption>\s*<think>(.*?)</think>\s*<answer>(.*?)</answer>\s*$", re.DOTALL
 )
 GEO3K = re.compile(r".*<caption>.*</caption>.*<think>.*</think>.*<answer>.*</answer>.*", re.DOTALL)
 FIRST_ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
@@ -43,7 +49,9 @@ responses = st.one_of(pieces.map("".join), tagged, near_valid)
 @example("<caption></caption><think></think><answer></answer>")
 @example("<caption></caption><think></think><answer></answer")
 def test_the_lenient_format_is_the_references_pattern(text: str) -> None:
-    assert has_reference_format(text) == bool(LENIENT.match(text))
+    match, found = LENIENT.match(text), reference_sections(text)
+    assert has_reference_format(text) == (match is not None)
+    assert found == (Sections(*match.groups()) if match else None)
 
 
 @given(responses)

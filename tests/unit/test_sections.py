@@ -10,6 +10,9 @@ from transformers import PreTrainedTokenizerFast
 
 from prism_megatron.objectives.sections import (
     STREAMS,
+    Sections,
+    caption_tokens,
+    reference_sections,
     response_text,
     split_sections,
     token_bytes,
@@ -171,3 +174,47 @@ def test_ids_without_text_are_not_white_space(
     beyond = len(table) + 3
     assert response_text([*ids, beyond], table, {end}) == VALID + "\ufffd"
     assert response_text([], table, {end}) == ""
+
+
+def test_the_reference_takes_what_its_lazy_pattern_takes() -> None:
+    nested = (
+        "<caption>a</caption> <caption>b</caption>\n<think></think><answer>1</answer> 2</answer>\n"
+    )
+    found = reference_sections(nested)
+    assert found == Sections("a</caption> <caption>b", "", "1</answer> 2")
+    assert split_sections(nested) is None
+    assert reference_sections(VALID) == split_sections(VALID)
+    for text in (VALID + " done", VALID.replace("</caption><", "</caption>so<"), "no tags"):
+        assert reference_sections(text) is None
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_a_caption_ends_with_the_first_token_that_completes_it(
+    text: str, table: tuple[bytes, ...], tokenizer: PreTrainedTokenizerFast, end: int
+) -> None:
+    sections = reference_sections(text)
+    assert sections is not None
+    lengths = set()
+    for seed in range(4):
+        ids = [*random_segmentation(text, table, random.Random(seed)), end]
+        count = caption_tokens(ids, table, sections.caption)
+        lengths.add(count)
+        decoded = [
+            b"".join(table[i] for i in ids[:n]).decode(errors="replace") for n in (count - 1, count)
+        ]
+        assert [sections.caption_text in part for part in decoded] == [False, True]
+    assert len(lengths) > 1
+
+
+def test_a_caption_may_hold_its_closing_tag_and_hidden_tokens(
+    tokenizer: PreTrainedTokenizerFast, table: tuple[bytes, ...], end: int
+) -> None:
+    """Tokens a byte each: 25 of the caption, its inner closing tag included, in which one is
+    hidden."""
+    text = "<caption>a</caption>b</caption><think>c</think><answer>d</answer>"
+    ids = [tokenizer.get_vocab()[character] for character in text]
+    hidden = tokenizer.convert_tokens_to_ids("<|image_pad|>")
+    ids.insert(15, hidden)
+    assert response_text([*ids, end], table, {end}, {hidden}) == text
+    assert caption_tokens(ids, table, "a</caption>b", {hidden}) == 31 + 1
+    assert caption_tokens(ids, table, "a", {hidden}) == 20 + 1

@@ -6,12 +6,7 @@ formats, which let empty and repeated sections pass, and its answer, the first o
 
 from __future__ import annotations
 
-import re
-
-from prism_megatron.objectives.sections import TAGS, split_sections
-
-_CAPTION_TO_THINK = re.compile(r"</caption>\s*<think>")
-_THINK_TO_ANSWER = re.compile(r"</think>\s*<answer>")
+from prism_megatron.objectives.sections import TAGS, reference_sections, split_sections
 
 
 def answer_of(response: str) -> str | None:
@@ -29,18 +24,9 @@ def reference_answer(response: str) -> str:
 
 
 def has_reference_format(response: str) -> bool:
-    """Whether the reference's rewards accept the format.
-
-    Sections in order with white space between them and around them; what is in them does not
-    matter. Source: FORMAT_PATTERN of mm_gad_no_llm.py, a regular expression with lazy bodies, for
-    which the first place where one section can end is always a right one.
-    """
-    text = response.strip()
-    if not text.startswith("<caption>"):
-        return False
-    think = _CAPTION_TO_THINK.search(text, len("<caption>"))
-    answer = think and _THINK_TO_ANSWER.search(text, think.end())
-    return answer is not None and text.endswith("</answer>")
+    """Whether the reference's rewards accept the format. Source: FORMAT_PATTERN of
+    mm_gad_no_llm.py."""
+    return reference_sections(response) is not None
 
 
 def has_geo3k_format(response: str) -> bool:
