@@ -192,9 +192,18 @@ class Warmup(Stage):
     batch_size: int = Field(ge=1)
     """Pairs an optimizer step, over all ranks."""
     aux_loss_coef: float = Field(0.01, ge=0)
-    """Weight of the router's load-balancing loss."""
+    """Weight of the router's load-balancing loss; in the reference 0.01, but without a gradient
+    (value_head.py, where activation checkpointing cuts it off), which is 0."""
     z_loss_coef: float = Field(0.0, ge=0)
     """Weight of the router's z-loss, which keeps its logits small."""
+    section_ends: Defect = "corrected"
+    """corrected: a section ends with the end-of-turn token, as in alignment; reference: with the
+    chat template's line end after it, which alignment never shows
+    (train_moe_vl_warmup_fast.py)."""
+    last_token: Defect = "corrected"
+    """corrected: a sequence is scored at its last token; reference: where the first sequence of a
+    batch of four teachers' or students' is as long as any of both, all others are scored too early,
+    by twice what they are shorter (value_head.py, get_last_token_scores)."""
 
 
 class Sampled(PolicyUpdate):
@@ -253,19 +262,36 @@ class Align(Advantage, Sampled, Stage):
     score_length_correction_beta: float = Field(0.0, ge=0)
     """The advantage sees a section's score less this times log(1 + its tokens), so that longer does
     not pay by itself."""
+    response_format: Defect = "corrected"
+    """Which responses are valid. corrected: those with one section of each kind, none blank, and an
+    end; reference: those that its pattern matches, with empty or repeated sections, control tokens
+    in between, or cut off right after the answer (dp_critic.py)."""
+    student_tokens: Defect = "corrected"
+    """corrected: a response's sections are tokenised from their text, as the teacher's; reference:
+    they are the tokens that were sampled, whose merges the teacher never shows, and white space
+    between sections stays where it is (dp_critic.py)."""
+    regularised_scores: Defect = "corrected"
+    """What score_reg_coef weighs. corrected: the teacher's scores, one a prompt, and valid
+    responses'; reference: the teacher's once a response, and those of invalid responses too, whose
+    tokens are cut in half for want of sections (dp_critic.py)."""
+    fallback_loss: Defect = "corrected"
+    """corrected: only valid responses' pairs train the discriminator; reference: a micro-batch
+    without one on any rank raises the teacher's scores, whatever the student's are
+    (dp_critic.py)."""
     pair_counts: Defect = "corrected"
     """corrected: every valid response's pair counts the same; reference: it counts by how many
-    valid responses share its micro-batch."""
+    valid responses share its micro-batch (dp_critic.py)."""
     teacher_length: Defect = "corrected"
-    """corrected: the teacher's sections are read whole; reference: cut at 512 tokens."""
+    """corrected: the teacher's sections are read whole; reference: cut at 512 tokens
+    (rl_dataset.py)."""
     section_ends: Defect = "corrected"
     """corrected: every section ends with the end-of-turn token, where its score is read; reference:
     the teacher's with a padding token (none where it was cut), the student's caption with nothing,
     the student's reasoning with the end of the turn, so that the scored token tells the two
-    apart."""
+    apart (dp_critic.py, rl_dataset.py)."""
     positions: Defect = "corrected"
     """corrected: the discriminator sees interleaved MRoPE positions, as in its warm-up; reference:
-    image tokens are counted one by one like text."""
+    image tokens are counted one by one like text (dp_critic.py)."""
     alarms: Alarms = Alarms()
 
 

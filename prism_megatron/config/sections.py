@@ -171,6 +171,14 @@ class Discriminator(Model):
     gradient beyond it (clip; the reference's in alignment, at 10)."""
     score_limit: float = Field(10.0, gt=0)
     """Bound of the scores, with score_bound."""
+    score_precision: Defect = "corrected"
+    """corrected: the value head computes in fp32; reference: in BF16, in which scores of 3 to 4 are
+    0.016 apart (value_head.py, dp_critic.py). Losses are computed in fp32 with both."""
+    score_dropout: Defect = "corrected"
+    """corrected: none; reference: a tenth of the value head's inputs is dropped where the
+    discriminator is trained, but not where the policy's responses are scored (value_head.py). A
+    teacher's section drops the same inputs for all responses of a prompt, each response's there
+    has its own."""
 
 
 class Optimizer(Section):
@@ -255,7 +263,10 @@ class Data(Section):
     """Images with fewer pixels are enlarged; default: what the model's processor has."""
     max_pixels: int | None = Field(None, ge=1)
     """Images with more pixels are made smaller; default: what the model's processor has."""
-    image_resize: Literal["corrected", "reference"] = "corrected"
+    longest_side: int | None = Field(None, ge=1)
+    """Images with a longer side are made smaller before anything else, down to so many pixels
+    there; in the reference's warm-up 560 (train_moe_vl_warmup_fast.py), in its alignment any."""
+    image_resize: Defect = "corrected"
     """corrected: once, to multiples of the model's patch size times its merge size. reference:
     before that to multiples of 28, within the reference's own limits (verl vision_utils.py)."""
     num_workers: int = Field(2, ge=0)
@@ -543,7 +554,7 @@ class Judge(Section):
 class Rewards(Section):
     """What a response earns, and the processes that find it out."""
 
-    rules: Literal["corrected", "reference"] = "corrected"
+    rules: Defect = "corrected"
     """corrected: one comparison for all answers, by meaning; reference: those of the reference's
     reward functions, chosen by data_source, with their errors."""
     sources: dict[str, Literal["mm_gad", "geo3k", "math_verify", "llm_judge"]] = {}

@@ -54,6 +54,7 @@ class PromptEncoder:
         truncate_response: bool = False,
         min_pixels: int | None = None,
         max_pixels: int | None = None,
+        longest_side: int | None = None,
         image_resize: str = "corrected",
     ):
         self.processor = processor
@@ -68,10 +69,14 @@ class PromptEncoder:
         bounds = self.tokenizer.convert_tokens_to_ids(list(VISION_BOUNDS))
         self._vision_ids = {self.image_token_id, *bounds}
         self.merge_size: int = processor.image_processor.merge_size
-        control = [t.content for t in self.tokenizer.added_tokens_decoder.values() if t.special]
+        added = self.tokenizer.added_tokens_decoder
+        self.control_ids = frozenset(index for index, token in added.items() if token.special)
+        control = [added[index].content for index in sorted(self.control_ids)]
         self._control = re.compile("|".join(map(re.escape, control)))
         self._images = _ImageCache(
-            _Preprocessor(processor.image_processor, min_pixels, max_pixels, image_resize)
+            _Preprocessor(
+                processor.image_processor, min_pixels, max_pixels, longest_side, image_resize
+            )
         )
         if system_prompt is not None and (found := self._control.search(system_prompt)):
             raise ValueError(
@@ -89,6 +94,7 @@ class PromptEncoder:
             truncate_response=data.overlong == "truncate_response",
             min_pixels=data.min_pixels,
             max_pixels=data.max_pixels,
+            longest_side=data.longest_side,
             image_resize=data.image_resize,
         )
 
@@ -138,22 +144,17 @@ class PromptEncoder:
         return rollout_sequence(prompt, ids, {})
 
     def section_sequence(
-        self, prompt: Prompt, section_text: str, *, section: int = 0, text_only: bool = False
+        self, prompt: Prompt, ids: tuple[int, ...], *, section: int = 0, text_only: bool = False
     ) -> Sequence:
-        """What the discriminator scores: prompt, section, end of turn.
+        """What the discriminator scores: prompt, then the ids of a section, end included.
 
         section: which one it is, to a dedicated discriminator; text_only: without the prompt's
         images and their tokens.
-
-        Teacher's and student's sections are tokenised here from text and closed by the same token,
-        whose position carries the score, so neither tokenisation nor ending tells them apart. (The
-        reference scores different kinds of tokens for the two: prism-method section 2.4.)
         """
         if text_only:
             text = tuple(i for i in prompt.input_ids if i not in self._vision_ids)
             prompt = replace(prompt, input_ids=text, images=())
-        sequence = rollout_sequence(prompt, self.encode_response(section_text), {})
-        return replace(sequence, section=section)
+        return replace(rollout_sequence(prompt, ids, {}), section=section)
 
     def decode(self, ids: tuple[int, ...]) -> str:
         """Text of response ids, without the end-of-turn token."""
@@ -254,14 +255,20 @@ class _ImageCache:
 
 
 class _Preprocessor:
-    """Decodes images and cuts them into patches; the processor alone resizes them, once.
+    """Decodes images and cuts them into patches; the processor resizes them, once where neither
+    longest_side nor the reference's resizing is asked for.
 
     Image processors take a limit only together with the other one, and drop a single one silently
     (the reference's warm-up lost its max_pixels so), so both are always given.
     """
 
     def __init__(
-        self, image_processor: Any, min_pixels: int | None, max_pixels: int | None, resize: str
+        self,
+        image_processor: Any,
+        min_pixels: int | None,
+        max_pixels: int | None,
+        longest_side: int | None,
+        resize: str,
     ):
         size = image_processor.size
         self._processor = image_processor
@@ -274,12 +281,14 @@ class _Preprocessor:
                 f"images of {self._size['shortest_edge']} to {self._size['longest_edge']} pixels: "
                 "no image fits; set data.min_pixels and data.max_pixels"
             )
-        self._is_reference = resize == "reference"
+        self._longest_side, self._is_reference = longest_side, resize == "reference"
 
     def __call__(self, key: str, data: bytes) -> VisualInputs:
         """RowError if the bytes are no image that can be resized."""
         try:
             image = Image.open(io.BytesIO(data)).convert("RGB")
+            if self._longest_side is not None:
+                image = _within(image, self._longest_side)
             if self._is_reference:
                 image = _resized_as_the_reference(image)
             inputs = self._processor(images=[image], size=self._size, return_tensors="pt")
@@ -287,6 +296,15 @@ class _Preprocessor:
             raise RowError(f"unreadable image: {error}") from error
         t, h, w = inputs["image_grid_thw"][0].tolist()
         return VisualInputs(key, inputs["pixel_values"], (t, h, w))
+
+
+def _within(image: Image.Image, longest_side: int) -> Image.Image:
+    """load_image of the reference's train_moe_vl_warmup_fast.py; sides are rounded down."""
+    if max(image.size) <= longest_side:
+        return image
+    scale = longest_side / max(image.size)
+    width, height = (max(1, int(side * scale)) for side in image.size)
+    return image.resize((width, height), Image.Resampling.LANCZOS)
 
 
 def _resized_as_the_reference(image: Image.Image) -> Image.Image:

@@ -14,6 +14,7 @@ its captions and its reasoning from the teacher's, and the discriminator learns 
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from collections.abc import Sequence as Ordered
 from dataclasses import dataclass, field
 from functools import partial
@@ -32,12 +33,16 @@ from prism_megatron.objectives.advantages import alignment_advantage
 from prism_megatron.objectives.losses import (
     bound_scores,
     bradley_terry_loss,
+    fallback_loss,
     local_pair_weights,
     score_regulariser,
 )
 from prism_megatron.objectives.rewards.scorer import Scorer
 from prism_megatron.objectives.sections import (
+    CONTROL_TOKEN,
     Sections,
+    caption_tokens,
+    reference_sections,
     response_text,
     sections_of,
     split_sections,
@@ -151,18 +156,23 @@ def task(encoder: PromptEncoder, reader: discriminator.Reader, row: PromptRow) -
 class Stream:
     """One part of the judgement, such as captions or reasoning, over the whole step.
 
-    Sequences and scores: the teacher's, one a prompt, then those of the valid responses. Scores are
-    the head's, without bound.
+    Sequences and scores: the teacher's, one a prompt, then those of the valid responses, then, with
+    regularised_scores=reference, those of the invalid ones. Scores are the head's, without bound.
     """
 
     weight: float
     teacher: list[Sequence]
     student: list[Sequence]
+    invalid: list[Sequence]
     scores: Tensor = field(default_factory=lambda: torch.zeros(0))
 
     @property
     def sequences(self) -> list[Sequence]:
-        return [*self.teacher, *self.student]
+        return [*self.teacher, *self.student, *self.invalid]
+
+    def split(self, scores: Tensor) -> tuple[Tensor, ...]:
+        """Scores of all its sequences -> the teacher's, valid responses', invalid ones'."""
+        return scores.split([len(self.teacher), len(self.student), len(self.invalid)])
 
 
 class Game:
@@ -181,6 +191,8 @@ class Game:
         self.policy, self.frozen, self.judge, self.sampler = policy, frozen, judge, sampler
         self.alarms = Alarms(config.alarms)
         self.table = token_bytes(reader.encoder.tokenizer)
+        is_reference = config.response_format == "reference"
+        self.hidden_ids = reader.encoder.control_ids if is_reference else frozenset[int]()
         judges_answers = config.advantage_mode != "default"
         self.scorer = Scorer(config.rewards) if judges_answers else None
 
@@ -204,8 +216,7 @@ class Game:
             options=config,
             accuracy=accuracy,
         )
-        weights = self._pair_weights(samples, valid)
-        judged = self._update_judge(streams, groups[valid], weights, number)
+        judged = self._update_judge(streams, groups, valid, self._micro_batches(samples), number)
         policy = policy_update(
             self.policy,
             samples,
@@ -231,12 +242,16 @@ class Game:
         return metrics | self.alarms.check(metrics, number + 1)
 
     def _sections(self, rollout: Rollout) -> Sections | None:
+        if self.config.response_format == "reference":
+            text = self._text(rollout, self.hidden_ids)
+            # what spells a control token can't be tokenised anew
+            return None if CONTROL_TOKEN.search(text) else reference_sections(text)
         if rollout.finish_reason != "stop":
             return None
         return split_sections(self._text(rollout))
 
-    def _text(self, rollout: Rollout) -> str:
-        return response_text(rollout.ids, self.table, (self.reader.encoder.end_id,))
+    def _text(self, rollout: Rollout, hidden: Collection[int] = ()) -> str:
+        return response_text(rollout.ids, self.table, (self.reader.encoder.end_id,), hidden)
 
     def _accuracy(self, tasks: list[Task], samples: list[tuple[Prompt, Rollout]]) -> Tensor | None:
         """Whether each response's answer is right, [B], if advantage_mode asks for it; 0 for an
@@ -258,16 +273,17 @@ class Game:
     ) -> dict[str, Stream]:
         """All streams in one packed pass of the discriminator. An image is encoded once for the
         sequences of a micro-batch that show it."""
-        students = [
-            self.reader.read(prompt, found, teacher=False)
-            for (prompt, _), found in zip(samples, sections, strict=True)
-            if found is not None
+        read = [
+            (found is not None, self._read(prompt, rollout, found))
+            for (prompt, rollout), found in zip(samples, sections, strict=True)
+            if found is not None or self.config.regularised_scores == "reference"
         ]
         streams = {
             name: Stream(
                 getattr(self.config, f"{name}_weight"),
                 [t.teacher[name] for t in tasks],
-                [student[name] for student in students],
+                [response[name] for valid, response in read if valid],
+                [response[name] for valid, response in read if not valid],
             )
             for name in self.reader.streams
         }
@@ -275,6 +291,19 @@ class Game:
         for stream, own in zip(streams.values(), scores, strict=True):
             stream.scores = own
         return streams
+
+    def _read(
+        self, prompt: Prompt, rollout: Rollout, found: Sections | None
+    ) -> dict[str, Sequence]:
+        """What the discriminator reads of a response: its sections or, of an invalid one, halves of
+        its tokens."""
+        if found is not None and self.config.student_tokens == "corrected":
+            return self.reader.read(prompt, found, teacher=False)
+        if found is None:
+            count = max(1, len(rollout.ids) // 2)
+        else:
+            count = caption_tokens(rollout.ids, self.table, found.caption, self.hidden_ids)
+        return self.reader.read_sampled(prompt, rollout.ids, count)
 
     def _bounded(self, scores: Tensor) -> Tensor:
         section = self.config.discriminator
@@ -284,82 +313,116 @@ class Game:
         """What the policy gets for each response, [B]: its score, less what long ones lose; 0 where
         invalid."""
         lengths = torch.tensor([float(s.response_mask.sum()) for s in stream.student])
-        student = self._bounded(stream.scores[len(stream.teacher) :])
+        _, student, _ = stream.split(self._bounded(stream.scores))
         out = torch.zeros(len(valid))
         out[valid] = student - self.config.score_length_correction_beta * lengths.log1p()
         return out
 
-    def _pair_weights(self, samples: list[tuple[Prompt, Rollout]], valid: Tensor) -> Tensor | None:
-        """With pair_counts=reference, what each valid response's pair counts, by the micro-batches
-        that the responses as a whole would make."""
-        if self.config.pair_counts == "corrected":
-            return None
-        plan = plan_micro_batches(
+    def _micro_batches(self, samples: list[tuple[Prompt, Rollout]]) -> list[list[list[int]]]:
+        """The micro-batches that the responses as a whole would make, by which the reference counts
+        pairs; see plan_micro_batches. Empty if nothing is counted so."""
+        if "reference" not in (self.config.pair_counts, self.config.fallback_loss):
+            return []
+        return plan_micro_batches(
             [len(prompt.input_ids) + len(rollout.ids) for prompt, rollout in samples],
             dp_size=self.judge.parallel.data_size,
             max_tokens=self.judge.micro_batch_tokens,
         )
-        return local_pair_weights([m for rank in plan for m in rank if m], valid)[valid]
 
     def _update_judge(
         self,
         streams: dict[str, Stream],
         groups: Tensor,
-        weights: Tensor | None,
+        valid: Tensor,
+        plan: list[list[list[int]]],
         number: int,
     ) -> Metrics:
-        """Teacher above student for every valid response; groups [valid] says whose teacher,
-        weights [valid] what it counts beside 1.
+        """Teacher above student for every valid response; groups [B] says whose teacher, valid [B]
+        which responses are, plan see _micro_batches.
 
-        Metrics are of the scores that the policy is trained with, before the first update; nothing
-        without a valid response.
+        Metrics are of the scores that the policy is trained with, before the first update; the
+        accuracies need a valid response, and so does the update, but for the fallback loss.
         """
-        if not len(groups):
+        config = self.config
+        if not valid.any() and config.fallback_loss == "corrected":
             return {}
-        config, sequences = self.config, _sequences(streams)
         scores = torch.cat([stream.scores for stream in streams.values()])
-        noisy: list[Sequence] = []
-        if config.gradient_penalty_coef:
-            teachers = [sequence for stream in streams.values() for sequence in stream.teacher]
-            noisy = discriminator.noisy(teachers, config.gradient_penalty_std, number)
-            scores = torch.cat([scores, discriminator.score(self.judge, noisy)])
+        count = len(scores)
 
         def objective(scores: Tensor) -> Tensor:
-            scores, disturbed = self._bounded(scores).split([len(sequences), len(noisy)])
-            return self._loss(scores.chunk(len(streams)), disturbed, groups, weights)
+            scores, noisy = self._bounded(scores).split([count, len(scores) - count])
+            parts = [
+                stream.split(own)
+                for stream, own in zip(streams.values(), scores.chunk(len(streams)), strict=True)
+            ]
+            return self._loss(parts, noisy, groups, valid, plan)
 
-        metrics = self._accuracies(streams, groups)
-        metrics["discriminator_loss"] = float(objective(scores))
+        metrics = self._accuracies(streams, groups[valid]) if valid.any() else {}
+        has_dropout = config.discriminator.score_dropout == "reference"
         for update in range(config.discriminator_updates):
-            if update:
-                scores = discriminator.score(self.judge, [*sequences, *noisy])
-            result = discriminator.update(self.judge, [*sequences, *noisy], scores, objective)
+            shown = self._shown(streams, number, update)
+            if update or has_dropout:
+                scores = discriminator.score(self.judge, shown)
+            elif len(shown) > count:
+                scores = torch.cat([scores, discriminator.score(self.judge, shown[count:])])
+            if not update:
+                metrics["discriminator_loss"] = float(objective(scores))
+            result = discriminator.update(self.judge, shown, scores, objective)
         return metrics | {"discriminator_grad_norm": result.grad_norm, **result.sums}
 
+    def _shown(self, streams: dict[str, Stream], number: int, update: int) -> list[Sequence]:
+        """What the discriminator is trained on in one of its updates of the step: the sequences of
+        all streams and, with a gradient penalty, the teachers' once more under noise."""
+        config, sequences = self.config, _sequences(streams)
+        if config.discriminator.score_dropout == "reference":
+            draw = number * config.discriminator_updates + update
+            sequences = discriminator.dropped_out(sequences, draw)
+        if not config.gradient_penalty_coef:
+            return sequences
+        teachers: list[Sequence] = []
+        first = 0
+        for stream in streams.values():
+            teachers += sequences[first : first + len(stream.teacher)]
+            first += len(stream.sequences)
+        return sequences + discriminator.noisy(teachers, config.gradient_penalty_std, number)
+
     def _loss(
-        self, streams: Ordered[Tensor], noisy: Tensor, groups: Tensor, weights: Tensor | None
+        self,
+        streams: Ordered[tuple[Tensor, ...]],
+        noisy: Tensor,
+        groups: Tensor,
+        valid: Tensor,
+        plan: list[list[list[int]]],
     ) -> Tensor:
-        """The discriminator's, of each stream's scores (teachers, then valid students) and, with a
-        gradient penalty, the scores of all teachers under noise."""
-        config, count = self.config, len(groups)
-        scores = torch.cat([*streams])
-        loss = config.score_reg_coef * score_regulariser(scores, scores.numel())
-        for own in streams:
-            teacher, student = own[:-count], own[-count:]
-            loss = loss + bradley_terry_loss(teacher[groups], student, count, weights)[0]
+        """The discriminator's, of each stream's scores (see Stream.split) and, with a gradient
+        penalty, the scores of all teachers under noise."""
+        config = self.config
+        weights = None
+        if config.pair_counts == "reference":
+            weights = local_pair_weights([m for rank in plan for m in rank if m], valid)[valid]
+        regularised: list[Tensor] = []
+        loss = torch.zeros(())
+        for teacher, student, invalid in streams:
+            if len(student):
+                pairs = teacher[groups[valid]], student
+                loss = loss + bradley_terry_loss(*pairs, len(student), weights)[0]
+            if config.fallback_loss == "reference":
+                loss = loss + fallback_loss(teacher[groups], plan, valid)
+            is_reference = config.regularised_scores == "reference"
+            regularised += [teacher[groups] if is_reference else teacher, student, invalid]
+        scores = torch.cat(regularised)
+        loss = loss + config.score_reg_coef * score_regulariser(scores, scores.numel())
         if config.gradient_penalty_coef:
-            change = noisy - torch.cat([own[:-count] for own in streams])
+            change = noisy - torch.cat([teacher for teacher, *_ in streams])
             loss = loss + config.gradient_penalty_coef * change.square().mean()
         return loss
 
     def _accuracies(self, streams: dict[str, Stream], groups: Tensor) -> Metrics:
-        """How often each teacher's section scores above the response's."""
+        """How often each teacher's section scores above the response's; groups [valid]."""
         found = {}
         for name, stream in streams.items():
             teachers = [stream.teacher[group] for group in groups.tolist()]
-            teacher, student = self._bounded(stream.scores).split(
-                [len(stream.teacher), len(stream.student)]
-            )
+            teacher, student, _ = stream.split(self._bounded(stream.scores))
             gaps = teacher[groups] - student
             found[f"{name}_accuracy"] = discriminator.accuracy(teachers, stream.student, gaps)
         return {"discriminator_accuracy": sum(found.values()) / len(found), **found}
@@ -370,9 +433,7 @@ class Game:
         means: Metrics = {}
         gaps = []
         for name, stream in streams.items():
-            teacher, student = self._bounded(stream.scores).split(
-                [len(stream.teacher), len(stream.student)]
-            )
+            teacher, student, _ = stream.split(self._bounded(stream.scores))
             means[f"teacher_{name}_score"] = float(teacher.mean())
             if len(student):
                 means[f"student_{name}_score"] = float(student.mean())

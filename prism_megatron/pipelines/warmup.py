@@ -5,7 +5,8 @@ pairs JSONL --> (prompt + teacher section, prompt + student section) --> scores 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import batched
 
 import torch
 from torch import Tensor
@@ -23,6 +24,9 @@ from prism_megatron.training.runner import ModelRunner
 from prism_megatron.training.setup import build_encoder, build_runner, open_quarantine, start
 from prism_megatron.types import Sequence
 
+REFERENCE_BATCH = 4
+"""Pairs that the reference scores at once on a GPU (train_moe_vl_warmup_fast.py: BATCH_SIZE)."""
+
 
 @dataclass(frozen=True)
 class Pair:
@@ -36,7 +40,9 @@ def run(config: schema.Warmup) -> None:
     """Train the discriminator config.model and export it to run.dir/hf."""
     backend = start(config.backend, config.model)
     encoder = build_encoder(config.model.path, config.data)
-    reader = discriminator.Reader(encoder, config.model)
+    reader = discriminator.Reader(
+        encoder, config.model, line_end=config.section_ends == "reference"
+    )
     quarantine = open_quarantine(config.run, config.data)
 
     stream = BatchStream(
@@ -62,7 +68,7 @@ def run(config: schema.Warmup) -> None:
         config, {"discriminator": (model, config.model.path)}, stream, quarantine, shown="accuracy"
     )
     loop.resume()
-    if loop.run(lambda: step(model, stream.next_batch(), config.model)):
+    if loop.run(lambda: step(model, stream.next_batch(), config, loop.step)):
         loop.export("discriminator")
 
 
@@ -78,29 +84,37 @@ def pair(encoder: PromptEncoder, reader: discriminator.Reader, row: PairRow) -> 
     )
 
 
-def step(model: ModelRunner, pairs: list[Pair], section: schema.Discriminator) -> Metrics:
+def step(model: ModelRunner, pairs: list[Pair], config: schema.Warmup, number: int) -> Metrics:
     """Score, compare, update; caption and reasoning pairs weigh the same."""
-    streams = {
-        name: ([p.teacher[name] for p in pairs], [p.student[name] for p in pairs])
-        for name in pairs[0].teacher
-    }
-    sequences = [sequence for sides in streams.values() for side in sides for sequence in side]
+    section, streams = config.model, list(pairs[0].teacher)
+    teachers = [pair.teacher[name] for name in streams for pair in pairs]
+    students = [pair.student[name] for name in streams for pair in pairs]
+    if config.last_token == "reference":
+        teachers, students = scored_as_the_reference(teachers, students, number)
+    sequences = [*teachers, *students]
+    if section.score_dropout == "reference":
+        sequences = discriminator.dropped_out(sequences, number)
     scores = discriminator.score(model, sequences)
 
-    def by_stream(scores: Tensor) -> Tensor:
-        """[stream, teacher or student, pair], within their bound."""
-        bounded = bound_scores(scores, section.score_bound, section.score_limit)
-        return bounded.view(len(streams), 2, len(pairs))
+    def sides(scores: Tensor) -> Tensor:
+        """[teacher or student, pair of any stream], within their bound."""
+        return bound_scores(scores, section.score_bound, section.score_limit).view(2, -1)
 
     def objective(scores: Tensor) -> Tensor:
-        losses = [bradley_terry_loss(*s, num_pairs=len(pairs))[0] for s in by_stream(scores)]
-        return torch.stack(losses).mean()
+        teacher, student = sides(scores)
+        return bradley_terry_loss(teacher, student, num_pairs=len(teacher))[0]
 
     result = discriminator.update(model, sequences, scores, objective)
-    gaps = by_stream(scores)[:, 0] - by_stream(scores)[:, 1]
+    gaps = sides(scores)[0] - sides(scores)[1]
     accuracy = {
-        f"{name}_accuracy": discriminator.accuracy(*sides, gap)
-        for (name, sides), gap in zip(streams.items(), gaps, strict=True)
+        f"{name}_accuracy": discriminator.accuracy(list(teacher), list(student), gap)
+        for name, teacher, student, gap in zip(
+            streams,
+            batched(teachers, len(pairs)),
+            batched(students, len(pairs)),
+            gaps.split(len(pairs)),
+            strict=True,
+        )
     }
     return {
         "loss": float(objective(scores)),
@@ -110,3 +124,26 @@ def step(model: ModelRunner, pairs: list[Pair], section: schema.Discriminator) -
         "grad_norm": result.grad_norm,
         **result.sums,
     }
+
+
+def scored_as_the_reference(
+    teachers: list[Sequence], students: list[Sequence], number: int
+) -> tuple[list[Sequence], list[Sequence]]:
+    """Pairs, in the same order, with the tokens at which last_token=reference scores them.
+
+    There four pairs drawn at random, captions and reasoning together, are filled up on the left to
+    the longest of their eight sequences, of L tokens. A side whose first sequence has L tokens is
+    taken for one that is filled up on the right, so that a sequence of l tokens is read at place
+    l - 1 of its row, which is its token 2 l - L - 1. Where that lies in the padding, its first
+    token stands in, whose score says as little of the answer. number: of the step, for the draw.
+    """
+    order = torch.randperm(len(teachers), generator=torch.Generator().manual_seed(number))
+    teachers, students = list(teachers), list(students)
+    for members in batched(order.tolist(), REFERENCE_BATCH):
+        longest = max(len(side[i]) for side in (teachers, students) for i in members)
+        for side in (teachers, students):
+            if len(side[members[0]]) == longest:
+                for i in members:
+                    scored = max(0, 2 * len(side[i]) - longest - 1)
+                    side[i] = replace(side[i], scored=scored)
+    return teachers, students

@@ -3,6 +3,7 @@
     answer --Reader--> one sequence a stream, caption and reasoning or the whole response
     sequences --packed--> score at each sequence's last token [n]
     scores --objective--> loss, d loss / d score --second pass--> gradients of the weights
+    (with dropout, scores of the update are computed with the same inputs missing)
 
 The objective compares scores of different sequences, teacher with student, which would have to
 share a micro-batch. Since nothing changes between scoring and update, the loss's gradient with
@@ -26,12 +27,14 @@ from prism_megatron.config.schema import Defect
 from prism_megatron.data.prompts import PromptEncoder
 from prism_megatron.objectives.sections import STREAMS, Sections
 from prism_megatron.training.runner import ModelRunner, StepResult
-from prism_megatron.types import Noise, PackedBatch, Prompt, Sequence
+from prism_megatron.types import Dropout, Noise, PackedBatch, Prompt, Sequence
 
 SECTION_OF = {"caption": SECTIONS.index("perception"), "reasoning": SECTIONS.index("reasoning")}
 """What a dedicated discriminator judges a stream by."""
 REFERENCE_TEACHER_TOKENS = 512
 """Where the reference cuts the teacher's sections (rl_dataset.py: max_response_length)."""
+REFERENCE_DROPOUT = 0.1
+"""Share of the value head's inputs that the reference drops in training (value_head.py)."""
 
 Objective = Callable[[Tensor], Tensor]
 """scores [n] -> loss."""
@@ -40,7 +43,9 @@ Objective = Callable[[Tensor], Tensor]
 class Reader:
     """What the discriminator is shown of an answer, as its section of the configuration says.
 
-    teacher_length, section_ends: see schema.Align, whose defects of the reference they are.
+    A section read here from text is tokenised the same way on both sides and closed by the same
+    token, at which it is scored, so that neither tokenisation nor ending tells teacher and student
+    apart; the switches bring the reference's differences.
     """
 
     def __init__(
@@ -50,61 +55,85 @@ class Reader:
         *,
         teacher_length: Defect = "corrected",
         section_ends: Defect = "corrected",
+        line_end: bool = False,
     ) -> None:
+        """teacher_length, section_ends: see schema.Align, whose defects of the reference they are;
+        line_end: see schema.Warmup.section_ends."""
         self.encoder, self.text_only = encoder, section.text_only
         self.streams = STREAMS[section.streams]
         self.teacher_length, self.section_ends = teacher_length, section_ends
+        self.end = (encoder.end_id, *(encoder.encode_section("\n") if line_end else ()))
 
     def read(self, prompt: Prompt, answer: Sections, *, teacher: bool) -> dict[str, Sequence]:
         """A sequence for each of `streams`; RowError if one can't be encoded."""
         return {
-            stream: self._ended(
-                self.encoder.section_sequence(
-                    prompt,
-                    answer.read_by(stream),
-                    section=SECTION_OF.get(stream, 0),
-                    text_only=self.text_only,
-                ),
+            stream: self._sequence(
+                prompt,
                 stream,
-                teacher,
+                self._ended(self.encoder.encode_section(answer.read_by(stream)), stream, teacher),
             )
             for stream in self.streams
         }
 
-    def _ended(self, sequence: Sequence, stream: str, teacher: bool) -> Sequence:
-        """The sequence with the reference's cut and its last token, where they are asked for."""
-        ids, end = sequence.input_ids[:-1], sequence.input_ids[-1:]
-        limit = len(sequence)
-        if teacher and self.teacher_length == "reference":
-            limit = int((~sequence.response_mask).sum()) + REFERENCE_TEACHER_TOKENS
-        if self.section_ends == "reference" and teacher:
-            end = torch.full_like(end, self.encoder.pad_id)[: int(len(ids) < limit)]
-        elif self.section_ends == "reference" and stream == "caption":
-            end = end[:0]
-        ids = torch.cat([ids[:limit], end])
-        return replace(sequence, input_ids=ids, response_mask=sequence.response_mask[: len(ids)])
+    def read_sampled(
+        self, prompt: Prompt, ids: tuple[int, ...], caption_tokens: int
+    ) -> dict[str, Sequence]:
+        """The same of a student's tokens as they were sampled, of which the first `caption_tokens`
+        are taken for the caption."""
+        parts = {
+            "caption": ids[:caption_tokens],
+            "reasoning": ids[caption_tokens:],
+            "response": ids,
+        }
+        found = {}
+        for stream in self.streams:
+            part = parts[stream]
+            if self.section_ends == "corrected":
+                part = part if part[-1:] == self.end else (*part, *self.end)
+            # a single token has no second half: the reference takes the padding behind it
+            found[stream] = self._sequence(prompt, stream, part or (self.encoder.pad_id,))
+        return found
 
+    def _sequence(self, prompt: Prompt, stream: str, ids: tuple[int, ...]) -> Sequence:
+        section = SECTION_OF.get(stream, 0)
+        return self.encoder.section_sequence(prompt, ids, section=section, text_only=self.text_only)
 
-def _ends(batch: PackedBatch) -> Tensor:
-    return batch.cu_seqlens[1 : batch.num_sequences + 1].long() - 1
+    def _ended(self, ids: tuple[int, ...], stream: str, teacher: bool) -> tuple[int, ...]:
+        """The section's tokens with the reference's cut and end, where they are asked for."""
+        is_cut = teacher and self.teacher_length == "reference"
+        ids = ids[:REFERENCE_TEACHER_TOKENS] if is_cut else ids
+        if self.section_ends == "corrected":
+            return (*ids, *self.end)
+        if teacher:
+            is_full = is_cut and len(ids) == REFERENCE_TEACHER_TOKENS
+            return ids if is_full else (*ids, self.encoder.pad_id)
+        return ids if stream == "caption" else (*ids, *self.end)
 
 
 def score(model: ModelRunner, sequences: list[Sequence]) -> Tensor:
-    """Score of each sequence at its last token, [n] fp32 on every rank.
-
-    All sequences end with the end-of-turn token, teacher's and student's alike. (The reference
-    reads a different kind of token for each, which alone tells them apart: value_head.py.)
-    """
-    return torch.stack(model.infer(sequences, lambda out, batch: list(out[_ends(batch)].cpu())))
+    """Score of each sequence at its last token, or where Sequence.scored says, [n] fp32 on every
+    rank."""
+    return torch.stack(model.infer(sequences, lambda out, batch: list(out[batch.scored].cpu())))
 
 
 def noisy(sequences: list[Sequence], std: float, step: int) -> list[Sequence]:
     """The same with noise on their embeddings, another for each step and sequence."""
-    seeds = torch.Generator().manual_seed(step)
+    seeds = _seeds(sequences, step)
+    return [replace(s, noise=Noise(seed, std)) for s, seed in zip(sequences, seeds, strict=True)]
+
+
+def dropped_out(sequences: list[Sequence], update: int) -> list[Sequence]:
+    """The same as the reference's value head sees them in training, with other inputs missing for
+    each update and sequence."""
     return [
-        replace(s, noise=Noise(int(torch.randint(2**62, (), generator=seeds)), std))
-        for s in sequences
+        replace(s, dropout=Dropout(seed, REFERENCE_DROPOUT))
+        for s, seed in zip(sequences, _seeds(sequences, update), strict=True)
     ]
+
+
+def _seeds(sequences: list[Sequence], seed: int) -> list[int]:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(2**62, (len(sequences),), generator=generator).tolist()
 
 
 def update(
@@ -135,9 +164,10 @@ def _at_the_end(sequence: Sequence, value: Tensor) -> Tensor:
 
 
 def _linear_loss(output: Tensor, batch: PackedBatch) -> tuple[Tensor, dict[str, Tensor]]:
-    """Sum of coefficient times score. A batch's per-token values stand where their token is
-    predicted, one position before the token itself."""
-    ends = _ends(batch)
-    coefficients = batch.per_token["coefficient"][ends - 1]
+    """Sum of coefficient times score. Coefficients belong to each sequence's last token, wherever
+    it is scored; a batch's per-token values stand where their token is predicted, one position
+    before the token itself."""
+    last = batch.cu_seqlens[1 : batch.num_sequences + 1].long() - 1
+    coefficients = batch.per_token["coefficient"][last - 1]
     # an empty row still has to take part in the backward pass of its expert-parallel group
-    return (output[ends] * coefficients).sum() + 0.0 * output.sum(), {}
+    return (output[batch.scored] * coefficients).sum() + 0.0 * output.sum(), {}

@@ -6,6 +6,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
+import torch
 import torch.distributed as dist
 
 from checkpoint_tools.megatron_directory import hf_directory, load_model
@@ -43,6 +44,7 @@ def options_of(
     entropy: Literal["none", "metric", "loss"] = "none",
 ) -> TrainingOptions:
     """The same for what the modules know of their training."""
+    rounded = isinstance(model, Discriminator) and model.score_precision == "reference"
     return TrainingOptions(
         aux_loss_coef,
         z_loss_coef,
@@ -50,6 +52,7 @@ def options_of(
         Precision(model.fp8, model.bf16_first_layers, model.bf16_last_layers),
         model.dispatcher,
         entropy,
+        torch.bfloat16 if rounded else torch.float32,
     )
 
 

@@ -10,8 +10,10 @@ from typing import Any
 from unittest import mock
 
 import pytest
+import torch
 from safetensors.torch import load_file
 from torch import Tensor
+from torch.nn import functional
 from transformers import AutoProcessor
 
 from checkpoint_tools.upcycle import upcycle
@@ -21,6 +23,7 @@ from prism_megatron.data import digit_sums
 from prism_megatron.data.rows import PairRow, read_prompts, write_pairs
 from prism_megatron.pipelines import alignment, tiny_model, warmup
 from prism_megatron.rollout import fleet
+from prism_megatron.training import discriminator
 from prism_megatron.types import Prompt, Rollout
 from tests.dist.ranks import Ranks
 
@@ -170,6 +173,10 @@ def test_warm_up_and_alignment_with_every_discriminator(
 OPTIONS = {
     "reference": {
         "invalid_samples": "reference",
+        "response_format": "reference",
+        "student_tokens": "reference",
+        "regularised_scores": "reference",
+        "fallback_loss": "reference",
         "pair_counts": "reference",
         "teacher_length": "reference",
         "section_ends": "reference",
@@ -211,6 +218,160 @@ def test_alignment_with_the_options_of_reference_and_corrected_method(
             # an untrained head says little: the length counts
             assert step["reward_reasoning"] < step["student_reasoning_score"] - 1
     assert step["score_gap"] != 0
+
+
+LONG = "no tags but words " * 12
+SWITCHED = [RESPONSES[0], "<caption></caption>\n" + STUDENT[1], LONG, LONG + "and more"]
+"""Valid, valid by the reference's format alone, invalid, invalid."""
+Update = tuple[list[torch.Tensor], Tensor, float, Tensor]
+"""Tokens of the discriminator's sequences, their scores, the loss, its gradient by the scores."""
+
+
+def _switched(root: Path, out: Path, responses: list[str]) -> tuple[Any, list[Update]]:
+    """A step's micro-batches, and its updates, of two on different dropouts."""
+    updates: list[Update] = []
+    plans = []
+    update, plan = discriminator.update, alignment.plan_micro_batches
+
+    def recorded(model: Any, sequences: Any, scores: Tensor, objective: Any) -> Any:
+        leaf = scores.clone().requires_grad_()
+        loss = objective(leaf)
+        loss.backward()
+        ids = [s.input_ids[s.response_mask] for s in sequences]
+        updates.append((ids, scores, float(loss), leaf.grad))
+        assert all(s.dropout is not None and s.dropout.rate == 0.1 for s in sequences)
+        return update(model, sequences, scores, objective)
+
+    def planned(*args: Any, **kwargs: Any) -> Any:
+        plans.append(plan(*args, **kwargs))
+        return plans[-1]
+
+    judge = _discriminator(root / "shared", "shared")
+    judge |= {"score_dropout": "reference", "score_bound": "clip", "score_limit": 0.7}
+    with (
+        mock.patch(f"{__name__}.RESPONSES", responses),
+        mock.patch.object(discriminator, "update", recorded),
+        mock.patch.object(alignment, "plan_micro_batches", planned),
+    ):
+        stage = _stage(root, out, "", 1)
+        _align(
+            root,
+            out,
+            root / "shared",
+            "shared",
+            train=stage["train"] | {"micro_batch_tokens": 256},
+            discriminator=judge,
+            discriminator_updates=2,
+            score_reg_coef=0.5,
+            **OPTIONS["reference"],
+        )
+    return plans[0], updates
+
+
+def _critic_loss(scores: Tensor, plan: Any, groups: list[int], valid: Tensor) -> tuple[Tensor, int]:
+    """update_critic of the reference's dp_critic.py, rank by rank and micro-batch by micro-batch,
+    and how many of these have no valid response anywhere."""
+    prompts, count = max(groups) + 1, len(groups)
+    sides = []
+    for own in scores.chunk(2):
+        student = torch.zeros(count)
+        student[valid], student[~valid] = own[prompts:].split(
+            [int(valid.sum()), int((~valid).sum())]
+        )
+        sides.append((own[:prompts][groups].clamp(-0.7, 0.7), student.clamp(-0.7, 0.7)))
+    total, fallbacks = torch.zeros(()), 0
+    for together in zip(*plan, strict=True):
+        has_valid = bool(valid[[i for members in together for i in members]].any())
+        for members in filter(None, together):
+            weights = valid[members].float()
+            pairs, squares = torch.zeros(()), torch.zeros(())
+            for teacher, student in sides:
+                t, s = teacher[members], student[members]
+                squares = squares + t.pow(2).mean() + s.pow(2).mean()
+                losses = -functional.logsigmoid(t - s) * weights
+                paired = losses.sum() / weights.sum().clamp_min(1)
+                fallback = -0.01 * functional.logsigmoid(t.mean())
+                pairs = pairs + (paired if has_valid else fallback)
+            fallbacks += not has_valid
+            total = total + (pairs + 0.5 * squares / 4) * len(members) / count
+    return total, fallbacks
+
+
+@pytest.mark.parametrize("responses", [SWITCHED, [LONG, "no tags", LONG]])
+def test_the_discriminators_loss_is_the_references(
+    ranks: Worlds, root: Path, tmp_path: Path, responses: list[str]
+) -> None:
+    plan, updates = ranks(2).run(_switched, root, tmp_path, responses)[0]
+    size, tokenizer = len(responses), AutoProcessor.from_pretrained(root / "tiny").tokenizer
+    groups = [prompt for prompt in range(3) for _ in responses]
+    valid = torch.tensor([text.startswith("<caption>") for text in responses] * 3)
+    assert len(updates) == 2
+    for ids, scores, loss, gradient in updates:
+        leaf = scores.clone().requires_grad_()
+        wanted, fallbacks = _critic_loss(leaf, plan, groups, valid)
+        wanted.backward()
+        assert fallbacks > 0, plan
+        assert loss == pytest.approx(float(wanted.detach()), rel=1e-5)
+        assert leaf.grad is not None
+        torch.testing.assert_close(gradient, leaf.grad, atol=1e-8, rtol=1e-4)
+        assert int((gradient != 0).sum()) > 1, scores
+        # the sampled tokens, valid ones' first; the halves of the others
+        caption, reasoning = ids[3 : 3 + 3 * size], ids[-3 * size :]
+        order = sorted(range(3 * size), key=lambda i: not valid[i])
+        for i, left, right in zip(order, caption, reasoning, strict=True):
+            text = responses[i % size]
+            sampled = tokenizer(text + "<|im_end|>", add_special_tokens=False).input_ids
+            assert [*left.tolist(), *right.tolist()] == sampled
+            if not valid[i]:
+                assert len(left) == len(sampled) // 2
+            else:
+                assert "</caption>" in tokenizer.decode(left)
+                assert "</caption>" not in tokenizer.decode(left[:-1])
+    assert not torch.equal(updates[0][1], updates[1][1])
+    [step] = _metrics(tmp_path)
+    assert step["format_rate"] == float(valid.float().mean())
+    assert step["discriminator_loss"] == pytest.approx(updates[0][2])
+    assert ("discriminator_accuracy" in step) == bool(valid.any())
+
+
+def _warmed_up(root: Path, out: Path) -> list[tuple[list[Any], Tensor]]:
+    """Sequences and scores of five updates with the reference's warm-up."""
+    updates: list[tuple[list[Any], Tensor]] = []
+    update = discriminator.update
+
+    def recorded(model: Any, sequences: Any, scores: Tensor, objective: Any) -> Any:
+        updates.append((sequences, scores))
+        return update(model, sequences, scores, objective)
+
+    switches = {"score_dropout": "reference", "score_precision": "reference"}
+    config = schema.Warmup.model_validate(
+        _stage(root, out, "pairs.jsonl", 5)
+        | {
+            "model": _discriminator(root / "shared", "shared") | switches,
+            "optimizer": {"lr": 1e-3},
+            "batch_size": 6,
+            "section_ends": "reference",
+            "last_token": "reference",
+        }
+    )
+    with mock.patch.object(discriminator, "update", recorded):
+        warmup.run(config)
+    return updates
+
+
+def test_the_warm_up_with_the_references_scores(ranks: Worlds, root: Path, tmp_path: Path) -> None:
+    tokenizer = AutoProcessor.from_pretrained(root / "tiny").tokenizer
+    updates = ranks(2).run(_warmed_up, root, tmp_path)[0]
+    for sequences, scores in updates:
+        # six rows, two streams, two sides
+        assert len(sequences) == len(scores) == 24
+        assert torch.equal(scores, scores.bfloat16().float())
+        ends = {tokenizer.decode(s.input_ids)[-len(">\n") :] for s in sequences}
+        assert ends == {">\n"}
+        assert len({s.dropout for s in sequences}) == 24
+    everything = [s for sequences, _ in updates for s in sequences]
+    assert len({s.dropout for s in everything}) == len(everything) == 24 * 5
+    assert any(s.scored not in (None, len(s) - 1) for s in everything)
 
 
 def _ill_formed(root: Path, out: Path) -> None:

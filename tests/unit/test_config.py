@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import json
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -448,14 +448,33 @@ def test_options_that_contradict_each_other_are_refused(
         rlvr(*overrides)
 
 
+def switches(config: schema.Section, prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Every option that is corrected or as in the reference, with its value."""
+    for name, field in type(config).model_fields.items():
+        value = getattr(config, name)
+        if field.annotation == schema.Defect:
+            yield prefix + name, value
+        elif isinstance(value, schema.Section):
+            yield from switches(value, f"{prefix}{name}.")
+
+
 def test_the_reference_configuration_sets_every_option_to_reference() -> None:
-    for stage in ("align", "rlvr"):
+    found = {}
+    for stage in ("warmup", "align", "rlvr"):
         files = [ROOT / f"configs/{folder}/{stage}.yaml" for folder in ("quickstart", "reference")]
         plain = configuration.load(stage, files[0], [])
+        assert {value for _, value in switches(plain)} == {"corrected"}
         reference = configuration.load(stage, files, [])
-        for name, value in plain:
-            if value == "corrected":
-                assert getattr(reference, name) == "reference", f"{stage}: {name}"
+        found[stage] = {name for name, value in switches(reference) if value == "reference"}
+        missing = {name for name, value in switches(reference)} - found[stage]
+        # the warm-up of the reference resizes images in a way of its own
+        assert missing == ({"data.image_resize"} if stage == "warmup" else set())
+        assert reference.data.longest_side == (560 if stage == "warmup" else None)
+    assert found["warmup"] == {
+        "model.score_precision", "model.score_dropout", "section_ends", "last_token",
+    }  # fmt: skip
+    assert found["align"] >= {"discriminator.score_dropout", "fallback_loss", "rewards.rules"}
+    assert found["rlvr"] == {"data.image_resize", "rewards.rules", "token_mean"}
 
 
 def test_the_first_keys_of_a_stage_are_those_of_every_stage() -> None:

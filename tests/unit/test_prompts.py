@@ -222,7 +222,7 @@ def test_rollout_values_stand_on_the_response(encoder: PromptEncoder) -> None:
 def test_teacher_and_student_sections_end_in_the_same_token(encoder: PromptEncoder) -> None:
     prompt = encoder.encode_prompt(row(("user", "?")))
     for text in ("<caption>3 8</caption>", "<think>3+8=11</think><answer>11</answer>"):
-        sequence = encoder.section_sequence(prompt, text)
+        sequence = encoder.section_sequence(prompt, encoder.encode_response(text))
         assert sequence.input_ids[-1] == encoder.end_id
         assert (sequence.input_ids[sequence.response_mask] == encoder.end_id).sum() == 1
 
@@ -230,7 +230,7 @@ def test_teacher_and_student_sections_end_in_the_same_token(encoder: PromptEncod
 def test_a_text_only_section_leaves_out_the_image_and_nothing_else(encoder: PromptEncoder) -> None:
     shown = encoder.encode_prompt(row(("user", "left <image>right"), images=(png(64, 32),)))
     blind = encoder.encode_prompt(row(("user", "left right")))
-    text = "<caption>3 8</caption>"
+    text = encoder.encode_response("<caption>3 8</caption>")
     found = encoder.section_sequence(shown, text, section=1, text_only=True)
     assert found.images == () and found.section == 1
     # tokenised apart from each other, "left " and "right" may merge differently, but read the same
@@ -307,6 +307,19 @@ def test_an_image_is_resized_once_and_by_the_reference_twice(
     assert resized == ["tensor", "PIL", "tensor"]
     # 200 x 104 is rounded to 192 x 96, but by way of multiples of 28, 196 x 112, to 192 x 128
     assert (corrected.grid_thw, reference.grid_thw) == ((1, 6, 12), (1, 8, 12))
+
+
+def test_the_longest_side_is_cut_down_before_anything_else(processor: Any) -> None:
+    question = row(("user", "<image>"), images=(png(200, 104),))
+    # 150 x 78, which is rounded to 160 x 64 (of 16 x 2)
+    limited = make_encoder(processor, longest_side=150).encode_prompt(question).images[0]
+    assert limited.grid_thw == (1, 4, 10)
+    whole = make_encoder(processor).encode_prompt(question).images[0]
+    same = make_encoder(processor, longest_side=200).encode_prompt(question).images[0]
+    assert torch.equal(whole.pixel_values, same.pixel_values)
+    tall = row(("user", "<image>"), images=(png(104, 200),))
+    turned = make_encoder(processor, longest_side=150).encode_prompt(tall).images[0]
+    assert turned.grid_thw == (1, 10, 4)
 
 
 def test_threads_share_an_encoder(processor: Any) -> None:

@@ -77,3 +77,37 @@ def test_reference_cuts_the_teacher_alone(encoder: PromptEncoder, ends: str) -> 
     assert int(teacher.response_mask.sum()) == 512 + len(last)
     student = read(encoder, LONG, False, **options)["reasoning"]
     assert student.input_ids.tolist() == [*whole, encoder.end_id]
+
+
+def test_the_reference_warm_up_ends_with_a_line_end(encoder: PromptEncoder) -> None:
+    [line_end] = encoder.encode_section("\n")
+    for teacher in (True, False):
+        found = read(encoder, SHORT, teacher, line_end=True)
+        caption = ids(encoder, SHORT.caption_text)
+        assert found["caption"].input_ids.tolist() == [*caption, encoder.end_id, line_end]
+        assert int(found["caption"].response_mask.sum()) == len(caption) - 3 + 2
+
+
+def read_sampled(
+    encoder: PromptEncoder, ids: tuple[int, ...], count: int, streams: str = "sections", **ends: Any
+) -> dict[str, list[int]]:
+    section = schema.Discriminator.model_validate({"path": "model", "streams": streams})
+    reader = discriminator.Reader(encoder, section, **ends)
+    found = reader.read_sampled(PROMPT, ids, count)
+    return {name: each.input_ids.tolist()[3:] for name, each in found.items()}
+
+
+def test_sampled_tokens_are_shown_as_they_are_but_for_the_end(encoder: PromptEncoder) -> None:
+    end, pad = encoder.end_id, encoder.pad_id
+    sampled = (11, 12, 13, 14, end)
+    found = read_sampled(encoder, sampled, 3, section_ends="reference")
+    assert found == {"caption": [11, 12, 13], "reasoning": [14, end]}
+    found = read_sampled(encoder, sampled, 3)
+    assert found == {"caption": [11, 12, 13, end], "reasoning": [14, end]}
+    # cut off, and of a single token
+    found = read_sampled(encoder, (11, 12), 1, section_ends="reference")
+    assert found == {"caption": [11], "reasoning": [12]}
+    found = read_sampled(encoder, (11,), 1, section_ends="reference")
+    assert found == {"caption": [11], "reasoning": [pad]}
+    assert read_sampled(encoder, (11,), 1) == {"caption": [11, end], "reasoning": [end]}
+    assert read_sampled(encoder, sampled, 3, "response") == {"response": [*sampled]}
