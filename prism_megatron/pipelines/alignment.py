@@ -18,6 +18,7 @@ from collections.abc import Collection
 from collections.abc import Sequence as Ordered
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -129,15 +130,16 @@ def run(config: schema.Align) -> None:
         routes=config.router_replay == "R3",
     )
     sampler = Sampler(stream, engine, config.sampling, config.rollout)
+    game = Game(config, reader, policy, frozen, judge, sampler)
     loop = TrainingLoop(
-        config, models, stream, quarantine, shown="score_gap", carried=sampler.state_dict
+        config, models, stream, quarantine, shown="score_gap", carried=game.state_dict
     )
     done = loop.resume()
     if loop.found:
+        game.alarms.steps |= loop.found["alarms"]
         sampler.load_state_dict(
             loop.found, lambda name: task(encoder, reader, find_row(sources, name))
         )
-    game = Game(config, reader, policy, frozen, judge, sampler)
     sampler.sync(done)
     if loop.run(lambda: game.step(loop.step)):
         loop.export("policy")
@@ -240,6 +242,10 @@ class Game:
             **slept,
         }
         return metrics | self.alarms.check(metrics, number + 1)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint holds beside the models, as JSON."""
+        return self.sampler.state_dict() | {"alarms": self.alarms.steps}
 
     def _sections(self, rollout: Rollout) -> Sections | None:
         if self.config.response_format == "reference":

@@ -18,7 +18,7 @@ WATCHED = {
 
 
 class Alarms:
-    """Counts steps beyond each threshold; a run that goes on from a checkpoint counts anew."""
+    """Counts steps beyond each threshold, in `steps`, which a checkpoint holds."""
 
     def __init__(self, config: schema.Alarms) -> None:
         self.config = config

@@ -220,6 +220,18 @@ def test_alignment_with_the_options_of_reference_and_corrected_method(
     assert step["score_gap"] != 0
 
 
+def _align_in_two_parts(root: Path, out: Path) -> None:
+    options = {"alarms": {"load_entropy_below": 0.9999, "accuracy_above": None, "patience": 2}}
+    train = {"steps": 2, "micro_batch_tokens": 1024}
+    _align(root, out, root / "shared", "shared", train=train | {"stop_at": 1}, **options)
+    _align(root, out, root / "shared", "shared", train=train, **options)
+
+
+def test_an_alarm_counts_steps_over_a_restart(ranks: Worlds, root: Path, tmp_path: Path) -> None:
+    ranks(2).run(_align_in_two_parts, root, tmp_path)
+    assert [step["alarms"] for step in _metrics(tmp_path)] == [0, 1]
+
+
 LONG = "no tags but words " * 12
 SWITCHED = [RESPONSES[0], "<caption></caption>\n" + STUDENT[1], LONG, LONG + "and more"]
 """Valid, valid by the reference's format alone, invalid, invalid."""
