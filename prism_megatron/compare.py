@@ -37,9 +37,7 @@ def compare(folders: Sequence[Path]) -> dict[str, Any]:
         str(folder): {stage: _metrics(folder / stage) for stage in STAGES} for folder in folders
     }
     summary = {
-        stage: {
-            metric: _spread([run[stage][metric] for run in runs.values()]) for metric in METRICS
-        }
+        stage: {metric: spread([run[stage][metric] for run in runs.values()]) for metric in METRICS}
         for stage in STAGES
     }
     counts = json.loads((folders[0] / "sft" / "eval.json").read_text())["rows"]
@@ -51,8 +49,8 @@ def _metrics(stage: Path) -> dict[str, float]:
     return {metric: result["metrics"][metric]["value"] for metric in METRICS}
 
 
-def _spread(values: list[float]) -> dict[str, float | None]:
-    """A single seed has no deviation."""
+def spread(values: list[float]) -> dict[str, float | None]:
+    """{"mean", "std"} over seeds; a single one has no deviation."""
     return {"mean": mean(values), "std": stdev(values) if len(values) > 1 else None}
 
 

@@ -1,5 +1,5 @@
-"""Figures: the report's (accuracy by stage above, one training curve a panel below), and the
-lengths of data-stats."""
+"""Figures: the report's (accuracy by stage above, one training curve a panel below), the lengths of
+data-stats, and arms of an experiment beside its first one."""
 
 from __future__ import annotations
 
@@ -20,6 +20,8 @@ BARS = {
     "format_rate": "format",
 }
 HALF_WINDOW = 5
+Curve = Sequence[tuple[float, float]]
+"""Step and value."""
 
 
 @dataclass(frozen=True)
@@ -139,6 +141,66 @@ def draw_curves(axes: Axes, panel: Panel, metrics: Sequence[Mapping[str, Any]]) 
     axes.set_xlabel("step")
     axes.legend(frameon=False, fontsize=9)
     _plain(axes)
+
+
+def differences_png(
+    arms: Mapping[str, Mapping[str, tuple[float | None, float | None]]],
+) -> bytes:
+    """A PNG with a panel for each metric, in which each arm has its difference to the first arm and
+    the standard error of that as a bar, in percent; None is not drawn.
+
+    arms: name -> name of a metric -> difference and standard error, as shares.
+    """
+    metrics = list(dict.fromkeys(metric for values in arms.values() for metric in values))
+    figure = Figure(figsize=(5 + 2.5 * len(metrics), 1.5 + 0.3 * len(arms)), layout="constrained")
+    panels = figure.subplots(1, max(1, len(metrics)), sharey=True, squeeze=False)[0]
+    for axes, metric in zip(panels, metrics, strict=False):
+        for place, values in enumerate(arms.values()):
+            difference, error = values.get(metric, (None, None))
+            if difference is not None:
+                axes.errorbar(
+                    100 * difference,
+                    place,
+                    xerr=None if error is None else 100 * error,
+                    color=COLORS[0],
+                    marker="o",
+                    markersize=4,
+                    capsize=3,
+                )
+        axes.axvline(0, color="#777777", linewidth=1, linestyle=":")
+        axes.set_title(metric, loc="left", fontsize=11)
+        axes.set_xlabel("difference, points")
+        _plain(axes)
+    panels[0].set_yticks(range(len(arms)), list(arms))
+    panels[0].set_ylim(len(arms) - 0.5, -0.5)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=130)
+    return buffer.getvalue()
+
+
+def arm_curves_png(arms: Mapping[str, Mapping[str, Sequence[Curve]]]) -> bytes:
+    """A PNG with a row of panels for each arm: running means of each seed, those of the first arm
+    in grey behind them. Panels of a metric have one scale.
+
+    arms: name -> name of a metric -> a curve for each seed.
+    """
+    first = next(iter(arms))
+    metrics = list(arms[first])
+    figure = Figure(figsize=(5 * len(metrics), 1.7 * len(arms) + 0.5), layout="constrained")
+    rows = figure.subplots(len(arms), len(metrics), sharex=True, sharey="col", squeeze=False)
+    for row, (arm, curves) in zip(rows, arms.items(), strict=True):
+        for axes, metric in zip(row, metrics, strict=True):
+            behind = [] if arm == first else [(c, "#999999") for c in arms[first][metric]]
+            for curve, color in [*behind, *((c, COLORS[0]) for c in curves[metric])]:
+                values = running_mean([value for _, value in curve])
+                axes.plot([step for step, _ in curve], values, color=color, linewidth=1.2)
+            axes.set_title(f"{arm}: {metric}", loc="left", fontsize=9)
+            _plain(axes)
+    for axes in rows[-1]:
+        axes.set_xlabel("step")
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=100)
+    return buffer.getvalue()
 
 
 def running_mean(values: Sequence[float]) -> list[float]:
