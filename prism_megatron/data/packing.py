@@ -189,13 +189,19 @@ def _shifted(values: Ordered[Tensor], length: int, dtype: torch.dtype) -> Tensor
 
 
 def _routes(sequences: Ordered[Sequence], length: int) -> Tensor | None:
-    """[T, layers, k]: the sequences' routes, 0 on padding; None if they have none."""
+    """[T, layers, k]: the sequences' routes, on padding the first k experts; None if none has any.
+
+    Padding needs k different ones, too: fused top-k kernels take an expert twice where fewer are
+    allowed, and experts on other ranks would wait for tokens that never come.
+    """
     found = [sequence.routes for sequence in sequences if sequence.routes is not None]
     assert len(found) in (0, len(sequences)), "some sequences have routes, others not"
     if not found:
         return None
     routes = torch.cat(found)
-    return torch.cat([routes, routes.new_zeros(length - len(routes), *routes.shape[1:])])
+    _, layers, choices = routes.shape
+    padding = torch.arange(choices, dtype=routes.dtype).expand(length - len(routes), layers, -1)
+    return torch.cat([routes, padding])
 
 
 def _feature_index(

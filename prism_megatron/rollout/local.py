@@ -93,7 +93,7 @@ class LocalEngine:
         vocabulary = Vocabulary.of(hf_dir)
         self._stop_ids = torch.tensor(vocabulary.stop, device=device)
         forbidden = torch.arange(model.config.text_config.vocab_size) >= vocabulary.size
-        forbidden[list(vocabulary.placeholders)] = True
+        forbidden[list(vocabulary.forbidden)] = True
         self._forbidden = forbidden.to(device)
 
     @property

@@ -84,7 +84,7 @@ class Server:
                 stdin=subprocess.PIPE,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env=os.environ | additional | visible(self.gpus),
+                env=outside_of_ranks() | additional | visible(self.gpus),
             )
         self._client = self.kind.connect(endpoint)
         deadline = time.monotonic() + timeout
@@ -161,6 +161,24 @@ def address_of(interface: str | None) -> str:
             f"it has {', '.join(sorted(found))}"
         )
     return found[interface]
+
+
+_OF_RANKS = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+def outside_of_ranks() -> dict[str, str]:
+    """This process's environment without what torchrun and srun tell a rank of the trainer.
+
+    Ray's processes inherit it. A server would look for torchrun's store instead of making its own
+    (torch.distributed.rendezvous, TORCHELASTIC_USE_AGENT_STORE), and its allocator would get the
+    trainer's settings, with which memory can't be given back.
+    """
+    prefixes = ("TORCHELASTIC_", "LOCAL_", "GROUP_", "ROLE_", "SLURM_", "PYTORCH_CUDA_ALLOC_CONF")
+    return {
+        name: value
+        for name, value in os.environ.items()
+        if name not in _OF_RANKS and not name.startswith((*prefixes, "PYTORCH_ALLOC_CONF"))
+    }
 
 
 def visible(gpus: tuple[int, ...]) -> dict[str, str]:

@@ -204,7 +204,7 @@ def request(
         "temperature": sampling.temperature,
         "top_p": sampling.top_p,
         "stop_token_ids": list(vocabulary.stop),
-        "logit_bias": {str(token): NEVER for token in vocabulary.placeholders},
+        "logit_bias": {str(token): NEVER for token in vocabulary.forbidden},
     }
     body: dict[str, Any] = {
         "input_ids": list(prompt.input_ids),

@@ -197,14 +197,14 @@ def request(prompt: Prompt, sampling: Sampling, vocabulary: Vocabulary) -> dict[
             "temperature": sampling.temperature,
             "top_p": sampling.top_p,
             "stop_token_ids": list(vocabulary.stop),
-            "logit_bias": {str(token): NEVER for token in vocabulary.placeholders},
+            "logit_bias": {str(token): NEVER for token in vocabulary.forbidden},
             "logprobs": 0,
             "detokenize": False,
             "output_kind": _FINAL_ONLY,
         },
     }
     if prompt.images:
-        body["features"] = _features(prompt, vocabulary.placeholders[0])
+        body["features"] = _features(prompt, vocabulary.image)
     return body
 
 

@@ -13,12 +13,14 @@ from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 class Vocabulary:
     """Which ids of a model a response may hold.
 
-    stop: ids that end it; placeholders: those that stand for images and videos, which are never
-    sampled; size: ids from here on belong to no token.
+    stop: ids that end it; image: the placeholder of an image's features; forbidden: placeholders
+    and marks of images and videos, which are never sampled; size: ids from here on belong to no
+    token.
     """
 
     stop: tuple[int, ...]
-    placeholders: tuple[int, ...]
+    image: int
+    forbidden: tuple[int, ...]
     size: int
 
     @classmethod
@@ -31,14 +33,15 @@ class Vocabulary:
                 "set it to the id of <|im_end|>"
             )
         config = AutoConfig.from_pretrained(hf_dir)
-        placeholders = (
+        forbidden = (
             config.image_token_id,
             config.video_token_id,
             config.vision_start_token_id,
             config.vision_end_token_id,
         )
         tokenizer = AutoTokenizer.from_pretrained(hf_dir)
-        return cls(tuple(torch.tensor(stop).reshape(-1).tolist()), placeholders, len(tokenizer))
+        ends = tuple(torch.tensor(stop).reshape(-1).tolist())
+        return cls(ends, config.image_token_id, forbidden, len(tokenizer))
 
     def finish_reason(self, ids: tuple[int, ...], told: str) -> str:
         """What the server told, or "invalid" if an id belongs to no token."""

@@ -28,10 +28,11 @@ from model_providers import presets
 from model_providers.config import Qwen3VLConfig
 from prism_megatron.config.schema import Sampling
 from prism_megatron.rollout import sglang
+from prism_megatron.rollout.server import outside_of_ranks
 from prism_megatron.rollout.vocabulary import Vocabulary
 from prism_megatron.types import Prompt, VisualInputs
 from tests.gpu import workload
-from tests.gpu.check_sync import ServerProcess, sample, true_shape, without_ranks
+from tests.gpu.check_sync import ServerProcess, sample, true_shape
 
 GRID = (1, 28, 28)
 OPTIONS = "--attention-backend triton --sampling-backend pytorch --grammar-backend none "
@@ -140,13 +141,14 @@ def main() -> None:
         report |= {key: getattr(options, key) for key in ("prompts", "samples", "text", "length")}
         log = options.out.with_suffix(".server.log")
         report["server"] = server(path, work, sampling, log, gpu)
-        _, environment = sglang.server_command(path, host="", port=0, api_key="")
+        print(report, flush=True)
+        _, environment = sglang.server_command(path, host="", port=31800, api_key="")
         result = Path(folder) / "offline.json"
         command = [sys.executable, "-m", "tests.gpu.bench_rollouts", *sys.argv[1:]]
         subprocess.run(
             [*command, "--offline", str(path), "--out", str(result)],
             check=True,
-            env=without_ranks() | environment | {"CUDA_VISIBLE_DEVICES": gpu},
+            env=outside_of_ranks() | environment | {"CUDA_VISIBLE_DEVICES": gpu},
         )
         report["offline"] = json.loads(result.read_text())
     report["ratio"] = report["server"]["tokens_per_s"] / report["offline"]["tokens_per_s"]

@@ -47,6 +47,7 @@ from model_providers.weight_map import load_hf_weights
 from prism_megatron.config.schema import Sampling
 from prism_megatron.pipelines.sync_check import distances
 from prism_megatron.rollout import sglang, vllm
+from prism_megatron.rollout.server import outside_of_ranks
 from prism_megatron.rollout.vocabulary import Vocabulary
 from prism_megatron.rollout.weight_sync import BroadcastSync, IpcSync
 from prism_megatron.training.runner import ModelRunner
@@ -71,16 +72,6 @@ Sync = Callable[[int], dict[str, float]]
 CLOSE = {"dense": 0.01, "moe": 0.03}
 """Mean distance of log-probabilities in BF16, which sends some tokens of a random Mixture of
 Experts to other experts."""
-
-
-def without_ranks() -> dict[str, str]:
-    """This process's environment, without what says that it is a rank of a trainer."""
-    return {
-        name: value
-        for name, value in os.environ.items()
-        if not name.startswith(("TORCHELASTIC", "PYTORCH_CUDA_ALLOC"))
-        and name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-    }
 
 
 class ServerProcess:
@@ -117,7 +108,7 @@ class ServerProcess:
         with log.open("w") as file:
             self.process = subprocess.Popen(
                 command,
-                env=without_ranks() | environment,
+                env=outside_of_ranks() | environment,
                 stdout=file,
                 stderr=file,
                 start_new_session=True,
@@ -316,12 +307,12 @@ def _logprobs(
         ids = tuple(sequence.input_ids[:split].tolist())
         prompts.append(Prompt(str(number), ids, sequence.images))
     suppressed = asyncio.run(sample(engine, prompts[:4], Sampling(n=16, max_new_tokens=64)))
-    placeholders = set(engine.vocabulary.placeholders)
+    placeholders = set(engine.vocabulary.forbidden)
     seen = {token for group in suppressed for r in group for token in r.ids}
     assert seen and not seen & placeholders, "a placeholder was sampled"
     # A random model gives them a hundredth of the probability, which suppressing them would shift
     # to the other tokens; so they may be sampled here, and responses that hold one are left out.
-    free = replace(engine.vocabulary, placeholders=())
+    free = replace(engine.vocabulary, forbidden=())
     engine = type(engine)(engine.url, "key", free, routes=report["model"] == "moe")
     sampling = Sampling(n=32, max_new_tokens=64)
     for moment in ("before", "after"):

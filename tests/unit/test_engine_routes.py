@@ -18,7 +18,7 @@ from prism_megatron.rollout.vocabulary import Vocabulary
 from prism_megatron.types import Prompt
 
 PROMPT, IDS, LAYERS, CHOICES = 4, (11, 12, 13), 5, 2
-VOCABULARY = Vocabulary(placeholders=(1, 2), stop=(13,), size=20)
+VOCABULARY = Vocabulary(stop=(13,), image=1, forbidden=(1, 2), size=20)
 
 
 def chosen(experts: int) -> NDArray[Any]:

@@ -309,3 +309,20 @@ def test_plan_by_lengths_is_the_plan_without_costs() -> None:
         assert plan_micro_batches(lengths, **options) == plan_micro_batches(
             lengths, costs=lengths, **options
         )
+
+
+def test_padding_takes_as_many_experts_as_a_token() -> None:
+    """3 layers, 2 of 5 experts; fused kernels take one twice where fewer are allowed."""
+    short, longer = sequence([1, 2, 3], 1), sequence([4, 5, 6, 7], 2)
+    generator = torch.Generator().manual_seed(4)
+    routed = [
+        replace(s, routes=torch.rand(len(s), 3, 5, generator=generator).topk(2).indices.byte())
+        for s in (short, longer)
+    ]
+    batch = pack(routed, **SETTINGS, pad_to=10)
+    assert batch.routes is not None and batch.routes.shape == (10, 3, 2)
+    assert torch.equal(
+        batch.routes[:7], torch.cat([s.routes for s in routed if s.routes is not None])
+    )
+    assert (batch.routes.sort(-1).values.diff() > 0).all()
+    assert pack([short, longer], **SETTINGS, pad_to=10).routes is None

@@ -107,6 +107,25 @@ def test_a_server_has_its_gpus_and_its_key_and_ends_with_its_children(tmp_path: 
     asyncio.run(run())
 
 
+def test_a_server_is_no_rank_of_the_trainer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would wait for a store that torchrun keeps for the ranks."""
+    told = ("TORCHELASTIC_USE_AGENT_STORE", "RANK", "LOCAL_RANK", "MASTER_PORT", "SLURM_PROCID")
+    for name in (*told, "PYTORCH_CUDA_ALLOC_CONF", "HF_HOME"):
+        monkeypatch.setenv(name, "1")
+
+    async def run() -> None:
+        made = server(tmp_path / "engine.log")
+        endpoint = await made.start(30)
+        found = set(ask(endpoint, endpoint.api_key)["environment"])
+        await made.stop()
+        assert {"PATH", "HF_HOME", "TINY_SERVER_MODE"} <= found
+        assert not found & {*told, "PYTORCH_CUDA_ALLOC_CONF"}
+
+    asyncio.run(run())
+
+
 def test_a_server_that_ends_at_its_start_has_the_last_word(tmp_path: Path) -> None:
     log = tmp_path / "engine.log"
     with pytest.raises(EngineDied, match=f"status 3; the last lines of {log}:\n.*\nno such model"):
