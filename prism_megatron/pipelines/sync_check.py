@@ -95,7 +95,7 @@ def logprobs_agree(
 ) -> Report:
     """Distance of the engines' log-probabilities from the trainer's, over all response tokens."""
     engines.submit(prompts, sampling, 0)
-    rollouts = engines.collect()
+    rollouts = engines.collect(engines.weight_version)
     return distances(
         runner, [(p, r) for p, group in zip(prompts, rollouts, strict=True) for r in group]
     )

@@ -55,8 +55,12 @@ class Fleet(Protocol):
         Returns at once where the engines are processes of their own."""
         ...
 
-    def collect(self) -> list[list[Rollout]]:
-        """Wait for the answers to the prompts submitted last; every rank gets all of them."""
+    def collect(self, version: int) -> list[list[Rollout]]:
+        """Wait for the answers to the prompts submitted last; every rank gets all of them.
+
+        version: of the policy's weights of now, which may be newer than those that sample; engines
+        that lost theirs meanwhile get these.
+        """
         ...
 
 
@@ -131,7 +135,7 @@ class EmbeddedFleet:
     def submit(self, prompts: Sequence[Prompt], sampling: Sampling, step: int) -> None:
         self._submitted = prompts, sampling, step
 
-    def collect(self) -> list[list[Rollout]]:
+    def collect(self, version: int) -> list[list[Rollout]]:
         assert self._submitted is not None, "nothing was submitted"
         (prompts, sampling, step), self._submitted = self._submitted, None
         return share_out(prompts, lambda mine: self.engine.generate(mine, sampling, step))

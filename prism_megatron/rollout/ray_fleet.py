@@ -196,7 +196,7 @@ class RayFleet:
         self._work = _Work(sampling, jobs, [None] * len(mine), len(prompts))
         self._running = self._run(self._play(self._work))
 
-    def collect(self) -> list[list[Rollout]]:
+    def collect(self, version: int) -> list[list[Rollout]]:
         """See Fleet.
 
         RuntimeError if a prompt fails on rollout.max_attempts engines, or no engine is left;
@@ -216,7 +216,7 @@ class RayFleet:
                     "(rollout.max_attempts); stderr says what engines answered"
                 )
             self._first(lambda: self._ask(self._manager.wait_for_engine))
-            self.sync(self.weight_version)
+            self.sync(version)
         self._work = None
         self._report()
         assert all(answer is not None for answer in work.answers)

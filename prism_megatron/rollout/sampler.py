@@ -55,7 +55,7 @@ class Sampler[T: HasPrompt]:
         """A batch for the step; is_last: none needs to be sampled while it trains."""
         if not self.has_drawn:
             self._ask(step)
-        self._wait()
+        self._wait(step)
         batch, self._ready = self._ready, None
         assert batch is not None
         if self.config.ahead and not is_last:
@@ -65,13 +65,13 @@ class Sampler[T: HasPrompt]:
     def sync(self, version: int) -> dict[str, float]:
         """See Fleet; what is being sampled is waited for, or goes on afterwards."""
         if not self.config.partial:
-            self._wait()
+            self._wait(version)
         return self.engine.sync(version)
 
     def state_dict(self) -> dict[str, Any]:
         """What is sampled and not given out, as JSON holds it; tasks by the names of their rows.
-        Waits for what is being sampled."""
-        self._wait()
+        After a sync; waits for what is being sampled."""
+        self._wait(self.engine.weight_version)
         return {
             "ready": [
                 {"row": task.prompt.row_id, "rollouts": [state_of(rollout) for rollout in rollouts]}
@@ -88,9 +88,10 @@ class Sampler[T: HasPrompt]:
         self._asked = self.stream.next_batch()
         self.engine.submit([task.prompt for task in self._asked], self.sampling, step)
 
-    def _wait(self) -> None:
+    def _wait(self, version: int) -> None:
+        """version: see Fleet.collect."""
         if self._asked is not None:
-            self._ready = list(zip(self._asked, self.engine.collect(), strict=True))
+            self._ready = list(zip(self._asked, self.engine.collect(version), strict=True))
             self._asked = None
 
 

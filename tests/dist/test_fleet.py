@@ -152,7 +152,7 @@ def assert_same(found: list[list[Rollout]], wanted: list[list[Rollout]]) -> None
 
 def _generate(step: int) -> list[list[Rollout]]:
     _fleet.submit(step_prompts(), SAMPLING, step)
-    return _fleet.collect()
+    return _fleet.collect(_version)
 
 
 def test_all_ranks_get_what_one_engine_would_sample(fleet: Ranks, hf_dir: Path) -> None:
@@ -244,29 +244,57 @@ def _interrupted(step: int) -> list[list[Rollout]]:
     for version in (11, 12):
         time.sleep(0.7)
         _sync(version)
-    return _fleet.collect()
+    return _fleet.collect(_version)
 
 
 def test_a_sync_lets_rollouts_go_on_with_the_new_weights(fleet: Ranks, hf_dir: Path) -> None:
     found, others = fleet.run(_interrupted, 7)
     assert found == others
-    models = {version: tiny_model(seed=version) for version in (10, 11, 12)}
     split = 0
-    for prompt, group in zip(step_prompts(), found, strict=True):
+    for group in found:
         assert len(group) == LONG.n
         for rollout in group:
             assert rollout.finish_reason == ("length" if len(rollout.ids) == 250 else "stop")
-            versions = rollout.token_versions
-            assert list(versions) == sorted(versions) and len(versions) == len(rollout.ids)
-            split += len(set(versions)) > 1
-            # each token has the log-probability that the weights of its version give
-            for version in set(versions):
-                own = torch.tensor([v == version for v in versions])
-                wanted = full_forward_logprobs(models[version], prompt, rollout)[own]
-                told = torch.tensor(rollout.logprobs)[own]
-                torch.testing.assert_close(told, wanted, atol=1e-4, rtol=0)
+            split += len(set(rollout.token_versions)) > 1
     print(f"{split} rollouts were interrupted")
     assert split > LONG.n
+    assert_tokens_are_of_their_versions(found, {10, 11, 12})
+
+
+def assert_tokens_are_of_their_versions(found: list[list[Rollout]], versions: set[int]) -> None:
+    """Each has the log-probability that the weights of its version give."""
+    models = {version: tiny_model(seed=version) for version in versions}
+    seen = set()
+    for prompt, group in zip(step_prompts(), found, strict=True):
+        for rollout in group:
+            told = rollout.token_versions
+            assert list(told) == sorted(told) and len(told) == len(rollout.ids)
+            seen |= set(told)
+            for version in set(told):
+                own = torch.tensor([v == version for v in told])
+                wanted = full_forward_logprobs(models[version], prompt, rollout)[own]
+                logprobs = torch.tensor(rollout.logprobs)[own]
+                torch.testing.assert_close(logprobs, wanted, atol=1e-4, rtol=0)
+    assert seen == versions
+
+
+def _train_and_kill(step: int) -> list[list[Rollout]]:
+    """The policy changes while prompts are out, and then all engines die."""
+    global _version
+    _sync(13)
+    _fleet.submit(step_prompts(), LONG, step)
+    time.sleep(1)
+    _version = 14
+    if dist.get_rank() == 0:
+        for pid in pids():
+            os.kill(pid, signal.SIGKILL)
+    return _fleet.collect(_version)
+
+
+def test_engines_that_lost_their_weights_get_those_of_now(fleet: Ranks) -> None:
+    found, others = fleet.run(_train_and_kill, 8)
+    assert found == others
+    assert_tokens_are_of_their_versions(found, {13, 14})
 
 
 def _refused() -> str:
@@ -275,7 +303,7 @@ def _refused() -> str:
     wrong = Prompt("wrong", prompts()[0].input_ids, ())
     _fleet.submit([prompts()[0], wrong], SAMPLING, 5)
     try:
-        _fleet.collect()
+        _fleet.collect(_version)
     except (RuntimeError, ValueError) as error:
         _fleet._work = None
         return f"{type(error).__name__}: {error}"

@@ -106,9 +106,9 @@ class AheadFleet(fleet.EmbeddedFleet):
 
     def submit(self, prompts: Sequence[Prompt], sampling: schema.Sampling, step: int) -> None:
         super().submit(prompts, sampling, step)
-        self.answers = super().collect()
+        self.answers = super().collect(self.weight_version)
 
-    def collect(self) -> list[list[Rollout]]:
+    def collect(self, version: int) -> list[list[Rollout]]:
         return self.answers
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from prism_megatron.config import schema
 from prism_megatron.config.schema import Sampling
 from prism_megatron.data.sources import Source
 from prism_megatron.data.stream import BatchStream, Quarantine
@@ -76,13 +77,21 @@ def sampler(
             task, rollouts, [Reward(1.0, 1.0, 1.0, "number"), Reward(second, second, 1.0, "number")]
         )
 
-    ahead = options.pop("ahead", False)
+    mode = options.pop("mode", "synchronous")
+    rollout = schema.Rollout(kind="local", **MODES[mode])
     bounds = {"max_epochs": None, "max_staleness": None, "steps": 100}
     return DynamicSampler(
-        Sampler(stream, Engines(), Sampling(n=2), ahead=ahead),
+        Sampler(stream, Engines(rollout.partial), Sampling(n=2), rollout),
         reward,
         **{"batch_size": 3, "filtered": True, "num_rows": size, **bounds, **options},
     )
+
+
+MODES: dict[str, dict[str, bool]] = {
+    "synchronous": {},
+    "ahead": {"ahead": True},
+    "partial": {"ahead": True, "partial": True},
+}
 
 
 class Engines:
@@ -90,7 +99,8 @@ class Engines:
 
     weight_version = -1
 
-    def __init__(self) -> None:
+    def __init__(self, partial: bool) -> None:
+        self.partial = partial
         self.out: list[list[Rollout]] = []
 
     def submit(self, prompts: Sequence[Prompt], sampling: Sampling, step: int) -> None:
@@ -98,12 +108,17 @@ class Engines:
         answer = Rollout((step, 7), (-0.1, -1 / 3), "stop", self.weight_version)
         self.out = [[answer] * sampling.n for _ in prompts]
 
-    def collect(self) -> list[list[Rollout]]:
+    def collect(self, version: int) -> list[list[Rollout]]:
         answers, self.out = self.out, []
         return answers
 
     def sync(self, version: int) -> dict[str, float]:
-        assert not self.out, "new weights while prompts are out"
+        assert self.partial or not self.out, "new weights while prompts are out"
+        # the second token comes with the new weights
+        self.out = [
+            [replace(r, weight_version=version, earlier=((self.weight_version, 1),)) for r in group]
+            for group in self.out
+        ]
         self.weight_version = version
         return {}
 
@@ -150,19 +165,28 @@ def test_without_filter_every_group_is_taken_as_it_comes(tmp_path: Path) -> None
     assert batch.groups == batch.sampled and len(batch.groups) == 3 and found.waiting == []
 
 
-@pytest.mark.parametrize("ahead", [False, True])
-def test_what_is_sampled_comes_through_a_checkpoint(tmp_path: Path, ahead: bool) -> None:
+@pytest.mark.parametrize("mode", MODES)
+def test_what_is_sampled_comes_through_a_checkpoint(tmp_path: Path, mode: str) -> None:
     def fresh() -> DynamicSampler[Task]:
-        return sampler(tmp_path, 40, lambda i: i % 3 > 0, gen_batch_size=10, ahead=ahead)
+        return sampler(tmp_path, 40, lambda i: i % 3 > 0, gen_batch_size=10, mode=mode)
 
     first, second = fresh(), fresh()
     list(steps(first, [0]))
     saved = json.loads(json.dumps(first.state_dict()))
     assert len(saved["waiting"]) > 0
-    assert len(saved["ready"]) == (10 if ahead else 0)
+    assert len(saved["ready"]) == (0 if mode == "synchronous" else 10)
     second.sampler.stream.restore(first.sampler.stream.state)
     second.load_state_dict(saved, task_of)
     assert list(steps(second, range(1, 6))) == list(steps(first, range(1, 6)))
+
+
+def test_a_sync_does_not_wait_for_what_is_sampled(tmp_path: Path) -> None:
+    options = {"gen_batch_size": 3, "filtered": False, "steps": 3}
+    found = list(steps(sampler(tmp_path, 12, bool, mode="partial", **options), range(3)))
+    versions = [batch.groups[0].rollouts[0].token_versions for batch in found]
+    assert versions == [(0, 0), (0, 1), (1, 2)]
+    shares = [stale_share(batch.groups[0].rollouts, step) for step, batch in enumerate(found)]
+    assert shares == [0, 0.5, 0.5]
 
 
 def test_a_rollout_comes_through_json() -> None:
@@ -178,7 +202,7 @@ def test_a_rollout_comes_through_json() -> None:
 def test_a_batch_is_sampled_while_the_one_before_trains(tmp_path: Path) -> None:
     """And none for a step that does not come."""
     options = {"gen_batch_size": 3, "filtered": False, "steps": 4}
-    ahead = sampler(tmp_path, 12, bool, ahead=True, **options)
+    ahead = sampler(tmp_path, 12, bool, mode="ahead", **options)
     found = list(steps(ahead, range(4)))
     plain = list(steps(sampler(tmp_path, 12, bool, **options), range(4)))
     assert [names(batch.groups) for batch in found] == [names(batch.groups) for batch in plain]
@@ -220,7 +244,7 @@ def test_the_number_of_passes_is_bounded(tmp_path: Path) -> None:
 
 
 def test_what_is_sampled_ahead_is_trained_before_the_data_ends(tmp_path: Path) -> None:
-    found = sampler(tmp_path, 6, lambda i: True, gen_batch_size=3, max_epochs=2, ahead=True)
+    found = sampler(tmp_path, 6, lambda i: True, gen_batch_size=3, max_epochs=2, mode="ahead")
     assert len(list(steps(found, range(4)))) == 4
     assert found.sampler.stream.position == 12
     with pytest.raises(EndOfData, match=r"max_epochs=2"):
