@@ -59,6 +59,7 @@ class _Example:
     grids: tuple[tuple[int, int, int], ...]
     exchange: None = None
     noise: tuple[()] = ()
+    dropout: tuple[()] = ()
     routes: None = None
 
 

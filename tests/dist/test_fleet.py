@@ -152,7 +152,7 @@ def assert_same(found: list[list[Rollout]], wanted: list[list[Rollout]]) -> None
 
 def _generate(step: int) -> list[list[Rollout]]:
     _fleet.submit(step_prompts(), SAMPLING, step)
-    return _fleet.collect(_version)
+    return _fleet.collect(_fleet.weight_version)
 
 
 def test_all_ranks_get_what_one_engine_would_sample(fleet: Ranks, hf_dir: Path) -> None:
