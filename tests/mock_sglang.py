@@ -41,6 +41,7 @@ class MockSGLang:
         self.version, self.paused = -1, False
         self.stops: list[Event] = []
         self.paths: list[str] = []
+        self.woken: list[list[str]] = []
         self.loaded: dict[str, Tensor] = {}
         self.received: dict[str, Tensor] = {}
         self.group: dist.ProcessGroup | None = None
@@ -65,6 +66,8 @@ class MockSGLang:
             return 200, {"weight_version": str(self.version)}
         if path == "/pause_generation":
             self.paused = True
+        if path == "/resume_memory_occupation":
+            self.woken.append(body["tags"])
         if path == "/continue_generation":
             self.paused = False
         if path == "/update_weights_from_ipc":

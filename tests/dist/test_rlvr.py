@@ -141,20 +141,23 @@ def test_every_algorithm_trains(ranks: Worlds, root: Path, tmp_path: Path) -> No
     assert len(losses) == len(schema.ALGORITHMS)
 
 
-def _split(root: Path, out: Path) -> list[list[str]]:
-    """Three steps at once, and the same with a stop in between."""
-    dapo = {"algorithm": "dapo", "gen_batch_size": 7}
-    whole = _run(root, out / "whole", 3, **dapo)
-    stop = {"train": {"steps": 3, "micro_batch_tokens": 1024, "stop_at": 1}}
-    first = _run(root, out / "split", 3, **(dapo | stop))
-    second = _run(root, out / "split", 3, **dapo)
+DAPO = {"algorithm": "dapo", "gen_batch_size": 7}
+AHEAD = {"rollout": {"kind": "local", "ahead": True}, "rollout_is": "tis"}
+
+
+def _split(root: Path, out: Path, steps: int, stop_at: int, options: Any) -> list[list[str]]:
+    """All steps at once, and the same with a stop in between."""
+    whole = _run(root, out / "whole", steps, **options)
+    stop = {"train": {"steps": steps, "micro_batch_tokens": 1024, "stop_at": stop_at}}
+    first = _run(root, out / "split", steps, **(options | stop))
+    second = _run(root, out / "split", steps, **options)
     return [whole, first, second]
 
 
 def test_surplus_groups_are_trained_after_a_restart(
     ranks: Worlds, root: Path, tmp_path: Path
 ) -> None:
-    [(whole, first, second)] = ranks(1).run(_split, root, tmp_path)
+    [(whole, first, second)] = ranks(1).run(_split, root, tmp_path, 3, 1, DAPO)
     assert whole == first + second
     # 12 rows hold six prompts that teach something: 7 sampled ones give more than a step needs
     steps, again = _metrics(tmp_path / "whole"), _metrics(tmp_path / "split")
@@ -165,20 +168,10 @@ def test_surplus_groups_are_trained_after_a_restart(
     assert "waiting" in json.loads(saved.read_text())["carried"]
 
 
-def _split_ahead(root: Path, out: Path) -> list[list[str]]:
-    """Four steps at once, and the same with a stop in between."""
-    options = {"rollout": {"kind": "local", "ahead": True}, "rollout_is": "tis"}
-    whole = _run(root, out / "whole", 4, **options)
-    stop = {"train": {"steps": 4, "micro_batch_tokens": 1024, "stop_at": 2}}
-    first = _run(root, out / "split", 4, **(options | stop))
-    second = _run(root, out / "split", 4, **options)
-    return [whole, first, second]
-
-
 def test_what_is_sampled_ahead_is_trained_after_a_restart(
     ranks: Worlds, root: Path, tmp_path: Path
 ) -> None:
-    [(whole, first, second), _] = ranks(2).run(_split_ahead, root, tmp_path)
+    [(whole, first, second), _] = ranks(2).run(_split, root, tmp_path, 4, 2, AHEAD)
     assert whole == first + second
     steps, again = _metrics(tmp_path / "whole"), _metrics(tmp_path / "split")
     assert [step["stale_share"] for step in steps] == [0, 1, 1, 1]

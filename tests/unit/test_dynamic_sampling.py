@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -17,7 +17,6 @@ from prism_megatron.data.sources import Source
 from prism_megatron.data.stream import BatchStream, Quarantine
 from prism_megatron.objectives.rewards.types import Reward
 from prism_megatron.rollout.sampler import Sampler, rollouts_of, stale_share, state_of
-from prism_megatron.rollout.weight_check import Action
 from prism_megatron.training.dynamic_sampling import Batch, DynamicSampler, Group
 from prism_megatron.training.loop import EndOfData
 from prism_megatron.types import Prompt, Rollout
@@ -81,7 +80,7 @@ def sampler(
     rollout = schema.Rollout(kind="local", **MODES[mode])
     bounds = {"max_epochs": None, "max_staleness": None, "steps": 100}
     return DynamicSampler(
-        Sampler(stream, Engines(rollout.partial), Sampling(n=2), rollout),
+        Sampler(stream, cast(Any, Engines(rollout.partial)), Sampling(n=2), rollout),
         reward,
         **{"batch_size": 3, "filtered": True, "num_rows": size, **bounds, **options},
     )
@@ -95,7 +94,7 @@ MODES: dict[str, dict[str, bool]] = {
 
 
 class Engines:
-    """A fleet that answers with the step and the weights of when it was asked."""
+    """What of a fleet a sampler uses; answers with the step and the weights of when it is asked."""
 
     weight_version = -1
 
@@ -121,12 +120,6 @@ class Engines:
         ]
         self.weight_version = version
         return {}
-
-    def sleep(self) -> dict[str, float]:
-        raise NotImplementedError
-
-    def check(self, action: Action) -> list[str]:
-        raise NotImplementedError
 
 
 def steps(found: DynamicSampler[Task], numbers: Iterable[int]) -> Iterator[Batch[Task]]:

@@ -46,3 +46,25 @@ def test_contract_over_http(hf_dir: Path, case: Callable[[EngineClient], Awaitab
     mock.load(dict(tiny_model(seed=WEIGHTS_SEED).named_parameters()), VERSION)
     with serve(mock) as url:
         asyncio.run(run(url))
+
+
+def test_a_server_is_idle_before_it_sleeps_and_its_health_takes_no_sample(hf_dir: Path) -> None:
+    async def run(url: str) -> None:
+        engine = SGLangEngine(url, KEY, Vocabulary.of(hf_dir))
+        await engine.sleep()
+        await engine.health()
+        await engine.wake("weights")
+        await engine.wake("kv_cache")
+
+    mock = MockSGLang(hf_dir)
+    with serve(mock) as url:
+        asyncio.run(run(url))
+    assert mock.paths == [
+        "/flush_cache?timeout=60",
+        "/release_memory_occupation",
+        "/health",
+        "/server_info",
+        "/resume_memory_occupation",
+        "/resume_memory_occupation",
+    ]
+    assert mock.woken == [["weights"], ["kv_cache", "cuda_graph"]]
