@@ -6,6 +6,7 @@ patches, D values a patch.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -15,16 +16,26 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class VisualInputs:
-    """One preprocessed image or video, as the Hugging Face processor returns it.
+    """One image or video, as the Hugging Face processor preprocesses it.
 
-    key: names the content. pixel_values: [P, D] float, patches in merge-block order, frame after
-    frame; grid_thw: (t, h, w) in patches, t = 1 for an image. It takes t*h*w / merge_size**2
-    tokens, those of each frame of a video between timestamps of its own.
+    key: names the content. patches: its pixel_values, or what makes them: every rank knows all
+    sequences of a step, but few need the pixels of an image. grid_thw: (t, h, w) in patches, t = 1
+    for an image. It takes t*h*w / merge_size**2 tokens, those of each frame of a video between
+    timestamps of its own.
     """
 
     key: str
-    pixel_values: Tensor
+    patches: Tensor | Callable[[], Tensor]
     grid_thw: tuple[int, int, int]
+
+    @property
+    def pixel_values(self) -> Tensor:
+        """[P, D] float, patches in merge-block order, frame after frame."""
+        return self.patches if isinstance(self.patches, Tensor) else self.patches()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # another process has not what makes them
+        return VisualInputs, (self.key, self.pixel_values, self.grid_thw)
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ import re
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from threading import Lock
 from typing import Any, Self
@@ -34,6 +35,9 @@ VIDEO_PLACEHOLDER = "<video>"
 END_OF_TURN = "<|im_end|>"
 VISION_BOUNDS = ("<|vision_start|>", "<|vision_end|>")
 CACHED_PATCH_BYTES = 512 * 2**20
+
+Size = tuple[int, int]
+"""Width and height in pixels."""
 
 
 class PromptEncoder:
@@ -73,7 +77,7 @@ class PromptEncoder:
         self.control_ids = frozenset(index for index, token in added.items() if token.special)
         control = [added[index].content for index in sorted(self.control_ids)]
         self._control = re.compile("|".join(map(re.escape, control)))
-        self._images = _ImageCache(
+        self._images = _Images(
             _Preprocessor(
                 processor.image_processor, min_pixels, max_pixels, longest_side, image_resize
             )
@@ -223,35 +227,41 @@ def _typed(message: Message) -> dict[str, Any]:
     return {"role": message.role, "content": parts}
 
 
-class _ImageCache:
-    """Preprocessed images by the content of their files, the least recently used dropped first."""
+class _Images:
+    """Images by the content of their files; the patches that were asked for last are kept."""
 
-    def __init__(self, preprocess: Callable[[str, bytes], VisualInputs]):
-        self._preprocess = preprocess
-        self._entries: OrderedDict[str, VisualInputs] = OrderedDict()
+    def __init__(self, preprocessor: _Preprocessor):
+        self._preprocessor = preprocessor
+        self._patches: OrderedDict[str, Tensor] = OrderedDict()
         self._bytes = 0
         self._lock = Lock()
 
     def get(self, source: ImageSource) -> VisualInputs:
-        """The image's patches; RowError if it can't be read, decoded or resized."""
+        """The image, its patches made when they are asked for; RowError if it can't be read,
+        decoded or resized."""
         data = source.read()
         key = hashlib.sha256(data).hexdigest()
-        with self._lock:
-            if key in self._entries:
-                self._entries.move_to_end(key)
-                return self._entries[key]
-        image = self._preprocess(key, data)
-        with self._lock:
-            if key not in self._entries:
-                self._add(image)
-            return self._entries[key]
+        grid = self._preprocessor.grid(data)
+        return VisualInputs(key, partial(self._patches_of, key, data, grid), grid)
 
-    def _add(self, image: VisualInputs) -> None:
-        self._entries[image.key] = image
-        self._bytes += image.pixel_values.nbytes
-        while self._bytes > CACHED_PATCH_BYTES and len(self._entries) > 1:
-            _, dropped = self._entries.popitem(last=False)
-            self._bytes -= dropped.pixel_values.nbytes
+    def _patches_of(self, key: str, data: bytes, grid: tuple[int, int, int]) -> Tensor:
+        with self._lock:
+            if key in self._patches:
+                self._patches.move_to_end(key)
+                return self._patches[key]
+        patches, found = self._preprocessor.patches(data)
+        assert found == grid, f"the processor cuts an image into {found} patches, not {grid}"
+        with self._lock:
+            if key not in self._patches:
+                self._add(key, patches)
+            return self._patches[key]
+
+    def _add(self, key: str, patches: Tensor) -> None:
+        self._patches[key] = patches
+        self._bytes += patches.nbytes
+        while self._bytes > CACHED_PATCH_BYTES and len(self._patches) > 1:
+            _, dropped = self._patches.popitem(last=False)
+            self._bytes -= dropped.nbytes
 
 
 class _Preprocessor:
@@ -281,41 +291,61 @@ class _Preprocessor:
                 f"images of {self._size['shortest_edge']} to {self._size['longest_edge']} pixels: "
                 "no image fits; set data.min_pixels and data.max_pixels"
             )
-        self._longest_side, self._is_reference = longest_side, resize == "reference"
+        self._before: list[tuple[Callable[[Size], Size], Image.Resampling]] = []
+        if longest_side is not None:
+            self._before.append((partial(_within, longest_side), Image.Resampling.LANCZOS))
+        if resize == "reference":
+            self._before.append((_size_in_the_reference, Image.Resampling.BICUBIC))
 
-    def __call__(self, key: str, data: bytes) -> VisualInputs:
-        """RowError if the bytes are no image that can be resized."""
+    def grid(self, data: bytes) -> tuple[int, int, int]:
+        """(t, h, w) of an encoded image; RowError if the bytes are no image that can be resized.
+
+        The image is decoded, since only that shows that it is whole. Its patches would take some
+        times longer, and many times the bytes, on every rank.
+        """
         try:
-            image = Image.open(io.BytesIO(data)).convert("RGB")
-            if self._longest_side is not None:
-                image = _within(image, self._longest_side)
-            if self._is_reference:
-                image = _resized_as_the_reference(image)
-            inputs = self._processor(images=[image], size=self._size, return_tensors="pt")
+            size = Image.open(io.BytesIO(data)).convert("RGB").size
+            for resized, _ in self._before:
+                size = resized(size)
+            patch = self._processor.patch_size
+            height, width = smart_resize(
+                size[1],
+                size[0],
+                factor=patch * self._processor.merge_size,
+                min_pixels=self._size["shortest_edge"],
+                max_pixels=self._size["longest_edge"],
+            )
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
             raise RowError(f"unreadable image: {error}") from error
+        return 1, height // patch, width // patch
+
+    def patches(self, data: bytes) -> tuple[Tensor, tuple[int, int, int]]:
+        """pixel_values [P, D] of an image whose `grid` was found, and that grid."""
+        image = Image.open(io.BytesIO(data)).convert("RGB")
+        for resized, resampling in self._before:
+            image = image.resize(resized(image.size), resampling)
+        inputs = self._processor(images=[image], size=self._size, return_tensors="pt")
         t, h, w = inputs["image_grid_thw"][0].tolist()
-        return VisualInputs(key, inputs["pixel_values"], (t, h, w))
+        return inputs["pixel_values"], (t, h, w)
 
 
-def _within(image: Image.Image, longest_side: int) -> Image.Image:
+def _within(longest_side: int, size: Size) -> Size:
     """load_image of the reference's train_moe_vl_warmup_fast.py; sides are rounded down."""
-    if max(image.size) <= longest_side:
-        return image
-    scale = longest_side / max(image.size)
-    width, height = (max(1, int(side * scale)) for side in image.size)
-    return image.resize((width, height), Image.Resampling.LANCZOS)
+    if max(size) <= longest_side:
+        return size
+    scale = longest_side / max(size)
+    return max(1, int(size[0] * scale)), max(1, int(size[1] * scale))
 
 
-def _resized_as_the_reference(image: Image.Image) -> Image.Image:
+def _size_in_the_reference(size: Size) -> Size:
     """qwen_vl_utils.fetch_image with its default patch size of 14 (verl vision_utils.py), which the
     reference runs before Qwen3-VL's own processor and its patches of 16."""
     factor = 14 * 2
     height, width = smart_resize(
-        image.height,
-        image.width,
+        size[1],
+        size[0],
         factor=factor,
         min_pixels=4 * factor**2,
         max_pixels=16384 * factor**2,
     )
-    return image.resize((width, height))
+    return width, height

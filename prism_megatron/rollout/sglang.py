@@ -73,7 +73,10 @@ class SGLangEngine(HttpEngine):
 
         A response that holds an id of no token has finish_reason "invalid".
         """
-        body = request(prompt, sampling, self.vocabulary, routes=self.routes)
+        # images are preprocessed here, which others need not wait for
+        body = await asyncio.to_thread(
+            request, prompt, sampling, self.vocabulary, routes=self.routes
+        )
         answer = await self.ask("/generate", body, prompt)
         answers = answer if isinstance(answer, list) else [answer]
         if len(answers) != sampling.n:

@@ -72,7 +72,8 @@ class VLLMEngine(HttpEngine):
 
         A response that holds an id of no token has finish_reason "invalid".
         """
-        body = request(prompt, sampling, self.vocabulary)
+        # images are preprocessed here, which others need not wait for
+        body = await asyncio.to_thread(request, prompt, sampling, self.vocabulary)
         answer = await self.ask("/inference/v1/generate", body, prompt)
         # the server does not tell it, and a fleet gives no weights while prompts are out
         version = await self.weight_version()

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise, tee
@@ -234,29 +235,43 @@ class ModelRunner:
     def _micro_batches(
         self, sequences: list[Sequence], plan: list[list[list[int]]]
     ) -> Iterator[PackedBatch]:
-        """This rank's micro-batches, each packed while the device computes the one before. Row i is
-        as long on every data-parallel rank where experts are spread, since their tokens are
-        gathered over these ranks."""
+        """This rank's micro-batches, each packed, and its images preprocessed, by a thread while
+        the one before is computed."""
+        with ThreadPoolExecutor(1, "packer") as packer:
+            rows = [
+                [[sequences[j] for j in members[i]] for members in plan]
+                for i in range(len(plan[self.parallel.data_rank]))
+            ]
+            names = tuple(sequences[0].per_token)
+            ahead = packer.submit(self._pack, rows[0], names)
+            for following in [*rows[1:], None]:
+                batch = ahead.result()
+                if following is not None:
+                    ahead = packer.submit(self._pack, following, names)
+                yield batch.to(self.model.backend.device)
+
+    def _pack(self, rows: list[list[Sequence]], per_token: tuple[str, ...]) -> PackedBatch:
+        """This rank's of the data-parallel ranks' rows that run at the same time. They are equally
+        long where experts are spread, since their tokens are gathered over these ranks."""
         layout, architecture = self.parallel.layout, self.model.architecture
         sequence_multiple = context.sequence_multiple(layout.context)
         multiple = self.model.precision.row_multiple * sequence_multiple
         multiple *= layout.tensor if layout.sequence_parallel else 1
-        for i in range(len(plan[self.parallel.data_rank])):
-            rows = [[sequences[j] for j in members[i]] for members in plan]
-            longest = max(packed_length(row, multiple, sequence_multiple) for row in rows)
-            yield pack(
-                rows[self.parallel.data_rank],
-                image_token_id=architecture.image_token_id,
-                video_token_id=architecture.video_token_id,
-                merge_size=architecture.vision.spatial_merge_size,
-                pad_id=self.pad_id,
-                pad_multiple=multiple,
-                sequence_multiple=sequence_multiple,
-                pad_to=longest if layout.expert * layout.expert_tensor > 1 else None,
-                per_token=tuple(sequences[0].per_token),
-                images=self._image_share(rows),
-                mrope=self.mrope,
-            ).to(self.model.backend.device)
+        longest = max(packed_length(row, multiple, sequence_multiple) for row in rows)
+        own = rows[self.parallel.data_rank]
+        return pack(
+            own,
+            image_token_id=architecture.image_token_id,
+            video_token_id=architecture.video_token_id,
+            merge_size=architecture.vision.spatial_merge_size,
+            pad_id=self.pad_id,
+            pad_multiple=multiple,
+            sequence_multiple=sequence_multiple,
+            pad_to=longest if layout.expert * layout.expert_tensor > 1 else None,
+            per_token=per_token,
+            images=self._image_share(rows),
+            mrope=self.mrope,
+        )
 
     def _image_share(self, rows: list[list[Sequence]]) -> ImageShare:
         """This rank's share in the images of the data-parallel ranks' `rows`."""

@@ -1,7 +1,10 @@
 from __future__ import annotations
 
 import io
+import math
+import pickle
 from concurrent.futures import ThreadPoolExecutor
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -106,9 +109,44 @@ def test_an_image_is_preprocessed_once(
     same, other = png(64, 32, 1), png(64, 32, 2)
     first = encoder.encode_prompt(row(("user", "<image><image>"), images=(same, other)))
     second = encoder.encode_prompt(row(("user", "<image>?"), images=(same,)))
-    assert len(calls) == 2
-    assert first.images[0] is second.images[0]
-    assert first.images[0].key != first.images[1].key
+    # a rank that does not ask for the pixels has no part in making them
+    assert calls == []
+    one, another = (image.pixel_values for image in first.images)
+    assert second.images[0].pixel_values is one and len(calls) == 2
+    assert first.images[0].key == second.images[0].key != first.images[1].key
+    assert not torch.equal(one, another)
+
+
+def test_images_travel_to_other_processes_with_their_pixels(encoder: PromptEncoder) -> None:
+    [image] = encoder.encode_prompt(row(("user", "<image>"), images=(png(64, 32),))).images
+    sent = pickle.loads(pickle.dumps(image))
+    assert (sent.key, sent.grid_thw) == (image.key, image.grid_thw)
+    assert torch.equal(sent.patches, image.pixel_values)
+
+
+SIDES = (1, 2, 3, 15, 16, 31, 33, 47, 48, 49, 100, 199, 200, 640, 1333, 4001)
+
+
+@pytest.mark.parametrize("changes", [{}, {"longest_side": 300}, {"image_resize": "reference"}])
+@pytest.mark.parametrize("limits", [{}, {"min_pixels": 20_000}, {"max_pixels": 50_000}])
+def test_grids_are_known_before_the_patches(
+    processor: Any, changes: dict[str, Any], limits: dict[str, int]
+) -> None:
+    """Of every size that can be resized, and the others are refused before, too."""
+    encoder = make_encoder(processor, max_prompt_tokens=10**6, **changes, **limits)
+    refused = []
+    for width, height in product(SIDES, SIDES):
+        if width * height > 3e5:
+            continue
+        question = row(("user", "<image>"), images=(png(width, height),))
+        try:
+            [image] = encoder.encode_prompt(question).images
+        except RowError as error:
+            refused.append(str(error))
+            continue
+        # asserts that the processor's own grid is the same
+        assert len(image.pixel_values) == math.prod(image.grid_thw)
+    assert refused and all("aspect ratio" in reason for reason in refused)
 
 
 @pytest.mark.parametrize("mode", ["L", "RGBA", "P"])
@@ -302,9 +340,9 @@ def test_an_image_is_resized_once_and_by_the_reference_twice(
         monkeypatch.setattr(owner, "resize", counted)
     question = row(("user", "<image>"), images=(png(200, 104),))
     corrected = make_encoder(processor).encode_prompt(question).images[0]
-    assert resized == ["tensor"]
+    assert len(corrected.pixel_values) and resized == ["tensor"]
     reference = make_encoder(processor, image_resize="reference").encode_prompt(question).images[0]
-    assert resized == ["tensor", "PIL", "tensor"]
+    assert len(reference.pixel_values) and resized == ["tensor", "PIL", "tensor"]
     # 200 x 104 is rounded to 192 x 96, but by way of multiples of 28, 196 x 112, to 192 x 128
     assert (corrected.grid_thw, reference.grid_thw) == ((1, 6, 12), (1, 8, 12))
 
@@ -332,4 +370,4 @@ def test_threads_share_an_encoder(processor: Any) -> None:
     for prompt, expected in zip(found, want, strict=True):
         assert prompt.input_ids == expected.input_ids
         assert torch.equal(prompt.images[0].pixel_values, expected.images[0].pixel_values)
-    assert len({id(prompt.images[0]) for prompt in found}) == 5
+    assert len({id(prompt.images[0].pixel_values) for prompt in found}) == 5
