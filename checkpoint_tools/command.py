@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
 from typing import Any
 
 OUR_PACKAGES = ("prism_megatron", "checkpoint_tools", "model_providers")
+REQUEUE = os.EX_TEMPFAIL
+"""Exit status of a process that was asked to end before it had finished: start it again."""
+REQUEUE_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+"""What schedulers ask with."""
 
 
 def exit_status(command: Callable[..., int | None], *args: Any) -> int:
@@ -20,6 +27,22 @@ def exit_status(command: Callable[..., int | None], *args: Any) -> int:
             raise
         _report(error)
         return 2
+
+
+@contextmanager
+def requeued_when_asked() -> Iterator[None]:
+    """Until something that has work to save takes the signals over, they end the process at once,
+    with the status that has it started again."""
+
+    def end(number: int, frame: FrameType | None) -> None:
+        raise SystemExit(REQUEUE)
+
+    before = {number: signal.signal(number, end) for number in REQUEUE_SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _is_mistake_of_user(error: Exception) -> bool:

@@ -20,7 +20,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from checkpoint_tools.command import exit_status, rank
+from checkpoint_tools.command import exit_status, rank, requeued_when_asked
 from prism_megatron.config import load as configuration
 from prism_megatron.config.schema import Evaluate, Section
 
@@ -92,8 +92,9 @@ def _stage(name: str, arguments: Sequence[str]) -> int:
                 print(f"# {line}")
             print(configuration.to_yaml(config), end="")
         return 0
-    _save(config)
-    _function(ENTRY_POINTS[name])(config)
+    with requeued_when_asked():
+        _save(config)
+        _function(ENTRY_POINTS[name])(config)
     return 0
 
 

@@ -18,16 +18,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch.utils.tensorboard import SummaryWriter
 
 from checkpoint_tools import hf_writer, megatron_directory
+from checkpoint_tools.command import REQUEUE
 from checkpoint_tools.files import write_atomically
 from model_providers.weight_plan import iter_hf_weights
 from prism_megatron.config.schema import Stage
 from prism_megatron.data.stream import BatchStream, Quarantine
+from prism_megatron.training.preemption import Preemption
 from prism_megatron.training.runner import ModelRunner
 
 Metrics = dict[str, float]
@@ -59,6 +62,8 @@ class TrainingLoop:
         self.dir = config.run.dir
         self.is_writer = dist.get_rank() == 0
         self.step = 0
+        # ranks agree in host memory, so that no device is waited for
+        self._agreement = dist.new_group(backend="gloo")
 
     def resume(self) -> int:
         """Load the newest checkpoint of this run, if there is one; the steps already done."""
@@ -77,7 +82,7 @@ class TrainingLoop:
 
     def run(self, step: Callable[[], Metrics]) -> bool:
         """Call `step` until the configured end; True if that, or the data's end, was reached, False
-        if stop_at was."""
+        if stop_at was. SystemExit after a checkpoint where a signal asked for it (Preemption)."""
         train = self.config.train
         last = min(train.steps, train.stop_at or train.steps)
         ended = ""
@@ -86,7 +91,10 @@ class TrainingLoop:
             if self.is_writer
             else None
         )
-        with _Display(self.dir.name, train.steps, self.step, self.is_writer) as display:
+        with (
+            Preemption() as preemption,
+            _Display(self.dir.name, train.steps, self.step, self.is_writer) as display,
+        ):
             while self.step < last:
                 started = time.monotonic()
                 try:
@@ -100,8 +108,12 @@ class TrainingLoop:
                 if writer is not None:
                     self._log(metrics, writer)
                 display.update(self.step, self.shown, metrics.get(self.shown))
-                if self.step == last or (train.save_every and self.step % train.save_every == 0):
+                is_asked = self._any_rank(preemption.asked)
+                is_due = train.save_every and self.step % train.save_every == 0
+                if is_asked or is_due or self.step == last:
                     self._save()
+                if is_asked:
+                    raise SystemExit(REQUEUE)
         if ended:
             self._save()
             if self.is_writer:
@@ -111,6 +123,11 @@ class TrainingLoop:
         if self.is_writer and self.quarantine.total:
             print(self.quarantine.summary(), flush=True)
         return bool(ended) or self.step >= train.steps
+
+    def _any_rank(self, mine: bool) -> bool:
+        flag = torch.tensor(mine)
+        dist.all_reduce(flag, dist.ReduceOp.MAX, self._agreement)
+        return bool(flag)
 
     def export(self, name: str) -> None:
         """Write run.dir/hf: that model in Hugging Face format."""

@@ -1,0 +1,96 @@
+"""Training stages on two ranks as a launcher runs them, to be killed: a tiny model, a few rows."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from prism_megatron.config import schema
+from prism_megatron.data import digit_sums
+from prism_megatron.pipelines import tiny_model
+
+ROOT = Path(__file__).resolve().parents[2]
+QUICKSTART = ROOT / "configs" / "quickstart"
+
+
+def prepare(root: Path) -> None:
+    """data/ and tiny/ in `root`."""
+    digit_sums.build(schema.DigitSums(out=root / "data", train_rows=48, heldout_rows=2))
+    tiny_model.run(
+        schema.TinyModel(
+            out=root / "tiny",
+            data=root / "data" / "sft.json",
+            system_prompt=QUICKSTART / "system_prompt.txt",
+        )
+    )
+
+
+def sft(root: Path, out: Path, steps: int, *overrides: str) -> list[str]:
+    """The arguments of a run with an update every tenth of a second."""
+    return [
+        "sft",
+        f"--config={QUICKSTART}/sft.yaml",
+        f"vars.dir={root}",
+        f"run.dir={out}",
+        f"model.path={root}/tiny",
+        "model.parallel.tensor=1",
+        "batch_size=4",
+        f"train.steps={steps}",
+        "train.micro_batch_tokens=1024",
+        *overrides,
+    ]
+
+
+class Job:
+    """A stage under our launcher, in a session of its own."""
+
+    def __init__(self, stage: list[str], *, ranks: int = 2, restarts: int = 0) -> None:
+        launcher = [sys.executable, "-m", "prism_megatron.elastic", "--standalone"]
+        launcher += [f"--nproc-per-node={ranks}", f"--max-restarts={restarts}"]
+        self.process = subprocess.Popen(
+            [*launcher, "-m", "prism_megatron", *stage],
+            cwd=ROOT,
+            env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+
+    def wait_for(self, event: Callable[[], object], seconds: float = 300) -> None:
+        """Until something is so; AssertionError if the job ends before."""
+        deadline = time.monotonic() + seconds
+        while not event():
+            assert self.process.poll() is None, self.process.communicate()[0][-6000:]
+            assert time.monotonic() < deadline, f"not within {seconds} s"
+            time.sleep(0.01)
+
+    def ranks(self) -> list[psutil.Process]:
+        """The ranks that are there now, in their order."""
+        children = psutil.Process(self.process.pid).children()
+        return [p for p in children if "prism_megatron" in p.cmdline()]
+
+    def end(self, seconds: float = 300) -> tuple[int, str]:
+        """Wait for its end; exit status and what was printed."""
+        output, _ = self.process.communicate(timeout=seconds)
+        return self.process.returncode, output
+
+
+def metrics(out: Path) -> list[dict[str, Any]]:
+    """The whole lines of metrics.jsonl."""
+    file = out / "metrics.jsonl"
+    lines = file.read_text().splitlines(keepends=True) if file.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def checkpoints(out: Path) -> list[str]:
+    """Names in the run's checkpoints folder, leftovers included."""
+    return sorted(path.name for path in (out / "checkpoints").glob("*"))
