@@ -10,6 +10,7 @@ from __future__ import annotations
 import queue
 import re
 import shutil
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -81,22 +82,118 @@ def save(
     """Write the checkpoint; it appears under its name only when complete. All ranks call this.
 
     With optimizer and scheduler the checkpoint can be trained on, at any other layout too.
+    ValueError if the disk has no room.
     """
-    staging = staging_of(path)
-    is_writer = dist.get_rank() == 0
-    if is_writer:
-        shutil.rmtree(staging, ignore_errors=True)
-        staging.mkdir(parents=True)
-    dist.barrier()
-    # the writers are threads of this process; megatron.core's own queue would start another process
-    # in every rank, which outlives a killed run
-    filesystem_async._results_queue = queue.Queue()
-    dist_checkpointing.save(_state(model, optimizer, scheduler), str(staging))
-    dist.barrier()
-    if is_writer:
-        copy_config(hf, staging / "hf")
-        replace_folder(staging, path)
-    dist.barrier()
+    Saving(path, model, hf, optimizer, scheduler).finish()
+
+
+class Saving:
+    """A checkpoint that is being written; see save. All ranks make it, and end it by `finish`."""
+
+    def __init__(
+        self,
+        path: Path,
+        model: Qwen3VLModel,
+        hf: Path,
+        optimizer: Any = None,
+        scheduler: Any = None,
+        in_background: bool = False,
+    ) -> None:
+        """in_background: copy everything to host memory, and write that in a thread; the model may
+        change meanwhile."""
+        self.path, self._hf, self._staging = path, hf, staging_of(path)
+        self._is_writer = dist.get_rank() == 0
+        if self._is_writer:
+            shutil.rmtree(self._staging, ignore_errors=True)
+            self._staging.mkdir(parents=True)
+        dist.barrier()
+        # the writers are threads of this process; megatron.core's own queue would start another
+        # process in every rank, which outlives a killed run
+        filesystem_async._results_queue = queue.Queue()
+        self._request = dist_checkpointing.save(
+            _state(model, optimizer, scheduler),
+            str(self._staging),
+            async_sharded_save=True,
+            async_strategy="mcore",
+        )
+        _, buckets, _ = self._request.async_fn_args or (0, [], None)
+        self._nbytes = self._check_room(buckets)
+        if in_background:
+            buckets = [_copied(bucket) for bucket in buckets]
+            model.backend.synchronize()
+        elif buckets:
+            buckets = self._request.preload_fn()
+        self._thread = threading.Thread(target=self._write, args=(buckets,), daemon=True)
+        self._thread.start()
+        if not in_background:
+            self._thread.join()
+
+    @property
+    def is_writing(self) -> bool:
+        """Whether this rank still writes."""
+        return self._thread.is_alive()
+
+    def finish(self) -> None:
+        """Wait until all ranks have written, and give the checkpoint its name.
+
+        Raises ValueError if one of them could not write.
+        """
+        self._thread.join()
+        try:
+            for finalize in self._request.finalize_fns:
+                finalize()
+        except CheckpointException as error:
+            raise ValueError(self._failure(error)) from error
+        if self._is_writer:
+            copy_config(self._hf, self._staging / "hf")
+            replace_folder(self._staging, self.path)
+        dist.barrier()
+
+    def _failure(self, error: CheckpointException) -> str:
+        """Why it could not be written, which one rank knows."""
+        box = [""]
+        if self._is_writer:
+            free = shutil.disk_usage(self._staging).free
+            shutil.rmtree(self._staging)
+            reasons = "; ".join(sorted({str(reason) for reason, _ in error.failures.values()}))
+            box[0] = (
+                f"{self.path} could not be written: it takes {self._nbytes / 2**30:.3g} GiB, and "
+                f"its disk had {free / 2**30:.3g} GiB left when that failed; make room or choose "
+                f"another folder. {reasons}"
+            )
+        dist.broadcast_object_list(box)
+        return box[0]
+
+    def _write(self, buckets: list[Any]) -> None:
+        if buckets:
+            rank, _, results = self._request.async_fn_args
+            self._request.async_fn(rank, buckets, results, **self._request.async_fn_kwargs)
+
+    def _check_room(self, buckets: list[Any]) -> int:
+        """Bytes of all ranks; ValueError if the disk of one has not as many."""
+        mine = sum(
+            sum(data.getbuffer().nbytes for _, data in objects)
+            + sum(tensor.nbytes for _, tensor in tensors)
+            for _, _, (objects, tensors) in buckets
+        )
+        found: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(found, (mine, shutil.disk_usage(self._staging).free))
+        needed, free = sum(n for n, _ in found), min(f for _, f in found)
+        if needed > free:
+            if self._is_writer:
+                shutil.rmtree(self._staging)
+            raise ValueError(
+                f"{self.path} takes {needed / 2**30:.3g} GiB and its disk has {free / 2**30:.3g} "
+                "GiB free; make room or choose another folder"
+            )
+        return needed
+
+
+def _copied(bucket: Any) -> Any:
+    """What goes into one file, with tensors of its own in host memory."""
+    file, key, (objects, tensors) = bucket
+    own = [(item, tensor.to("cpu", non_blocking=True, copy=True)) for item, tensor in tensors]
+    return file, key, (objects, own)
 
 
 def load(path: Path, model: Qwen3VLModel, optimizer: Any = None, scheduler: Any = None) -> None:

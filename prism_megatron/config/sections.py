@@ -49,6 +49,11 @@ class Run(Section):
     """Folder of this stage's outputs: checkpoints/, hf/, metrics.jsonl, quarantine.jsonl."""
     seed: int = 1234
     """Seed of data order, sampling and initialisation."""
+    hang_timeout: float | None = Field(600, gt=0)
+    """Seconds without progress in training after which every rank writes its stacks to stacks/, one
+    says which ranks are missing, and all end; three times as long in the first step, longer while
+    engines sample. Collectives fail by themselves after four times as long. null watches nothing.
+    """
 
 
 class Parallel(Section):
@@ -205,6 +210,31 @@ class Optimizer(Section):
     """What follows the warm-up; cosine falls to almost zero at the last step."""
 
 
+class Guard(Section):
+    """What becomes of an update whose loss or gradient norm is not finite or a spike."""
+
+    action: Literal["stop", "skip", "rewind"] = "stop"
+    """stop: the run ends before the update; skip: the update is not made, weights, moments and
+    learning rate stay as they are; rewind: models go back to the last checkpoint, and on with the
+    data after the offending batch."""
+    spike: float | None = Field(None, gt=1)
+    """Gradient norms, and the loss of sft, above so many times their running median are spikes;
+    null: only what is not finite counts."""
+    window: int = Field(50, ge=1)
+    """Updates that the median is of; nothing is a spike before there were as many."""
+    limit: int = Field(5, ge=1)
+    """Skipped updates in a row, or returns to the same checkpoint, after which the run stops."""
+
+
+class Best(Section):
+    """Which checkpoint is the best."""
+
+    metric: str
+    """A metric of metrics.jsonl; its value at the step of the checkpoint counts."""
+    mode: Literal["max", "min"] = "max"
+    """Whether the highest or the lowest value is the best."""
+
+
 class Train(Section):
     """Length of a run, its micro-batches and its checkpoints."""
 
@@ -217,9 +247,16 @@ class Train(Section):
     """Steps between training checkpoints; 0 saves only at the end."""
     keep_checkpoints: int = Field(1, ge=1)
     """Training checkpoints kept; older ones are removed after a newer one is complete."""
+    keep_best: Best | None = None
+    """The best checkpoint is kept besides, as long as there is no better one."""
+    async_save: bool = False
+    """Checkpoints are written while training goes on, from a copy in host memory; training waits
+    only for the copy (save_stall_s in metrics.jsonl, beside save_s, the seconds until it is
+    complete)."""
     stop_at: int | None = Field(None, ge=1)
     """Stop cleanly (checkpoint written, no export) after this step, as a preemption would; the
     schedules still run to `steps`."""
+    guard: Guard = Guard()
 
 
 class Source(Section):

@@ -79,7 +79,7 @@ class Task:
 
 def run(config: schema.Align) -> None:
     """Play the game for train.steps steps and export the policy to run.dir/hf."""
-    backend = start(config.backend, config.policy, config.discriminator)
+    backend = start(config.backend, config.run, config.policy, config.discriminator)
     encoder = build_encoder(config.policy.path, config.data)
     reader = discriminator.Reader(
         encoder,
@@ -131,16 +131,27 @@ def run(config: schema.Align) -> None:
     )
     sampler = Sampler(stream, engine, config.sampling, config.rollout)
     game = Game(config, reader, policy, frozen, judge, sampler)
+
+    def restore(found: dict[str, Any] | None, step: int) -> None:
+        if found is None:
+            sampler.drop()
+        else:
+            game.alarms.steps |= found["alarms"]
+            sampler.load_state_dict(
+                found, lambda name: task(encoder, reader, find_row(sources, name))
+            )
+        sampler.sync(step)
+
     loop = TrainingLoop(
-        config, models, stream, quarantine, shown="score_gap", carried=game.state_dict
+        config,
+        models,
+        stream,
+        quarantine,
+        shown="score_gap",
+        carried=game.state_dict,
+        restore=restore,
     )
-    done = loop.resume()
-    if loop.found:
-        game.alarms.steps |= loop.found["alarms"]
-        sampler.load_state_dict(
-            loop.found, lambda name: task(encoder, reader, find_row(sources, name))
-        )
-    sampler.sync(done)
+    loop.resume()
     if loop.run(lambda: game.step(loop.step)):
         loop.export("policy")
 

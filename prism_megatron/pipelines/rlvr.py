@@ -8,6 +8,7 @@ prompts x n --> rollout engine --> responses --> 0.8 accuracy + 0.2 format
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -44,7 +45,7 @@ class Task:
 
 def run(config: schema.RLVR) -> None:
     """Train config.policy for train.steps steps and export it to run.dir/hf."""
-    backend = start(config.backend, config.policy)
+    backend = start(config.backend, config.run, config.policy)
     encoder = build_encoder(config.policy.path, config.data)
     quarantine = open_quarantine(config.run, config.data)
 
@@ -82,6 +83,14 @@ def run(config: schema.RLVR) -> None:
         max_staleness=config.max_staleness,
         steps=config.train.steps,
     )
+
+    def restore(found: dict[str, Any] | None, step: int) -> None:
+        if found is None:
+            groups.drop()
+        else:
+            groups.load_state_dict(found, lambda name: task(find_row(sources, name)))
+        sampler.sync(step)
+
     loop = TrainingLoop(
         config,
         {"policy": (policy, config.policy.path)},
@@ -89,11 +98,9 @@ def run(config: schema.RLVR) -> None:
         quarantine,
         shown="reward",
         carried=groups.state_dict,
+        restore=restore,
     )
-    done = loop.resume()
-    if loop.found:
-        groups.load_state_dict(loop.found, lambda name: task(find_row(sources, name)))
-    sampler.sync(done)
+    loop.resume()
     if loop.run(lambda: trainer.step(groups.next_batch(loop.step), loop.step)):
         loop.export("policy")
 

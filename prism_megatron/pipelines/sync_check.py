@@ -41,7 +41,7 @@ Report = dict[str, Any]
 def run(config: schema.SyncCheck) -> None:
     """Write run.dir/sync_check.json; RuntimeError if a weight did not come, or the log-
     probabilities are further apart than max_distance."""
-    backend = start(config.backend, config.policy)
+    backend = start(config.backend, config.run, config.policy)
     encoder = build_encoder(config.policy.path, config.data)
     stream = BatchStream(
         open_sources(config.data, read_prompts),

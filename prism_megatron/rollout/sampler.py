@@ -26,6 +26,7 @@ from prism_megatron.config import schema
 from prism_megatron.config.schema import Sampling
 from prism_megatron.data.stream import BatchStream
 from prism_megatron.rollout.fleet import Fleet
+from prism_megatron.training.watchdog import reached
 from prism_megatron.types import Prompt, Rollout
 
 
@@ -43,6 +44,8 @@ class Sampler[T: HasPrompt]:
         self, stream: BatchStream[Any, T], engine: Fleet, sampling: Sampling, config: schema.Rollout
     ) -> None:
         self.stream, self.engine, self.sampling, self.config = stream, engine, sampling, config
+        # an engine may fail, start again, and be asked once more
+        self._patience = config.request_timeout * config.max_attempts + config.start_timeout
         self._asked: list[T] | None = None
         self._ready: list[tuple[T, list[Rollout]]] | None = None
 
@@ -66,6 +69,7 @@ class Sampler[T: HasPrompt]:
         """See Fleet; what is being sampled is waited for, or goes on afterwards."""
         if not self.config.partial:
             self._wait(version)
+        reached("a weight sync", self._patience)
         return self.engine.sync(version)
 
     def state_dict(self) -> dict[str, Any]:
@@ -84,6 +88,11 @@ class Sampler[T: HasPrompt]:
         ready = state["ready"]
         self._ready = [(task_of(s["row"]), rollouts_of(s["rollouts"])) for s in ready] or None
 
+    def drop(self) -> None:
+        """Forget what is sampled and not given out, and wait for what is being sampled."""
+        self._wait(self.engine.weight_version)
+        self._ready = None
+
     def _ask(self, step: int) -> None:
         self._asked = self.stream.next_batch()
         self.engine.submit([task.prompt for task in self._asked], self.sampling, step)
@@ -91,6 +100,7 @@ class Sampler[T: HasPrompt]:
     def _wait(self, version: int) -> None:
         """version: see Fleet.collect."""
         if self._asked is not None:
+            reached("rollouts", self._patience)
             self._ready = list(zip(self._asked, self.engine.collect(version), strict=True))
             self._asked = None
 

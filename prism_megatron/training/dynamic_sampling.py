@@ -110,6 +110,11 @@ class DynamicSampler[T: HasPrompt]:
                 "or dynamic_sampling=false"
             )
 
+    def drop(self) -> None:
+        """Forget all groups that were not trained on."""
+        self.sampler.drop()
+        self.waiting = []
+
     def state_dict(self) -> dict[str, Any]:
         """What is sampled and not trained on, as JSON holds it; tasks by their rows' names."""
         return self.sampler.state_dict() | {

@@ -4,15 +4,15 @@
           every save_every steps and at the end: checkpoints/step_NNNNNN/{state.json, MODEL/}
           at the end: hf/ in Hugging Face format
 
-A checkpoint folder appears under its name only when complete; a run that is started again goes on
-after the newest one and repeats nothing that it had written.
+A run that is started again goes on after the newest checkpoint (training/saving.py) and repeats
+nothing that it had written.
 """
 
 from __future__ import annotations
 
 import json
-import os
-import shutil
+import math
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -30,8 +30,11 @@ from checkpoint_tools.files import write_atomically
 from model_providers.weight_plan import iter_hf_weights
 from prism_megatron.config.schema import Stage
 from prism_megatron.data.stream import BatchStream, Quarantine
+from prism_megatron.training.guard import Unsound
 from prism_megatron.training.preemption import Preemption
 from prism_megatron.training.runner import ModelRunner
+from prism_megatron.training.saving import Checkpoints
+from prism_megatron.training.watchdog import Watchdog
 
 Metrics = dict[str, float]
 
@@ -52,40 +55,67 @@ class TrainingLoop:
         quarantine: Quarantine,
         shown: str,
         carried: Callable[[], dict[str, Any]] = dict,
+        restore: Callable[[dict[str, Any] | None, int], object] = lambda found, step: None,
     ) -> None:
         """runners: each model by its name in checkpoints, with the path it was loaded from;
         shown: the metric beside the progress bar; carried: what else of the stage a checkpoint
-        holds, in JSON, which `resume` leaves in `found`."""
+        holds, in JSON; restore: gets that and the step once the models have their weights; None at
+        the start of a run, and where what is carried must be forgotten."""
         self.config, self.runners, self.stream = config, runners, stream
         self.quarantine, self.shown = quarantine, shown
-        self.carried, self.found = carried, dict[str, Any]()
+        self.carried, self.restore = carried, restore
         self.dir = config.run.dir
+        self.checkpoints = Checkpoints(self.dir / "checkpoints", runners, config.train)
         self.is_writer = dist.get_rank() == 0
-        self.step = 0
+        self.step = self._rewinds = 0
         # ranks agree in host memory, so that no device is waited for
         self._agreement = dist.new_group(backend="gloo")
 
     def resume(self) -> int:
         """Load the newest checkpoint of this run, if there is one; the steps already done."""
-        found = sorted((self.dir / "checkpoints").glob("step_*"))
+        self.checkpoints.remove_leftovers()
+        found = self._load_newest()
         if found:
-            state = json.loads((found[-1] / "state.json").read_text())
-            for name, (runner, _) in self.runners.items():
-                runner.load(found[-1] / name)
-            self.stream.restore(state["data"])
+            self.stream.restore(found["data"])
+        self.restore(found["carried"] if found else None, self.step)
+        return self.step
+
+    def _load_newest(self) -> dict[str, Any]:
+        """The newest checkpoint's models, and its state; nothing if there is none."""
+        state: dict[str, Any] = {}
+        if path := self.checkpoints.newest():
+            state = self.checkpoints.load(path)
             self.step = state["step"]
-            self.found = state.get("carried", {})
         if self.is_writer:
             self._drop_metrics_after(self.step)
         dist.barrier()
-        return self.step
+        return state
+
+    def _rewind(self, error: Unsound) -> None:
+        """Go back to the last checkpoint, and on with the data after that which the error came of;
+        the error itself, with where and how to go on, if the run has to stop."""
+        self.checkpoints.finish()
+        guard, path = self.config.train.guard, self.checkpoints.newest()
+        advice = f"go on from {path}" if path else "there is no checkpoint yet"
+        message = f"step {self.step + 1} of {self.dir.name}: {error}"
+        if guard.action != "rewind" or path is None or self._rewinds == guard.limit:
+            again = f" after {self._rewinds} returns to it" if self._rewinds else ""
+            raise Unsound(
+                f"{message}. The run stops, with nothing updated: {advice}{again}, at a lower "
+                "learning rate or without this batch"
+            ) from error
+        if self.is_writer:
+            print(f"{message}: back to {path}, past this batch", file=sys.stderr, flush=True)
+        self._rewinds += 1
+        self._load_newest()
+        self.restore(None, self.step)
 
     def run(self, step: Callable[[], Metrics]) -> bool:
         """Call `step` until the configured end; True if that, or the data's end, was reached, False
         if stop_at was. SystemExit after a checkpoint where a signal asked for it (Preemption)."""
         train = self.config.train
         last = min(train.steps, train.stop_at or train.steps)
-        ended = ""
+        ended, metrics = "", Metrics()
         writer = (
             SummaryWriter(self.dir / "tensorboard", purge_step=self.step)
             if self.is_writer
@@ -93,41 +123,56 @@ class TrainingLoop:
         )
         with (
             Preemption() as preemption,
+            Watchdog(self.dir / "stacks", self.config.run.hang_timeout) as watchdog,
             _Display(self.dir.name, train.steps, self.step, self.is_writer) as display,
         ):
             while self.step < last:
                 started = time.monotonic()
+                watchdog.begin(self.step + 1)
                 try:
                     metrics = step()
                 except EndOfData as end:
                     ended = f"{self.dir.name} ends after step {self.step} of {train.steps}: {end}"
                     break
+                except Unsound as error:
+                    self._rewind(error)
+                    continue
                 self.step += 1
                 metrics |= {"step": self.step, "time": time.monotonic() - started}
+                metrics |= self._skipped() | self.checkpoints.take_times()
                 metrics |= {f"epoch/{name}": n for name, n in self.stream.epochs.items()}
                 if writer is not None:
                     self._log(metrics, writer)
                 display.update(self.step, self.shown, metrics.get(self.shown))
-                is_asked = self._any_rank(preemption.asked)
+                is_asked, is_writing = self._on_any_rank(
+                    preemption.asked, self.checkpoints.is_writing
+                )
+                if not is_writing:
+                    self.checkpoints.finish()
                 is_due = train.save_every and self.step % train.save_every == 0
                 if is_asked or is_due or self.step == last:
-                    self._save()
+                    self._save(metrics)
                 if is_asked:
+                    self.checkpoints.finish()
                     raise SystemExit(REQUEUE)
         if ended:
-            self._save()
+            self._save(metrics)
             if self.is_writer:
                 print(ended, flush=True)
+        self.checkpoints.finish()
         if writer is not None:
+            for name, seconds in self.checkpoints.take_times().items():
+                writer.add_scalar(name, seconds, self.step)
             writer.close()
         if self.is_writer and self.quarantine.total:
             print(self.quarantine.summary(), flush=True)
         return bool(ended) or self.step >= train.steps
 
-    def _any_rank(self, mine: bool) -> bool:
-        flag = torch.tensor(mine)
-        dist.all_reduce(flag, dist.ReduceOp.MAX, self._agreement)
-        return bool(flag)
+    def _on_any_rank(self, *mine: bool) -> list[bool]:
+        flags = torch.tensor(mine)
+        dist.all_reduce(flags, dist.ReduceOp.MAX, self._agreement)
+        found: list[bool] = flags.tolist()
+        return found
 
     def export(self, name: str) -> None:
         """Write run.dir/hf: that model in Hugging Face format."""
@@ -140,28 +185,20 @@ class TrainingLoop:
         )
         dist.barrier()
 
-    def _save(self) -> None:
-        folder = self.dir / "checkpoints"
-        final = folder / f"step_{self.step:06d}"
-        staging = folder / f".step_{self.step:06d}.partial"
-        if self.is_writer:
-            shutil.rmtree(staging, ignore_errors=True)
-            staging.mkdir(parents=True)
-        dist.barrier()
-        for name, (runner, source) in self.runners.items():
-            runner.save(staging / name, megatron_directory.hf_directory(source))
-        # on all ranks, which may have to wait for each other
-        carried = self.carried()
-        if self.is_writer:
-            state = {"step": self.step, "data": self.stream.state, "carried": carried}
-            (staging / "state.json").write_text(json.dumps(state))
-            shutil.rmtree(final, ignore_errors=True)
-            os.replace(staging, final)
-            for old in sorted(folder.glob("step_*"))[: -self.config.train.keep_checkpoints]:
-                shutil.rmtree(old)
-        dist.barrier()
+    def _save(self, metrics: Metrics) -> None:
+        self._rewinds = 0
+        self.checkpoints.save(
+            self.step, lambda: {"data": self.stream.state, "carried": self.carried()}, metrics
+        )
+
+    def _skipped(self) -> Metrics:
+        if self.config.train.guard.action != "skip":
+            return {}
+        return {"skipped_updates": sum(r.guard.take_skipped() for r, _ in self.runners.values())}
 
     def _log(self, metrics: Metrics, writer: SummaryWriter) -> None:
+        # those of a skipped update may not be finite, which JSON does not know
+        metrics = {name: value for name, value in metrics.items() if math.isfinite(value)}
         for name, value in metrics.items():
             writer.add_scalar(name, value, self.step)
         with (self.dir / "metrics.jsonl").open("a") as file:

@@ -39,11 +39,14 @@ from torch import Tensor
 from checkpoint_tools import megatron_directory
 from model_providers import context
 from model_providers.qwen3_vl import Qwen3VLModel
+from prism_megatron.config import schema
 from prism_megatron.config.schema import Optimizer
 from prism_megatron.data.image_plan import feature_rows, plan_images
 from prism_megatron.data.packing import pack, packed_length, plan_micro_batches
 from prism_megatron.training.gradient_overlap import reduce_in_order
+from prism_megatron.training.guard import Guard, Unsound
 from prism_megatron.training.optimizer import HostState, build_optimizer, build_scheduler
+from prism_megatron.training.watchdog import reached
 from prism_megatron.types import ImageShare, PackedBatch, Sequence, VisualInputs
 
 LossFn = Callable[[Tensor, PackedBatch], tuple[Tensor, dict[str, Tensor]]]
@@ -57,7 +60,8 @@ ExtractFn = Callable[[Tensor, PackedBatch], list[Tensor]]
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one optimizer step did: metric sums over the whole batch, gradient norm, rate used."""
+    """What one optimizer step did: metric sums over the whole batch, gradient norm, rate used;
+    some are not finite where the guard had the update skipped."""
 
     sums: dict[str, float]
     grad_norm: float
@@ -76,14 +80,15 @@ class ModelRunner:
         optimizer: Optimizer | None,
         steps: int = 0,
         mrope: bool = True,
+        guard: schema.Guard | None = None,
     ) -> None:
         """Wrap a model whose weights are loaded.
 
         micro_batch_tokens: most tokens of a packed row; pad_id: token that fills rows up;
-        steps: length of the learning-rate schedule; mrope: see pack. Without an optimizer the model
-        only infers.
+        steps: length of the learning-rate schedule; mrope: see pack; guard: of updates, the default
+        one if None. Without an optimizer the model only infers.
         """
-        self.model = model
+        self.model, self.guard = model, Guard(guard or schema.Guard())
         self.micro_batch_tokens, self.pad_id, self.mrope = micro_batch_tokens, pad_id, mrope
         self.parallel = model.parallel
         self.ddp: list[DistributedDataParallel] = []
@@ -98,7 +103,10 @@ class ModelRunner:
         self._state = HostState(self.optimizer).on_device if optimizer.offload else nullcontext
 
     def train_step(self, sequences: list[Sequence], loss_fn: LossFn) -> StepResult:
-        """One optimizer step over all sequences of the step, which every rank passes alike."""
+        """One optimizer step over all sequences of the step, which every rank passes alike.
+
+        Raises Unsound, with nothing updated, where the guard says so.
+        """
         assert self.ddp, "this runner has no optimizer"
         self.model.train()
         if not self._has_scales:
@@ -112,19 +120,25 @@ class ModelRunner:
             chunk.restore_grad_buffers(synchronize=False)
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
-        sums = self.forward_backward(sequences, loss_fn)
+        sums, problem = self._forward_backward(sequences, loss_fn)
+        reached("an update")
+        # Without a loss scale, which BF16 has not, megatron.core's step checks nothing: a norm that
+        # is not finite would make every weight and moment so.
+        self.optimizer.prepare_grads()
+        grad_norm = float(self.optimizer.get_grad_norm())
+        watched = {"grad_norm": grad_norm} | ({"loss": sums["loss"]} if "loss" in sums else {})
+        problem = problem or self.guard.judge(watched)
+        if self._on_any_rank(bool(problem)):
+            self.guard.refuse(problem or "another rank found it unsound")
+            return StepResult(sums, grad_norm, 0.0)
+        self.guard.accept(watched)
         # before the update, so that a warm-up does not begin with a step at rate zero
         self.scheduler.step(increment=1)
         rate = float(self.optimizer.param_groups[0]["lr"])
         with self._state():
-            updated, grad_norm, _ = self.optimizer.step()
-        if not updated or grad_norm is None or not math.isfinite(grad_norm):
-            raise FloatingPointError(
-                f"gradient norm is {grad_norm}, so the weights are spoilt: go on from the last "
-                "checkpoint, at a lower learning rate or without this batch. Losses are checked "
-                "before, so a layer overflowed on the way back"
-            )
-        return StepResult(sums, float(grad_norm), rate)
+            updated, _, _ = self.optimizer.step()
+        assert updated, "nothing but the guard leaves updates out"
+        return StepResult(sums, grad_norm, rate)
 
     def release(self) -> None:
         """Give the device the memory that only an update needs, gradients and what the allocator
@@ -136,8 +150,16 @@ class ModelRunner:
 
     def save(self, path: Path, hf: Path) -> None:
         """Write a training checkpoint; hf: directory whose config and processor go with it."""
+        self.begin_save(path, hf).finish()
+
+    def begin_save(
+        self, path: Path, hf: Path, in_background: bool = False
+    ) -> megatron_directory.Saving:
+        """The same up to its `finish`; in_background: see Saving."""
         with self._state():
-            megatron_directory.save(path, self.model, hf, self.optimizer, self.scheduler)
+            return megatron_directory.Saving(
+                path, self.model, hf, self.optimizer, self.scheduler, in_background
+            )
 
     def load(self, path: Path) -> None:
         """Go on from a training checkpoint, of this layout or another.
@@ -163,7 +185,7 @@ class ModelRunner:
         results = self._share(found, len(sequences))
         for index, result in enumerate(results):
             if not bool(result.isfinite().all()):
-                raise FloatingPointError(
+                raise Unsound(
                     f"sequence {index} of {len(sequences)} ({len(sequences[index])} tokens) gives "
                     "NaN or infinity; its input or the weights are broken"
                 )
@@ -245,6 +267,7 @@ class ModelRunner:
             names = tuple(sequences[0].per_token)
             ahead = packer.submit(self._pack, rows[0], names)
             for following in [*rows[1:], None]:
+                reached("a micro-batch")
                 batch = ahead.result()
                 if following is not None:
                     ahead = packer.submit(self._pack, following, names)
@@ -322,7 +345,19 @@ class ModelRunner:
         self.model.config.moe_grad_scale_func = lambda: scale
 
     def forward_backward(self, sequences: list[Sequence], loss_fn: LossFn) -> dict[str, float]:
-        """Add the step's gradients to the buffers, reduced over the ranks; metric sums."""
+        """Add the step's gradients to the buffers, reduced over the ranks; metric sums.
+
+        Raises Unsound if a loss is not finite.
+        """
+        sums, problem = self._forward_backward(sequences, loss_fn)
+        if problem:
+            raise Unsound(problem)
+        return sums
+
+    def _forward_backward(
+        self, sequences: list[Sequence], loss_fn: LossFn
+    ) -> tuple[dict[str, float], str]:
+        """The same; instead of raising it says what is wrong, on all ranks alike."""
         plan = self._plan(sequences)
         # one for the process, whose entries have as many layers as the first model that recorded
         destroy_moe_metrics_tracker()
@@ -333,13 +368,19 @@ class ModelRunner:
             for name, value in part.items():
                 sums[name] = sums.get(name, 0.0) + value.double()
         reduced = self._reduce(sums)
+        problem = ""
         if broken := reduced.pop(NOT_FINITE):
             count = len(plan[0]) * self.parallel.data_size
-            raise FloatingPointError(
+            problem = (
                 f"the loss is NaN or infinite in {broken:.0f} of {count} micro-batches; its inputs "
                 "or the weights are broken"
             )
-        return reduced | self._router_metrics(len(plan[0])) | self._load_entropy()
+        return reduced | self._router_metrics(len(plan[0])) | self._load_entropy(), problem
+
+    def _on_any_rank(self, mine: bool) -> bool:
+        flag = torch.tensor(float(mine), device=self.model.backend.device)
+        dist.all_reduce(flag, dist.ReduceOp.MAX)
+        return bool(flag)
 
     def _reduce(self, sums: dict[str, Tensor]) -> dict[str, float]:
         """Metric sums over data-parallel ranks, from the last stage to all ranks."""

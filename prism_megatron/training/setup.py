@@ -30,6 +30,9 @@ from prism_megatron.data.prompts import PromptEncoder
 from prism_megatron.data.stream import Quarantine
 from prism_megatron.training.runner import ModelRunner
 
+DEFAULT_TIMEOUT = 600
+"""Seconds, for collectives that no watchdog watches."""
+
 
 def layout_of(parallel: Parallel) -> Layout:
     """The configuration's section as megatron groups want it."""
@@ -56,7 +59,7 @@ def options_of(
     )
 
 
-def start(backend_name: str, *models: Model) -> Backend:
+def start(backend_name: str, run: Run, *models: Model) -> Backend:
     """Check what every model asks for against its architecture and the backend, then join the
     world."""
     backend = backends.create(backend_name)
@@ -71,7 +74,8 @@ def start(backend_name: str, *models: Model) -> Backend:
         options.precision.check(backend, architecture, layout, options.recompute)
         if isinstance(model, Discriminator) and model.streams == "response":
             _check_whole_response(architecture, model)
-    backend.init_process_group()
+    # the watchdog says who is missing before a collective just fails
+    backend.init_process_group(4 * (run.hang_timeout or DEFAULT_TIMEOUT))
     return backend
 
 
@@ -112,6 +116,7 @@ def build_runner(
         optimizer=optimizer,
         steps=train.steps * updates_per_step,
         mrope=mrope,
+        guard=train.guard,
     )
 
 

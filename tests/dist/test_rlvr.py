@@ -180,6 +180,41 @@ def test_what_is_sampled_ahead_is_trained_after_a_restart(
         assert one | CLOCKS == other | CLOCKS
 
 
+def _poisoned_once(root: Path, out: Path) -> list[str]:
+    """Four steps sampled ahead with a checkpoint after each; the third update's gradient is broken
+    the first time."""
+    updates = 0
+
+    def update(model: Any, *args: Any, **options: Any) -> dict[str, float]:
+        nonlocal updates
+        updates += 1
+        parameter = next(model.model.parameters())
+        hook = parameter.register_hook(lambda grad: grad * (float("nan") if updates == 3 else 1))
+        try:
+            return real(model, *args, **options)
+        finally:
+            hook.remove()
+
+    real = rlvr.policy_update
+    train = {"steps": 4, "save_every": 1, "guard": {"action": "rewind"}, "micro_batch_tokens": 1024}
+    with mock.patch.object(rlvr, "policy_update", update):
+        return _run(root, out, 4, **(AHEAD | {"train": train}))
+
+
+def test_a_rewound_run_forgets_what_was_sampled_with_the_weights_that_are_gone(
+    ranks: Worlds, root: Path, tmp_path: Path
+) -> None:
+    asked = ranks(1).run(_poisoned_once, root, tmp_path)[0]
+    steps = _metrics(tmp_path)
+    assert [step["step"] for step in steps] == [1, 2, 3, 4]
+    assert [step["weight_version"] for step in steps] == [1, 2, 3, 4]
+    # the broken batch and the one that was sampled meanwhile are gone: the third is sampled with
+    # the weights that the run went back to
+    assert [step["stale_share"] for step in steps] == [0, 1, 0, 1]
+    # batches of two rows: two trained, two forgotten, two trained
+    assert len(asked) == 12 == len(set(asked))
+
+
 def _to_the_end(root: Path, out: Path) -> None:
     _run(root, out, 50, dynamic_sampling=True, max_epochs=1)
     # a run at its end stays there

@@ -96,7 +96,10 @@ def _first_steps(path: Path, lacks_scales: bool) -> tuple[list[int], list[float]
     with (
         mock.patch.object(type(runner.model), "lacks_gradient_scales", lambda model: lacks_scales),
         mock.patch.object(
-            ModelRunner, "forward_backward", autospec=True, side_effect=ModelRunner.forward_backward
+            ModelRunner,
+            "_forward_backward",
+            autospec=True,
+            side_effect=ModelRunner._forward_backward,
         ) as counted,
     ):
         losses = []
@@ -493,7 +496,7 @@ def test_a_loss_that_is_not_finite_stops_the_step(
     ranks: Worlds, hf_models: dict[str, Path], factor: float
 ) -> None:
     [message] = ranks(1).run(_step_error, hf_models["dense"], checks.mixed_batch(), factor)
-    assert message.startswith("FloatingPointError: the loss is NaN or infinite in 2 of 2 micro-b")
+    assert message.startswith("Unsound: the loss is NaN or infinite in 2 of 2 micro-b")
 
 
 def test_an_image_placeholder_in_a_response_is_refused(

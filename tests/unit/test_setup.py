@@ -32,7 +32,7 @@ def test_a_second_model_is_refused_before_the_first_collective(
     path = tiny_models.save(tmp_path, "dense")
     wrong = schema.Model.model_validate({"path": path, **options})
     with pytest.raises(ValueError, match=message):
-        setup.start("cpu", schema.Model(path=path), wrong)
+        setup.start("cpu", schema.Run(dir=tmp_path), schema.Model(path=path), wrong)
     assert not dist.is_initialized()
 
 
