@@ -131,23 +131,24 @@ class Ranks:
             waiting = [p for rank, p in enumerate(self.pipes) if rank not in results]
             ready = wait(waiting, timeout)
             if not ready:
-                self._restart()
+                self.restart()
                 late = sorted(set(range(self.world)) - set(results))
                 raise TimeoutError(f"ranks {late} gave no answer within {timeout} s")
             for pipe in ready:
                 rank = self.pipes.index(pipe)
                 try:
                     status, value = pipe.recv()
-                except EOFError:
+                except (EOFError, ConnectionResetError):
                     status, value = "error", "the process died"
                 if status == "error":
                     # the others may wait in a collective for this rank
-                    self._restart()
+                    self.restart()
                     raise AssertionError(f"rank {rank} of {self.world} failed:\n{value}")
                 results[rank] = value
         return [results[rank] for rank in range(self.world)]
 
-    def _restart(self) -> None:
+    def restart(self) -> None:
+        """Other processes in the place of these."""
         self.close()
         self._start()
 

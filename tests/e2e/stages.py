@@ -52,11 +52,13 @@ def sft(root: Path, out: Path, steps: int, *overrides: str) -> list[str]:
 class Job:
     """A stage under our launcher, in a session of its own."""
 
-    def __init__(self, stage: list[str], *, ranks: int = 2, restarts: int = 0) -> None:
+    def __init__(
+        self, stage: list[str], *, ranks: int = 2, restarts: int = 0, module: str = "prism_megatron"
+    ) -> None:
         launcher = [sys.executable, "-m", "prism_megatron.elastic", "--standalone"]
         launcher += [f"--nproc-per-node={ranks}", f"--max-restarts={restarts}"]
         self.process = subprocess.Popen(
-            [*launcher, "-m", "prism_megatron", *stage],
+            [*launcher, "-m", module, *stage],
             cwd=ROOT,
             env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
             stdout=subprocess.PIPE,
