@@ -72,17 +72,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     return exit_status(_stage, name, rest)
 
 
-def _stage(name: str, arguments: Sequence[str]) -> int:
+def parse(name: str, arguments: Sequence[str]) -> tuple[argparse.Namespace, Section]:
+    """Options of a stage's command line, and the checked configuration that it asks for."""
     if name not in ENTRY_POINTS:
         commands = [*ENTRY_POINTS, "checkpoint", "score", "doctor"]
         raise ValueError(configuration.unknown("command", name, commands))
     options = _stage_parser(name).parse_intermixed_args(arguments)
+    return options, configuration.load(name, options.config, options.overrides)
+
+
+def _stage(name: str, arguments: Sequence[str]) -> int:
+    options, config = parse(name, arguments)
     if options.gpus is not None and not (options.dry_run and options.gpus > 0):
         raise ValueError(
             f"--gpus {options.gpus} plans a run for so many GPUs, one or more, with --dry-run; a "
             "run takes the ranks that the launcher starts"
         )
-    config = configuration.load(name, options.config, options.overrides)
     world = options.gpus or int(os.environ.get("WORLD_SIZE", "0"))
     if world or not options.dry_run:
         configuration.check_layouts(config, world or 1)
