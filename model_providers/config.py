@@ -7,8 +7,8 @@ What the file does not say is an error, since class defaults differ between tran
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -460,17 +460,32 @@ def stage_layers(config: Qwen3VLConfig, layout: Layout, stage: int, chunk: int =
     megatron.core's own allocation, so a layout that it refuses raises its error here;
     Qwen3VLConfig.check_layout says the same in our words.
     """
-    virtual = chunk if layout.virtual_pipeline > 1 else None
+    # of the layout only what the allocation depends on, so that a search meets few of them
+    pipeline = replace(
+        layout, tensor=1, context=1, expert=1, expert_tensor=1, sequence_parallel=False
+    )
+    return _allocation(config.num_layers, pipeline)[stage][chunk]
+
+
+@cache
+def _allocation(num_layers: int, layout: Layout) -> list[list[range]]:
+    """The layers of every stage and chunk."""
     # width and precision have no part in it
     plan = TransformerConfig(
-        num_layers=config.num_layers,
+        num_layers=num_layers,
         hidden_size=1,
         num_attention_heads=1,
         pipeline_dtype=torch.float32,
         **_pipeline(layout),
     )
-    first = get_transformer_layer_offset(plan, virtual, stage)
-    return range(first, first + get_num_layers_to_build(plan, virtual, stage))
+
+    def layers(stage: int, chunk: int) -> range:
+        virtual = chunk if layout.virtual_pipeline > 1 else None
+        first = get_transformer_layer_offset(plan, virtual, stage)
+        return range(first, first + get_num_layers_to_build(plan, virtual, stage))
+
+    chunks = range(layout.virtual_pipeline)
+    return [[layers(stage, chunk) for chunk in chunks] for stage in range(layout.pipeline)]
 
 
 @dataclass

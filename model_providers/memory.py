@@ -1,14 +1,20 @@
 """Memory of one GPU in training, by the sizes of model and layout.
 
-    weights       in BF16 (2 bytes), with gradients in fp32 (4) where they are trained
-    optimizer     fp32 weights and moments (12 bytes, or 8 with BF16 moments) of what is trained,
-                  spread over data-parallel ranks
-    activations   what a layer keeps of each token for its backward pass, and the logits
+    weights      in BF16 (2 bytes)
+    gradients    in fp32 (4) of what is trained
+    fp8          what Transformer Engine keeps of the decoder's matrices to compute with (2): as
+                 they are and transposed
+    optimizer    fp32 weights and moments (12 bytes, or 8 with BF16 moments) of what is trained,
+                 spread over data-parallel ranks
+    language     what a decoder layer keeps of each token for its backward pass
+    head         logits in BF16, whose gradient takes their place, and the gradient of the head
+                 before it is added to the others
+    vision       what the tower keeps of each patch
 
-The first two are exact but for norms and padding. Activations are an estimate: attention as flash
-attention keeps it, in BF16, without the vision tower and what kernels need besides. Megatron's
-pipeline schedules hold the activations of as many micro-batches as there are stages, each for its
-share of the layers. The numbers are those of the GPU that has most.
+The first four are exact but for norms and padding. Activations are counted tensor by tensor as
+Transformer Engine keeps them, attention as flash attention does. Megatron's pipeline schedules hold
+those of as many micro-batches as there are stages, each for its share of the layers.
+tests/unit/test_measured_memory.py compares the sums with measured peaks.
 """
 
 from __future__ import annotations
@@ -19,6 +25,42 @@ from model_providers.config import Qwen3VLConfig, Recompute, stage_layers
 from model_providers.parallel import Layout
 
 WEIGHT, GRADIENT = 2, 4
+BUFFERS = 1.84e9
+"""Bytes that torch allocates besides: Transformer Engine's and cuBLAS's workspaces, the batch. From
+docs/results/h200/dense-2gpu-offload-tensorwise.json, whose peak is in the update, where nothing
+else is unknown."""
+CONTEXT = 1.5e9
+"""Bytes of a process that torch does not count: CUDA's context and NCCL's buffers."""
+ENGINE_ASLEEP = 1.7e9
+"""Bytes that a sleeping server keeps on each of its GPUs. With CONTEXT what is in use beside a tiny
+model in docs/results/h200/sync-dense.json: 139.8 GiB less 136.8 free."""
+_NOTHING = Recompute()
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on one GPU by part; see the top of the file."""
+
+    weights: float
+    gradients: float
+    fp8: float
+    optimizer: float
+    language: float
+    head: float
+    vision: float
+
+    @property
+    def activations(self) -> float:
+        return self.language + self.head + self.vision
+
+    def held(self, offload: bool) -> float:
+        """What is there all the time; offload: the optimizer's part only in the update."""
+        return self.weights + self.gradients + self.fp8 + (0 if offload else self.optimizer)
+
+    def peak(self, offload: bool = False) -> float:
+        """Most that torch allocates at a time for this model."""
+        worst = max(self.activations, self.optimizer if offload else 0)
+        return BUFFERS + self.held(offload) + worst
 
 
 @dataclass(frozen=True)
@@ -69,104 +111,180 @@ def parameters(config: Qwen3VLConfig) -> Parameters:
     )
 
 
-def state_bytes(
+def training_bytes(
     config: Qwen3VLConfig,
     layout: Layout,
     world: int,
     *,
+    tokens: int,
+    patches: float = 0,
+    micro_batches: int | None = None,
+    recompute: Recompute = _NOTHING,
     frozen: frozenset[str] = frozenset(),
     moment_bytes: int = 4,
+    fp8: bool = False,
     score: bool = False,
-) -> tuple[float, float]:
-    """Bytes of weights with gradients, and of the optimizer.
+    offload: bool = False,
+) -> Memory:
+    """Bytes of the pipeline stage that needs most.
 
-    frozen: of "language", "vision", "mergers"; score: a discriminator, without a language head.
+    tokens: of a micro-batch, over all context-parallel ranks; patches: that one rank encodes for
+    it; micro_batches: of a step, where these are fewer than what a schedule can hold; frozen: of
+    "language", "vision", "mergers"; score: a discriminator, without a language head.
     """
-    count = parameters(config)
-    shard = layout.tensor * layout.data(world) * layout.context
-    expert_shard = layout.expert * layout.expert_tensor * layout.expert_data(world)
-    weights, optimizer = [], []
-    for stage in range(layout.pipeline):
-        first, last = stage == 0, stage == layout.pipeline - 1
-        layers = _layers(config, layout, stage)
-        head = count.head
-        if config.tie_word_embeddings and layout.pipeline > 1:
-            head += count.embedding  # a copy of its own
-        dense = {
-            "language": layers * count.layer
-            + first * count.embedding
-            + (last and not score) * head,
-            "vision": first * count.vision,
-            "mergers": first * count.mergers,
-        }
-        trained = sum(part for name, part in dense.items() if name not in frozen)
-        experts = layers * count.experts
-        trained_experts = 0 if "language" in frozen else experts
-        weights.append(
-            (WEIGHT * sum(dense.values()) + GRADIENT * trained) / layout.tensor
-            + (WEIGHT * experts + GRADIENT * trained_experts)
-            / (layout.expert * layout.expert_tensor)
+    stages = [
+        _stage_bytes(
+            config,
+            layout,
+            world,
+            stage,
+            tokens=tokens,
+            patches=patches,
+            micro_batches=micro_batches,
+            recompute=recompute,
+            frozen=frozen,
+            moment_bytes=moment_bytes,
+            fp8=fp8,
+            score=score,
         )
-        optimizer.append(
-            (4 + 2 * moment_bytes) * (trained / shard + trained_experts / expert_shard)
-        )
-    return max(weights), max(optimizer)
+        for stage in range(layout.pipeline)
+    ]
+    return max(stages, key=lambda stage: stage.peak(offload))
 
 
-def activation_bytes(
+def _stage_bytes(
     config: Qwen3VLConfig,
     layout: Layout,
-    tokens: int,
-    recompute: Recompute,
+    world: int,
+    stage: int,
     *,
-    score: bool = False,
-) -> float:
-    """Bytes of activations for micro-batches of `tokens`, over all context-parallel ranks."""
-    tokens_here = tokens / layout.context / (layout.tensor if layout.sequence_parallel else 1)
+    tokens: int,
+    patches: float,
+    micro_batches: int | None,
+    recompute: Recompute,
+    frozen: frozenset[str],
+    moment_bytes: int,
+    fp8: bool,
+    score: bool,
+) -> Memory:
+    count = parameters(config)
+    first, last = stage == 0, stage == layout.pipeline - 1
+    layers = num_stage_layers(config, layout, stage)
+    head = count.head
+    if config.tie_word_embeddings and layout.pipeline > 1:
+        head += count.embedding  # a copy of its own
+    dense = {
+        "language": layers * count.layer + first * count.embedding + (last and not score) * head,
+        "vision": first * count.vision,
+        "mergers": first * count.mergers,
+    }
+    trained = sum(part for name, part in dense.items() if name not in frozen)
+    experts = layers * count.experts
+    trained_experts = 0 if "language" in frozen else experts
+    shard = layout.tensor * layout.data(world) * layout.context
+    split = layout.expert * layout.expert_tensor
+    expert_shard = split * layout.expert_data(world)
+    own, own_experts = sum(dense.values()) / layout.tensor, experts / split
+    chunks = layout.virtual_pipeline
+    before_end = layout.pipeline - 1 - stage
+    # micro-batches of each chunk that are computed forward before the first one's backward pass
+    warm_up = before_end + 1 if chunks == 1 else 2 * before_end + (chunks - 1) * layout.pipeline + 1
+    in_flight = [_of_chunk(warm_up, layout, chunk, micro_batches) for chunk in range(chunks)]
+    kept, whole = token_bytes(config, recompute, fp8)
+    here = tokens / layout.context / (layout.tensor if layout.sequence_parallel else 1)
+    language, recomputed = 0.0, False
+    for chunk, held in enumerate(in_flight):
+        in_chunk = len(stage_layers(config, layout, stage, chunk))
+        full = 0
+        if recompute.granularity == "full":
+            full = min(in_chunk, recompute.layers or in_chunk)
+        recomputed |= bool(full)
+        language += here * held * ((in_chunk - full) * kept + full * whole)
+    # the layer that is being computed again
+    language += here * kept * recomputed
+    vision = 0.0
+    if first and not {"vision", "mergers"} <= frozen:
+        every, again = patch_bytes(config, recompute, layout.tensor, "vision" in frozen)
+        vision = patches * (every * in_flight[0] + again)
+    logits = 0.0
+    if last and not score:
+        logits = WEIGHT * config.vocab_size / layout.tensor
+        logits *= tokens / layout.context + (0 if "language" in frozen else config.hidden_size)
+    matrices = layers * (count.layer / layout.tensor) + own_experts
+    return Memory(
+        weights=WEIGHT * (own + own_experts),
+        gradients=GRADIENT * (trained / layout.tensor + trained_experts / split),
+        fp8=2 * matrices if fp8 else 0,
+        optimizer=(4 + 2 * moment_bytes) * (trained / shard + trained_experts / expert_shard),
+        language=language,
+        head=logits,
+        vision=vision,
+    )
+
+
+def token_bytes(config: Qwen3VLConfig, recompute: Recompute, fp8: bool) -> tuple[int, int]:
+    """Bytes that a decoder layer keeps of a token: of one computed once, and of one whose layer is
+    computed again. Inputs of products are kept in the type that these compute in."""
     hidden = config.hidden_size
     queries = config.num_heads * config.head_dim
     keys = config.num_kv_heads * config.head_dim
-    # inputs of norms and projections, queries, keys, values and the attention's result
-    attention = 2 * hidden + 2 * queries + 2 * keys
+    copies = config.top_k if config.num_experts else 1
+    width = config.moe_intermediate_size if config.num_experts else config.intermediate_size
+    product = 1 if fp8 else 2
+    # inputs of the norms of the layer, of queries and keys; what is rotated, and values
+    attention = 2 * (hidden + queries + 2 * keys + queries + keys)
+    projected, result = product * hidden, product * queries
+    # each copy of a token: what goes in, up and gate, their product; with experts what comes out
+    mlp = 2 * hidden + copies * (product * hidden + 2 * 2 * width)
+    activated = copies * product * width
     if config.num_experts:
-        # each copy of a token: what goes in, up and gate, their product, what comes out
-        mlp = config.top_k * (2 * hidden + 3 * config.moe_intermediate_size) + 2 * hidden
-    else:
-        mlp = 2 * hidden + 3 * config.intermediate_size
+        mlp += copies * 2 * hidden
     if recompute.granularity == "selective":
-        if {"mlp", "moe"} & set(recompute.modules):
-            mlp = hidden
-        if "core_attn" in recompute.modules:
-            attention -= queries
-        if "layernorm" in recompute.modules:
-            attention -= hidden
-        if "moe_act" in recompute.modules:
-            mlp -= config.top_k * config.moe_intermediate_size
-    kept = attention + mlp
-    logits = 0.0
-    if not score:
-        # in BF16, and in fp32 what the loss keeps of them
-        logits = (2 + 4) * tokens / layout.context / layout.tensor * config.vocab_size
-    most, chunks = 0.0, layout.virtual_pipeline
-    for stage in range(layout.pipeline):
-        layers = _layers(config, layout, stage)
-        whole = 0
-        if recompute.granularity == "full":
-            whole = min(layers, recompute.layers or layers)
-        per_layer = (layers - whole) * kept + whole * hidden
-        before_end = layout.pipeline - 1 - stage
-        in_flight = before_end + 1
-        if chunks > 1:
-            # chunks that the interleaved schedule has computed forward before the first backward
-            in_flight = (2 * before_end + (chunks - 1) * layout.pipeline + 1) / chunks
-        # the layer that is being computed again
-        again = kept if whole else 0
-        own = 2.0 * tokens_here * (per_layer * in_flight + again)
-        most = max(most, own + (logits if before_end == 0 else 0))
-    return most
+        modules = set(recompute.modules)
+        if {"mlp", "moe"} & modules:
+            mlp, activated = 2 * hidden, 0
+        if "core_attn" in modules:
+            result = 0
+        if "layernorm" in modules:
+            projected = 0
+            mlp -= product * hidden if mlp > 2 * hidden and copies == 1 else 0
+        if "moe_act" in modules:
+            activated = 0
+    return attention + projected + result + mlp + activated, 2 * hidden
 
 
-def _layers(config: Qwen3VLConfig, layout: Layout, stage: int) -> int:
+def patch_bytes(
+    config: Qwen3VLConfig, recompute: Recompute, tensor: int, frozen: bool
+) -> tuple[float, float]:
+    """Bytes that the tower keeps of a patch, and those of the block that is being computed again;
+    frozen: the blocks, without the mergers."""
+    vision = config.vision
+    width = vision.hidden_size
+    # inputs and outputs of both norms; queries, keys and values, two of them rotated too; the
+    # result; what goes into the activation and what comes out
+    block = 2 * (4 * width + (6 * width + 2 * vision.intermediate_size) / tensor)
+    # of the joined patches: the norm's input and output, and the activation's
+    mergers = 2 * (2 + 2 / tensor) * width * (1 + config.num_deepstack)
+    if frozen:
+        return mergers, 0
+    if recompute.vision:
+        return mergers + vision.depth * 2 * width, block
+    return mergers + vision.depth * block, 0
+
+
+def num_stage_layers(config: Qwen3VLConfig, layout: Layout, stage: int) -> int:
     """Decoder layers of a stage."""
     chunks = range(layout.virtual_pipeline)
     return sum(len(stage_layers(config, layout, stage, chunk)) for chunk in chunks)
+
+
+def _of_chunk(warm_up: int, layout: Layout, chunk: int, micro_batches: int | None) -> int:
+    """Micro-batches of a chunk among the first `warm_up` forward passes of its stage, which go
+    through one chunk after the other, as many at a time as there are stages."""
+    if layout.virtual_pipeline == 1:
+        count = warm_up
+    else:
+        rounds, rest = divmod(warm_up, layout.pipeline * layout.virtual_pipeline)
+        rest -= chunk * layout.pipeline
+        count = rounds * layout.pipeline + max(0, min(layout.pipeline, rest))
+    return count if micro_batches is None else min(count, micro_batches)

@@ -9,6 +9,7 @@ from pathlib import Path
 from checkpoint_tools.megatron_directory import hf_directory
 from model_providers import memory
 from model_providers.config import Qwen3VLConfig, Recompute
+from model_providers.memory import Memory
 from model_providers.presets import PRESETS
 from prism_megatron.config.schema import (
     RLVR,
@@ -31,18 +32,21 @@ GB = 1e9
 class Need:
     """Bytes that one model takes of each GPU."""
 
-    weights: float
-    """With gradients, and with a frozen reference model where there is a KL term."""
-    optimizer: float
+    memory: Memory
     offload: bool
     """The optimizer's part is there during the update alone."""
-    activations: float
+    reference: float
+    """Of the frozen start weights, where there is a KL term."""
+
+    @property
+    def held(self) -> float:
+        return self.memory.held(self.offload) + self.reference
 
 
 def total(models: Collection[Need]) -> float:
     """Bytes at the worst moment: one model at a time computes, or is updated."""
-    held = sum(need.weights + (0 if need.offload else need.optimizer) for need in models)
-    return held + max(max(n.activations, n.optimizer if n.offload else 0) for n in models)
+    worst = max(max(n.memory.activations, n.memory.optimizer * n.offload) for n in models)
+    return memory.CONTEXT + memory.BUFFERS + sum(need.held for need in models) + worst
 
 
 def lines(config: Section, gpus: int) -> Iterator[str]:
@@ -57,8 +61,10 @@ def lines(config: Section, gpus: int) -> Iterator[str]:
         yield (
             f"{name:<14} tensor {layout.tensor}, context {layout.context}, pipeline "
             f"{layout.pipeline}, expert {layout.expert}, data {layout.data(gpus)}: "
-            f"{need.weights / GB:.1f} GB of weights and gradients, {need.optimizer / GB:.1f} GB of "
-            f"{optimizer}, about {need.activations / GB:.0f} GB of activations"
+            f"{_weights(need) / GB:.1f} GB of weights and gradients, "
+            f"{need.memory.optimizer / GB:.1f} GB of {optimizer}, about "
+            f"{need.memory.activations / GB:.0f} GB of activations, of which "
+            f"{need.memory.vision / GB:.0f} of images"
         )
     for name, path in unknown.items():
         yield (
@@ -96,25 +102,41 @@ def _architecture(path: Path) -> Qwen3VLConfig | None:
     return PRESETS[max(found, key=len)] if found else None
 
 
+def _weights(need: Need) -> float:
+    found = need.memory
+    return found.weights + found.gradients + found.fp8 + need.reference
+
+
 def _need(config: Stage, name: str, model: Model, architecture: Qwen3VLConfig, gpus: int) -> Need:
-    layout, score = layout_of(model.parallel), isinstance(model, Discriminator)
+    layout = layout_of(model.parallel)
     optimizer = getattr(config, f"{name}_optimizer", None) or getattr(config, "optimizer", None)
     assert isinstance(optimizer, Optimizer)
-    weights, moments = memory.state_bytes(
+    found = memory.training_bytes(
         architecture,
         layout,
         gpus,
+        tokens=config.train.micro_batch_tokens,
+        patches=_patches(config, architecture) / layout.context,
+        recompute=Recompute(**model.recompute.model_dump()),
         frozen=frozenset(part for part, value in model.freeze if value),
         moment_bytes=2 if optimizer.moments == "bfloat16" else 4,
-        score=score,
+        fp8=model.fp8 is not None,
+        score=isinstance(model, Discriminator),
+        offload=optimizer.offload,
     )
+    reference = 0.0
     if name == "policy" and isinstance(config, PolicyUpdate) and config.kl_coef > 0:
-        every = frozenset({"language", "vision", "mergers"})
-        weights += memory.state_bytes(architecture, layout, gpus, frozen=every)[0]
-    recompute = Recompute(**model.recompute.model_dump())
-    tokens = config.train.micro_batch_tokens
-    activations = memory.activation_bytes(architecture, layout, tokens, recompute, score=score)
-    return Need(weights, moments, optimizer.offload, activations)
+        reference = found.weights
+    return Need(found, optimizer.offload, reference)
+
+
+def _patches(config: Stage, architecture: Qwen3VLConfig) -> float:
+    """Of a micro-batch whose prompts are images alone and, as its responses, as long as can be."""
+    prompt, response = config.data.max_prompt_tokens, config.data.max_response_tokens
+    if isinstance(config, Align | RLVR):
+        response = config.sampling.max_new_tokens
+    visual = config.train.micro_batch_tokens * prompt / (prompt + response)
+    return visual * architecture.vision.spatial_merge_size**2
 
 
 def _step(config: Stage) -> str:

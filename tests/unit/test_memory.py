@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from transformers import AutoModelForImageTextToText
 
-from model_providers.config import Recompute
-from model_providers.memory import activation_bytes, parameters, state_bytes
+from model_providers import memory
+from model_providers.config import Qwen3VLConfig, Recompute
+from model_providers.memory import Memory, parameters, training_bytes
 from model_providers.parallel import Layout
 from model_providers.presets import PRESETS, hf_config
 from tests.unit.test_presets import read_by_transformers
@@ -33,26 +36,37 @@ def test_weights_are_those_of_transformers(name: str, tmp_path: Path) -> None:
     assert found.layers * found.experts == experts
 
 
+def held(config: Qwen3VLConfig, layout: Layout, world: int, **options: Any) -> tuple[float, float]:
+    """Weights with gradients, and optimizer."""
+    found = training_bytes(config, layout, world, tokens=0, **options)
+    return found.weights + found.gradients, found.optimizer
+
+
+def activations(layout: Layout, *, patches: float = 0, **options: Any) -> Memory:
+    world = layout.tensor * layout.context * layout.pipeline
+    return training_bytes(DENSE, layout, world, tokens=8192, patches=patches, **options)
+
+
 def test_one_gpu_holds_everything() -> None:
     count = parameters(DENSE).total
-    assert state_bytes(DENSE, Layout(), 1) == (6 * count, 12 * count)
-    assert state_bytes(DENSE, Layout(), 1, moment_bytes=2) == (6 * count, 8 * count)
+    assert held(DENSE, Layout(), 1) == (6 * count, 12 * count)
+    assert held(DENSE, Layout(), 1, moment_bytes=2) == (6 * count, 8 * count)
 
 
 def test_ranks_share_what_they_split() -> None:
-    whole, moments = state_bytes(DENSE, Layout(), 1)
-    half = state_bytes(DENSE, Layout(tensor=2), 2)
+    whole, moments = held(DENSE, Layout(), 1)
+    half = held(DENSE, Layout(tensor=2), 2)
     assert half == (whole / 2, moments / 2)
     # data- and context-parallel ranks hold all weights and share the optimizer
-    assert state_bytes(DENSE, Layout(), 8) == (whole, moments / 8)
-    assert state_bytes(DENSE, Layout(context=2), 8) == (whole, moments / 8)
+    assert held(DENSE, Layout(), 8) == (whole, moments / 8)
+    assert held(DENSE, Layout(context=2), 8) == (whole, moments / 8)
 
 
 def test_experts_have_a_layout_of_their_own() -> None:
     count = parameters(MOE)
     experts = count.layers * count.experts
     rest = count.total - experts
-    weights, optimizer = state_bytes(MOE, Layout(tensor=2, expert=4), 8)
+    weights, optimizer = held(MOE, Layout(tensor=2, expert=4), 8)
     assert weights == 6 * rest / 2 + 6 * experts / 4
     # 4 copies of the rest and 2 of the experts
     assert optimizer == pytest.approx(12 * rest / 2 / 4 + 12 * experts / 4 / 2)
@@ -62,48 +76,83 @@ def test_the_stage_that_has_most_counts() -> None:
     count = parameters(DENSE)
     tower = count.vision + count.mergers
     first = 18 * count.layer + count.embedding + tower
-    assert state_bytes(DENSE, Layout(pipeline=2), 2)[0] == 6 * first
+    assert held(DENSE, Layout(pipeline=2), 2)[0] == 6 * first
     uneven = Layout(pipeline=2, first_stage_layers=12)
-    assert state_bytes(DENSE, uneven, 2)[0] == 6 * (24 * count.layer + count.head)
+    assert held(DENSE, uneven, 2)[0] == 6 * (24 * count.layer + count.head)
     tied = PRESETS["qwen3-vl-4b"]
     count = parameters(tied)
     last = Layout(pipeline=2, first_stage_layers=6)
     # with a copy of the embedding, and the last norm
     wanted = 30 * count.layer + count.embedding + tied.hidden_size
-    assert state_bytes(tied, last, 2)[0] == 6 * wanted
+    assert held(tied, last, 2)[0] == 6 * wanted
 
 
 def test_a_frozen_part_has_weights_alone() -> None:
     count = parameters(DENSE)
     trained = count.total - count.vision - count.mergers
-    found = state_bytes(DENSE, Layout(), 1, frozen=frozenset({"vision", "mergers"}))
-    assert found == (2 * count.total + 4 * trained, 12 * trained)
+    frozen = frozenset({"vision", "mergers"})
+    found = training_bytes(DENSE, Layout(), 1, tokens=7, patches=100, frozen=frozen)
+    assert found.weights + found.gradients == 2 * count.total + 4 * trained
+    assert found.optimizer == 12 * trained
+    assert found.vision == 0
+    tower = training_bytes(DENSE, Layout(), 1, tokens=7, patches=100, frozen=frozenset({"vision"}))
+    assert 0 < tower.vision < activations(Layout(), patches=100).vision / 20
 
 
 def test_a_discriminator_has_no_language_head() -> None:
     count = parameters(DENSE)
-    assert state_bytes(DENSE, Layout(), 1, score=True)[0] == 6 * (count.total - count.head)
+    found = training_bytes(DENSE, Layout(), 1, tokens=7, score=True)
+    assert found.weights + found.gradients == 6 * (count.total - count.head)
+    assert found.head == 0
 
 
-def test_activations_are_near_what_was_measured() -> None:
-    """Four H200s, 8,192 tokens a micro-batch: the peak (docs/results/h200/dense-bf16.json) less
-    weights, gradients and optimizer."""
-    weights, optimizer = state_bytes(DENSE, Layout(), 4)
-    measured = 124 * 2**30 - weights - optimizer
-    found = activation_bytes(DENSE, Layout(), 8192, Recompute())
-    assert 0.75 * measured < found < 1.1 * measured
+def test_fp8_keeps_matrices_twice_and_their_inputs_once() -> None:
+    bf16, fp8 = activations(Layout()), activations(Layout(), fp8=True)
+    matrices = 36 * DENSE.token_weights
+    assert fp8.fp8 == pytest.approx(2 * matrices, rel=1e-3)
+    inputs = 3 * DENSE.hidden_size + DENSE.intermediate_size
+    assert bf16.language - fp8.language == 8192 * 36 * inputs
+
+
+def test_offload_takes_the_optimizer_out_of_all_but_the_update() -> None:
+    found = activations(Layout(), recompute=Recompute("full"))
+    assert found.activations < found.optimizer
+    assert found.peak(offload=True) == found.peak() - found.activations
+    assert found.peak() - memory.BUFFERS == sum(vars(found).values())
 
 
 def test_recomputation_and_layouts_save_activations() -> None:
-    none = activation_bytes(DENSE, Layout(), 8192, Recompute(), score=True)
-    full = activation_bytes(DENSE, Layout(), 8192, Recompute("full"), score=True)
-    some = activation_bytes(DENSE, Layout(), 8192, Recompute("selective", ("mlp",)), score=True)
+    none = activations(Layout(), score=True).language
+    full = activations(Layout(), score=True, recompute=Recompute("full")).language
+    half = activations(Layout(), score=True, recompute=Recompute("full", layers=18)).language
+    mlp = Recompute("selective", ("mlp",))
+    some = activations(Layout(), score=True, recompute=mlp).language
     assert full < none / 8
     assert full < some < none
     # one input a layer, and all of one layer
     assert full == pytest.approx(2 * 8192 * 4096 * 36 + none / 36)
-    assert activation_bytes(DENSE, Layout(context=2), 8192, Recompute(), score=True) == none / 2
+    assert half == pytest.approx(2 * 8192 * 4096 * 18 + none / 2 + none / 36)
+    assert activations(Layout(context=2), score=True).language == none / 2
     split = Layout(tensor=2, sequence_parallel=True)
-    assert activation_bytes(DENSE, split, 8192, Recompute(), score=True) == none / 2
-    # as many micro-batches in flight as stages
-    assert activation_bytes(DENSE, Layout(pipeline=4), 8192, Recompute(), score=True) == none
+    assert activations(split, score=True).language == none / 2
+
+
+def test_the_tower_is_on_the_first_stage_and_split_but_for_its_norms() -> None:
+    one = activations(Layout(), patches=1000).vision
+    block = 2 * (10 * 1152 + 2 * 4304) * 27 + 2 * 4 * 1152 * 4
+    assert one == 1000 * block
+    assert one / 2 < activations(Layout(tensor=2), patches=1000).vision < one
+    again = activations(Layout(), patches=1000, recompute=Recompute(vision=True)).vision
+    assert again < one / 5
+
+
+def test_a_schedule_holds_as_many_micro_batches_as_there_are_stages() -> None:
+    none = activations(Layout(), score=True).language
+    assert activations(Layout(pipeline=4), score=True).language == none
+    assert activations(Layout(pipeline=4), score=True, micro_batches=2).language == none / 2
+    # two chunks of 4: 4 of the first, 4 of the second and 3 of the first again, of 4.5 layers each
+    chunks = Layout(pipeline=4, virtual_pipeline=2, embedding_as_layer=True, loss_as_layer=True)
+    config = replace(DENSE, num_layers=38)
+    found = training_bytes(config, chunks, 4, tokens=8192, score=True)
+    # the first chunk has 4 layers beside the embedding, the second 5
+    assert found.language == pytest.approx(none / 36 * (7 * 4 + 4 * 5))
