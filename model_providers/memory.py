@@ -20,6 +20,7 @@ tests/unit/test_measured_memory.py compares the sums with measured peaks.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 
 from model_providers.config import Qwen3VLConfig, Recompute, stage_layers
 from model_providers.parallel import Layout
@@ -34,7 +35,7 @@ CONTEXT = 1.5e9
 ENGINE_ASLEEP = 1.7e9
 """Bytes that a sleeping server keeps on each of its GPUs. With CONTEXT what is in use beside a tiny
 model in docs/results/h200/sync-dense.json: 139.8 GiB less 136.8 free."""
-_NOTHING = Recompute()
+NO_RECOMPUTE = Recompute()
 
 
 @dataclass(frozen=True)
@@ -85,6 +86,7 @@ class Parameters:
         return self.embedding + self.head + decoder + self.vision + self.mergers
 
 
+@cache
 def parameters(config: Qwen3VLConfig) -> Parameters:
     """Counts of a language model, as transformers has them (Qwen3VLForConditionalGeneration)."""
     hidden, vision = config.hidden_size, config.vision
@@ -119,7 +121,7 @@ def training_bytes(
     tokens: int,
     patches: float = 0,
     micro_batches: int | None = None,
-    recompute: Recompute = _NOTHING,
+    recompute: Recompute = NO_RECOMPUTE,
     frozen: frozenset[str] = frozenset(),
     moment_bytes: int = 4,
     fp8: bool = False,
@@ -147,9 +149,15 @@ def training_bytes(
             fp8=fp8,
             score=score,
         )
-        for stage in range(layout.pipeline)
+        for stage in stages_that_differ(layout)
     ]
     return max(stages, key=lambda stage: stage.peak(offload))
+
+
+def stages_that_differ(layout: Layout) -> list[int]:
+    """Stages among which the slowest and the largest are: those between the second and the last
+    are like the second, and hold fewer micro-batches."""
+    return sorted({0, min(1, layout.pipeline - 1), layout.pipeline - 1})
 
 
 def _stage_bytes(

@@ -38,19 +38,26 @@ def training_flops(
     """Operations of forward and backward over sequences of `lengths` tokens and over distinct
     images and videos of `grids` (t, h, w) patches, with nothing frozen."""
     lengths, grids = list(lengths), list(grids)
-    attention = sum(2 * config.num_heads * config.head_dim * length**2 for length in lengths)
+    squares = sum(length**2 for length in lengths)
+    linear, experts, attention = layer_flops(config, sum(lengths), squares)
+    of_head = 2 * sum(lengths) * config.hidden_size * config.vocab_size
     return Flops(
-        text=6.0
-        * sum(lengths)
-        * (
-            config.num_layers * config.token_weights + head * config.hidden_size * config.vocab_size
-        ),
+        text=3.0 * (config.num_layers * (linear + experts) + head * of_head),
         attention=3.0 * config.num_layers * attention,
-        vision=3.0 * sum(t * _frame(config, h * w) for t, h, w in grids),
+        vision=3.0 * sum(t * sum(frame_flops(config, h * w)) for t, h, w in grids),
     )
 
 
-def _frame(config: Qwen3VLConfig, patches: int) -> float:
+def layer_flops(config: Qwen3VLConfig, tokens: float, squares: float) -> tuple[float, float, float]:
+    """Forward, of one decoder layer: linear layers without experts, experts, attention; squares:
+    sum of the sequences' squared lengths."""
+    experts = 3 * config.top_k * config.hidden_size * config.moe_intermediate_size
+    attention = 2 * config.num_heads * config.head_dim * squares
+    return 2 * tokens * (config.token_weights - experts), 2 * tokens * experts, attention
+
+
+def frame_flops(config: Qwen3VLConfig, patches: int) -> tuple[float, float]:
+    """Forward, of a frame in the tower: linear layers with the mergers, attention."""
     vision = config.vision
     hidden = vision.hidden_size
     block = 4 * hidden**2 + 2 * hidden * vision.intermediate_size
@@ -58,4 +65,4 @@ def _frame(config: Qwen3VLConfig, patches: int) -> float:
     mergers = (1 + config.num_deepstack) * (joined**2 + joined * vision.out_hidden_size)
     linear = patches * (vision.patch_dim * hidden + vision.depth * block)
     linear += patches / vision.spatial_merge_size**2 * mergers
-    return 2.0 * linear + 4.0 * vision.depth * hidden * patches**2
+    return 2.0 * linear, 4.0 * vision.depth * hidden * patches**2
