@@ -7,7 +7,7 @@ What the file does not say is an error, since class defaults differ between tran
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
 from typing import Any, Literal
@@ -460,16 +460,37 @@ def stage_layers(config: Qwen3VLConfig, layout: Layout, stage: int, chunk: int =
     megatron.core's own allocation, so a layout that it refuses raises its error here;
     Qwen3VLConfig.check_layout says the same in our words.
     """
-    # of the layout only what the allocation depends on, so that a search meets few of them
-    pipeline = replace(
-        layout, tensor=1, context=1, expert=1, expert_tensor=1, sequence_parallel=False
+    allocation = _allocation(
+        config.num_layers,
+        layout.pipeline,
+        layout.virtual_pipeline,
+        layout.first_stage_layers,
+        layout.last_stage_layers,
+        layout.embedding_as_layer,
+        layout.loss_as_layer,
     )
-    return _allocation(config.num_layers, pipeline)[stage][chunk]
+    return allocation[stage][chunk]
 
 
 @cache
-def _allocation(num_layers: int, layout: Layout) -> list[list[range]]:
+def _allocation(
+    num_layers: int,
+    pipeline: int,
+    virtual_pipeline: int,
+    first_stage_layers: int | None,
+    last_stage_layers: int | None,
+    embedding_as_layer: bool,
+    loss_as_layer: bool,
+) -> list[list[range]]:
     """The layers of every stage and chunk."""
+    layout = Layout(
+        pipeline=pipeline,
+        virtual_pipeline=virtual_pipeline,
+        first_stage_layers=first_stage_layers,
+        last_stage_layers=last_stage_layers,
+        embedding_as_layer=embedding_as_layer,
+        loss_as_layer=loss_as_layer,
+    )
     # width and precision have no part in it
     plan = TransformerConfig(
         num_layers=num_layers,

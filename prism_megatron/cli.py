@@ -3,6 +3,7 @@
     prism-megatron STAGE --config FILE [--config OVERLAY ...] [section.field=value ...]
                          [--dry-run [--gpus N]]
     prism-megatron checkpoint NAME ...
+    prism-megatron plan --model NAME --gpus N --gpu-memory GB --seq TOKENS
     prism-megatron score --input FILE [--output FILE] [--rules reference]
     prism-megatron doctor [--json]
 
@@ -56,6 +57,20 @@ CHECKPOINT_TOOLS = (
 )
 
 
+TOOLS = {
+    "plan": (
+        "prism_megatron.planner.command:main",
+        "Layouts for a model and GPUs, by memory and estimated time.",
+    ),
+    "score": ("prism_megatron.score:main", "What responses in a file earn, by the rules of RLVR."),
+    "doctor": (
+        "prism_megatron.doctor:main",
+        "Versions, active acceleration and known bad version pairs.",
+    ),
+}
+"""Commands with arguments of their own: the function that takes them, and what it does."""
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command `argv` (default: sys.argv) and return its exit status."""
     arguments = list(sys.argv[1:] if argv is None else argv)
@@ -63,10 +78,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(_overview())
         return 0 if arguments else 2
     name, *rest = arguments
-    if name == "doctor":
-        return exit_status(_function("prism_megatron.doctor:main"), rest)
-    if name == "score":
-        return exit_status(_function("prism_megatron.score:main"), rest)
+    if name in TOOLS:
+        return exit_status(_function(TOOLS[name][0]), rest)
     if name == "checkpoint":
         return exit_status(_checkpoint, rest)
     return exit_status(_stage, name, rest)
@@ -75,7 +88,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def parse(name: str, arguments: Sequence[str]) -> tuple[argparse.Namespace, Section]:
     """Options of a stage's command line, and the checked configuration that it asks for."""
     if name not in ENTRY_POINTS:
-        commands = [*ENTRY_POINTS, "checkpoint", "score", "doctor"]
+        commands = [*ENTRY_POINTS, "checkpoint", *TOOLS]
         raise ValueError(configuration.unknown("command", name, commands))
     options = _stage_parser(name).parse_intermixed_args(arguments)
     return options, configuration.load(name, options.config, options.overrides)
@@ -189,7 +202,6 @@ def _overview() -> str:
             "",
             "tools:",
             f"  {'checkpoint':<20}{', '.join(CHECKPOINT_TOOLS)}",
-            f"  {'score':<20}What responses in a file earn, by the rules of RLVR.",
-            f"  {'doctor':<20}Versions, active acceleration and known bad version pairs.",
+            *(f"  {name:<20}{meaning}" for name, (_, meaning) in TOOLS.items()),
         ]
     )

@@ -5,8 +5,8 @@
     pointwise    norms, activations, casts: memory
     tensor, context, experts, pipeline
                  collectives that the next kernel waits for: all-gather and reduce-scatter of tensor
-                 parallelism, keys and values around the context ranks as far as attention does not
-                 hide them, all-to-all of tokens, sending from stage to stage
+                 parallelism, keys and values around the context ranks (part of which attention may
+                 hide), all-to-all of tokens, sending from stage to stage
     gaps         no kernel runs
     bubble       stages wait for the first and the last micro-batch
     gradients    reduce-scatter, as far as the last backward pass does not hide it
@@ -112,11 +112,7 @@ class Spent:
 
     @property
     def total(self) -> float:
-        return (
-            self.products + self.weights + self.attention + self.pointwise + self.tensor
-            + max(0.0, self.context - self.attention)
-            + self.experts + self.experts_network + self.gaps
-        )  # fmt: skip
+        return sum(vars(self).values())
 
 
 def estimate(
@@ -133,7 +129,6 @@ def estimate(
     # the interleaved schedule sends beside the computation
     pipeline = 0.0 if layout.virtual_pipeline > 1 else sent
     exposed = max(0.0, gradients - alone * 2 / 3)
-    context = max(0.0, slowest.context - slowest.attention)
     context_on_network = layout.tensor * layout.context > hardware.NODE
     on_network = slowest.experts_network + (slowest.context if context_on_network else 0)
     on_nvlink = slowest.tensor + slowest.experts + (0 if context_on_network else slowest.context)
@@ -143,7 +138,7 @@ def estimate(
         attention=count * slowest.attention,
         pointwise=count * slowest.pointwise,
         tensor=count * slowest.tensor,
-        context=count * context,
+        context=count * slowest.context,
         experts=count * (slowest.experts + slowest.experts_network),
         pipeline=count * pipeline,
         gaps=count * slowest.gaps,
@@ -203,7 +198,9 @@ def micro_batch(
     traffic = matrices * (layers * (width * (passes - 1) + 8) + again * width)
     hbm = gpu.hbm * hardware.HBM
     kept = token_bytes(config, NO_RECOMPUTE, False)[0] / layout.tensor * tokens
-    spent.pointwise += kept * (layers * passes + again) / 3 * hardware.PASSES / hbm
+    # what is computed again there is cheap
+    cheap = layers / 4 * bool({"layernorm", "moe_act"} & selective)
+    spent.pointwise += kept * (layers * passes + again + cheap) / 3 * hardware.PASSES / hbm
     if options.fp8:
         spent.pointwise += _casts(config) * tokens / layout.tensor * layers * passes / 3 / hbm
     if stage == layout.pipeline - 1 and options.head:
