@@ -64,7 +64,7 @@ class Job:
 
     @property
     def ray_folder(self) -> Path:
-        """Short, since sockets below it have names of up to 107 bytes; of no other job on the host."""
+        """Short, since sockets below it have names of at most 107 bytes; no other job's."""
         name = f"{self.run_id} {self.port} {self.node}"
         return Path("/tmp", f"prism-ray-{sha256(name.encode()).hexdigest()[:10]}")
 

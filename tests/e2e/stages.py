@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
@@ -9,7 +10,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import psutil
 
@@ -50,22 +51,26 @@ def sft(root: Path, out: Path, steps: int, *overrides: str) -> list[str]:
 
 
 class Job:
-    """A stage under our launcher, in a session of its own."""
+    """A command in a session of its own."""
 
-    def __init__(
-        self, stage: list[str], *, ranks: int = 2, restarts: int = 0, module: str = "prism_megatron"
-    ) -> None:
-        launcher = [sys.executable, "-m", "prism_megatron.elastic", "--standalone"]
-        launcher += [f"--nproc-per-node={ranks}", f"--max-restarts={restarts}"]
+    def __init__(self, command: list[str], **variables: object) -> None:
         self.process = subprocess.Popen(
-            [*launcher, "-m", module, *stage],
+            command,
             cwd=ROOT,
-            env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+            env=os.environ
+            | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+            | {name: str(value) for name, value in variables.items()},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
             start_new_session=True,
         )
+
+    @classmethod
+    def launched(cls, stage: list[str], *, ranks: int = 2, restarts: int = 0) -> Self:
+        """A stage under our launcher."""
+        command = [sys.executable, "launch/node.py", *stage]
+        return cls(command, NPROC_PER_NODE=ranks, MAX_RESTARTS=restarts)
 
     def wait_for(self, event: Callable[[], object], seconds: float = 300) -> None:
         """Until something is so; AssertionError if the job ends before."""
@@ -77,8 +82,11 @@ class Job:
 
     def ranks(self) -> list[psutil.Process]:
         """The ranks that are there now, in their order."""
-        children = psutil.Process(self.process.pid).children()
-        return [p for p in children if "prism_megatron" in p.cmdline()]
+        found = {}
+        for process in psutil.Process(self.process.pid).children(recursive=True):
+            with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied, KeyError):
+                found[int(process.environ()["LOCAL_RANK"])] = process
+        return [found[rank] for rank in sorted(found)]
 
     def end(self, seconds: float = 300) -> tuple[int, str]:
         """Wait for its end; exit status and what was printed."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 from prism_megatron.training.watchdog import Answer, missing, report
@@ -12,7 +13,9 @@ def test_a_hung_run_names_the_missing_rank_and_ends(tmp_path: Path) -> None:
     prepare(tmp_path)
     out = tmp_path / "out"
     stage = sft(tmp_path, out, 10**6, "run.hang_timeout=15", "batch_size=6")
-    status, output = Job(stage, ranks=3, module="tests.e2e.hangs").end()
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command = [*torchrun, "--nproc-per-node=3", "-m", "tests.e2e.hangs", *stage]
+    status, output = Job(command).end()
     assert status == 1, output[-6000:]
     assert output.count("MISSING") == 1
     [words] = [line for line in output.splitlines() if "MISSING" in line]

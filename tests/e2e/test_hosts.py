@@ -1,5 +1,5 @@
-"""Several hosts on one machine, each a namespace of network, processes and name: torchrun, a Ray fleet
-and Slurm over real TCP between them."""
+"""Several hosts on one machine, each a namespace of network, processes and name: torchrun, a Ray
+fleet and Slurm over real TCP between them."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ def test_signals_have_every_rank_save_and_the_job_queued_again(root: Path, tmp_p
     """One rank is told first, then the launcher; restarts that are left are not taken."""
     steps = 0
     for number, to_launcher in [(signal.SIGUSR1, False), (signal.SIGTERM, True)]:
-        job = Job(sft(root, tmp_path, 10**6), restarts=2)
+        job = Job.launched(sft(root, tmp_path, 10**6), restarts=2)
         job.wait_for(lambda before=steps: len(metrics(tmp_path)) > before)
         if to_launcher:
             os.kill(job.process.pid, number)
@@ -38,7 +38,7 @@ def test_signals_have_every_rank_save_and_the_job_queued_again(root: Path, tmp_p
 
 
 def test_a_signal_before_there_is_anything_to_save(root: Path, tmp_path: Path) -> None:
-    job = Job(sft(root, tmp_path, 10**6), ranks=1)
+    job = Job.launched(sft(root, tmp_path, 10**6), ranks=1)
     # the configuration is written before torch is imported
     job.wait_for(lambda: list(tmp_path.glob("*")) and job.ranks())
     job.ranks()[0].send_signal(signal.SIGUSR1)
