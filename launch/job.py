@@ -64,7 +64,7 @@ class Job:
 
     @property
     def ray_folder(self) -> Path:
-        """Short, since sockets below it have names of at most 107 bytes; no other job's."""
+        """Short, since sockets below it have names of up to 107 bytes, and this job's alone."""
         name = f"{self.run_id} {self.port} {self.node}"
         return Path("/tmp", f"prism-ray-{sha256(name.encode()).hexdigest()[:10]}")
 
@@ -170,7 +170,7 @@ def _with_stage(job: Job, has_ray: bool) -> Job:
         # every node is asked, once
         return replace(job, engine_nodes=0, ranks="1")
     rollout = None
-    if stage not in ("checkpoint", "score"):
+    if stage not in ("checkpoint", *cli.TOOLS):
         rollout = getattr(cli.parse(stage, rest)[1], "rollout", None)
     if rollout is None or rollout.kind == "embedded":
         if job.engine_nodes:

@@ -5,7 +5,7 @@
     prism-megatron checkpoint NAME ...
     prism-megatron plan --model NAME --gpus N --gpu-memory GB --seq TOKENS
     prism-megatron score --input FILE [--output FILE] [--rules reference]
-    prism-megatron doctor [--json]
+    prism-megatron doctor [--json] [STAGE --config FILE [section.field=value ...]]
 
 The configuration is checked before anything imports torch. A mistake of the user ends with one
 message and exit status 2; a defect of ours keeps its traceback.
@@ -65,7 +65,7 @@ TOOLS = {
     "score": ("prism_megatron.score:main", "What responses in a file earn, by the rules of RLVR."),
     "doctor": (
         "prism_megatron.doctor:main",
-        "Versions, active acceleration and known bad version pairs.",
+        "Versions, acceleration, settings and room of one or all hosts.",
     ),
 }
 """Commands with arguments of their own: the function that takes them, and what it does."""

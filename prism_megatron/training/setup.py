@@ -28,6 +28,7 @@ from prism_megatron.config.schema import (
 )
 from prism_megatron.data.prompts import PromptEncoder
 from prism_megatron.data.stream import Quarantine
+from prism_megatron.environment import check_host, check_shared
 from prism_megatron.training.runner import ModelRunner
 
 DEFAULT_TIMEOUT = 600
@@ -60,9 +61,10 @@ def options_of(
 
 
 def start(backend_name: str, run: Run, *models: Model) -> Backend:
-    """Check what every model asks for against its architecture and the backend, then join the
-    world."""
+    """Check this host, and what every model asks for against its architecture and the backend, then
+    join the world and see that all its hosts share run.dir."""
     backend = backends.create(backend_name)
+    check_host(run.dir, backend.device)
     for model in models:
         layout = layout_of(model.parallel)
         backend.check(layout)
@@ -76,6 +78,7 @@ def start(backend_name: str, run: Run, *models: Model) -> Backend:
             _check_whole_response(architecture, model)
     # the watchdog says who is missing before a collective just fails
     backend.init_process_group(4 * (run.hang_timeout or DEFAULT_TIMEOUT))
+    check_shared(run.dir)
     return backend
 
 

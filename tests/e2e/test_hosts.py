@@ -1,5 +1,5 @@
 """Several hosts on one machine, each a namespace of network, processes and name: torchrun, a Ray
-fleet and Slurm over real TCP between them."""
+fleet and Slurm over TCP between them."""
 
 from __future__ import annotations
 
@@ -132,6 +132,35 @@ def test_torchrun_trains_a_model_that_is_split_over_two_hosts(
     assert statuses == [0, 0], said[-6000:]
     assert [entry["step"] for entry in metrics(quickstart / "sft")] == [1, 2, 3]
     assert (quickstart / "sft" / "hf" / "model.safetensors").exists()
+
+
+def test_doctor_has_a_row_for_each_host(cluster: dict[str, str], quickstart: Path) -> None:
+    stage = arguments("sft", quickstart)
+    first, second = on_hosts(cluster, 2, "doctor", "--json", *stage)
+    said = first.communicate(timeout=300)[0]
+    assert (first.returncode, second.wait(60)) == (0, 0), said + second.communicate()[0]
+    printed = json.loads(said[said.index("{\n") : said.rindex("}") + 1])
+    assert printed["problems"] == []
+    assert [node["host"] for node in printed["nodes"]] == ["host-1", "host-2"]
+    assert [node["addresses"]["eth0"] for node in printed["nodes"]] == [
+        [f"{NETWORK}.{host}"] for host in (1, 2)
+    ]
+    assert [node["shared"] for node in printed["nodes"]] == [True, True]
+    assert all(abs(node["clock"]) < 60 for node in printed["nodes"])
+
+
+def test_a_host_with_a_wrong_interface_ends_the_job_on_all(
+    cluster: dict[str, str], quickstart: Path
+) -> None:
+    nodes = on_hosts(
+        cluster | {"INTERFACE": "", "GLOO_SOCKET_IFNAME": "eth1"},
+        2,
+        *arguments("sft", quickstart, f"model.path={quickstart}/tiny"),
+    )
+    statuses, said = outputs(nodes)
+    assert statuses == [2, 2], said[-6000:]
+    assert "GLOO_SOCKET_IFNAME=eth1 names no interface of host-" in said
+    assert "Traceback" not in said.partition("FAILED")[0]
 
 
 def test_slurm_runs_rlvr_with_trainers_and_engine_on_hosts_of_their_own(

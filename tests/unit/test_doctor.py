@@ -1,65 +1,34 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from packaging.version import Version
 
 from prism_megatron import doctor
+from prism_megatron.config import schema
 
 ROOT = Path(__file__).resolve().parents[2]
-TESTED = {"torch": "2.11.0+cu130", "transformers": "5.6.0", "megatron-core": "0.19.2"}
-
-
-def problems(
-    installed: dict[str, str],
-    acceleration: dict[str, str] | None = None,
-    apex_files: tuple[str, ...] = (),
-) -> list[str]:
-    versions = {name: Version(version) for name, version in (TESTED | installed).items()}
-    return list(doctor.known_bad(versions, acceleration or {}, apex_files))
 
 
 @pytest.mark.parametrize(
-    ("installed", "said"),
+    ("status", "said"),
     [
-        ({"transformer-engine": "2.13.0"}, "install transformer-engine 2.12.0"),
-        ({"transformer-engine": "2.14.1"}, "Transformer Engine 2.14.1 needs a newer cuBLAS"),
-        ({"kernels": "0.17.0"}, "install kernels 0.14.1"),
-        ({"transformers": "4.57.6"}, "rope_theta ten times off"),
-        ({"apex": "0.9.10.dev0"}, "not NVIDIA Apex"),
+        ("OSError: libcublas.so.13: no such file", ["(OSError: libcublas.so.13: no such file)"]),
+        ("not installed", []),
+        ("active", []),
     ],
 )
-def test_a_known_bad_version_is_named_with_the_way_out(
-    installed: dict[str, str], said: str
+def test_an_engine_that_does_not_load_is_a_problem_and_one_that_is_absent_is_not(
+    status: str, said: list[str]
 ) -> None:
-    [problem] = problems(installed)
-    assert said in problem
-
-
-@pytest.mark.parametrize(
-    "installed",
-    [
-        {},
-        {"transformer-engine": "2.12.0", "kernels": "0.14.1"},
-        {"transformer-engine": "2.13.0", "torch": "2.12.0"},
-        {"kernels": "0.17.0", "transformers": "5.7.0"},
-    ],
-)
-def test_good_versions_have_no_problem(installed: dict[str, str]) -> None:
-    assert problems(installed) == []
-
-
-def test_nvidias_apex_is_known_by_its_files() -> None:
-    assert problems({"apex": "0.1"}, apex_files=("apex/optimizers/fused_adam.py",)) == []
-
-
-def test_an_engine_that_does_not_load_is_a_problem_and_one_that_is_absent_is_not() -> None:
-    [problem] = problems({}, {"Transformer Engine": "OSError: libcublas.so.13: no such file"})
-    assert "breaks the import of megatron.core (OSError: libcublas" in problem
-    assert problems({}, {"Transformer Engine": "not installed", "DeepEP": "OSError: x"}) == []
-    assert problems({}, {"Transformer Engine": "active"}) == []
+    found = list(doctor._acceleration({"Transformer Engine": status, "DeepEP": "OSError: x"}))
+    assert [finding.severity for finding in found] == ["bad"] * len(said)
+    assert all(
+        words in finding.what and "breaks the import of megatron.core" in finding.what
+        for words, finding in zip(said, found, strict=True)
+    )
 
 
 @pytest.mark.parametrize(
@@ -95,7 +64,7 @@ def test_the_versions_that_belong_together_are_pinned_alike_everywhere() -> None
 
 
 def test_every_requirement_has_a_tested_version() -> None:
-    packages = doctor.diagnose().packages
+    packages = doctor.diagnose(None, Path()).packages
     required = [p for p in packages if p.name not in doctor.ENGINES]
     assert [p.name for p in required if p.tested is None or p.installed is None] == []
 
@@ -120,10 +89,45 @@ def test_json_holds_everything_and_the_status_follows_the_problems(
     status = doctor.main(["--json"])
     printed = json.loads(capsys.readouterr().out)
     assert status == (1 if printed["problems"] else 0)
-    installed = {package["name"]: package["installed"] for package in printed["packages"]}
+    [node] = printed["nodes"]
+    installed = {package["name"]: package["installed"] for package in node["packages"]}
     assert installed["megatron-core"] == "0.19.2"
-    assert set(printed["acceleration"]) == set(doctor.ACCELERATION)
+    assert set(node["acceleration"]) == set(doctor.ACCELERATION)
+    assert node["room"]["disk"] > 0 and node["addresses"]["lo"] == ["127.0.0.1"]
 
-    monkeypatch.setattr(doctor, "known_bad", lambda *found: ["this pair is bad"])
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "no0")
     assert doctor.main([]) == 1
-    assert "known bad: this pair is bad" in capsys.readouterr().out
+    printed_words = " ".join(capsys.readouterr().out.split())
+    assert "known bad" in printed_words and "GLOO_SOCKET_IFNAME=no0 names no" in printed_words
+
+
+def test_a_layout_is_held_against_the_gpus(capsys: pytest.CaptureFixture[str]) -> None:
+    stage = ["sft", "--config", str(ROOT / "configs/quickstart/sft.yaml"), "vars.dir=/r"]
+    # nothing else here may be bad
+    assert doctor.main(["--json", "--gpus", "4", *stage]) == 0
+    capsys.readouterr()
+    assert doctor.main(["--json", "--gpus", "3", *stage]) == 1
+    [problem] = json.loads(capsys.readouterr().out)["problems"]
+    assert problem.startswith("layout on 3 GPUs: model.parallel: tensor 2")
+
+
+def test_engines_need_gpus_that_there_are() -> None:
+    config = schema.RLVR.model_construct(
+        rollout=schema.Rollout(kind="sglang", engines=2, gpus=(0, 4))
+    )
+    [finding] = doctor._engines(config, 4)
+    assert finding.what == "rollout.gpus=[0, 4], but the host has GPUs 0 to 3"
+    assert not list(doctor._engines(config, 5))
+
+
+def test_hosts_that_differ_are_named() -> None:
+    first = doctor.diagnose(None, Path())
+    older = replace(first.packages[0], installed="0.1")
+    other = replace(
+        first, host="other", clock=-3.25, shared=False, packages=(older, *first.packages[1:])
+    )
+    assert not list(doctor._between([first, replace(first, clock=1.5, shared=True)], Path("runs")))
+    clock, folder, versions = doctor._between([first, other], Path("runs"))
+    assert f"the clock of other is -3.2 s off that of {first.host}" in clock
+    assert f"other does not see what {first.host} writes into run.dir=runs" in folder
+    assert versions == f"other has other versions than {first.host}: {older.name} 0.1"
