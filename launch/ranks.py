@@ -10,15 +10,20 @@ import sys
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import main
 
+EXPLAINED = (2, 75)
+"""Statuses of a stage that has said what there is to say: a user's mistake, saved on request."""
+
 
 def run() -> int:
     """As the shell has it: a rank that a signal ended gives 128 and the signal's number."""
     try:
         main()
     except ChildFailedError as error:
-        print(error, file=sys.stderr)
         _, failure = error.get_first_failure()
-        return failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode
+        status = failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode
+        if status not in EXPLAINED:
+            print(error, file=sys.stderr)
+        return status
     return 0
 
 

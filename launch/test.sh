@@ -31,6 +31,8 @@ check "ruff check" ruff check .
 check "ruff format" ruff format --check .
 check "import direction" lint-imports
 check mypy mypy
+check shellcheck shellcheck --severity warning --external-sources --source-path SCRIPTDIR \
+    launch/*.s* .ci/run tests/fixtures/cluster/*
 check tests tests "$@"
 
 if ((${#failed[@]})); then

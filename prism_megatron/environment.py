@@ -280,7 +280,10 @@ def own_address() -> str | None:
 
 
 def hosts() -> int:
-    """Hosts of the world that a launcher started, if all have as many ranks as this one."""
+    """Hosts of the world that a launcher started, if all have as many ranks as this one; a world
+    that meets over loopback is on one."""
+    if os.environ.get("MASTER_ADDR", "").startswith(("127.", "localhost")):
+        return 1
     world = int(os.environ.get("WORLD_SIZE", "1"))
     return max(1, world // int(os.environ.get("LOCAL_WORLD_SIZE", str(world))))
 

@@ -17,7 +17,7 @@ from tests.dist.ranks import Ranks
 def _check_shared(folder: Path, apart: bool) -> None:
     mine = folder / str(dist.get_rank()) if apart else folder / "run"
     with (
-        mock.patch.dict("os.environ", LOCAL_WORLD_SIZE="1"),
+        mock.patch.dict("os.environ", LOCAL_WORLD_SIZE="1", MASTER_ADDR="node-a"),
         mock.patch.object(environment, "VISIBLE_SECONDS", 0.5 if apart else 60),
     ):
         environment.check_shared(mine)

@@ -149,20 +149,6 @@ def test_doctor_has_a_row_for_each_host(cluster: dict[str, str], quickstart: Pat
     assert all(abs(node["clock"]) < 60 for node in printed["nodes"])
 
 
-def test_a_host_with_a_wrong_interface_ends_the_job_on_all(
-    cluster: dict[str, str], quickstart: Path
-) -> None:
-    nodes = on_hosts(
-        cluster | {"INTERFACE": "", "GLOO_SOCKET_IFNAME": "eth1"},
-        2,
-        *arguments("sft", quickstart, f"model.path={quickstart}/tiny"),
-    )
-    statuses, said = outputs(nodes)
-    assert statuses == [2, 2], said[-6000:]
-    assert "GLOO_SOCKET_IFNAME=eth1 names no interface of host-" in said
-    assert "Traceback" not in said.partition("FAILED")[0]
-
-
 def test_slurm_runs_rlvr_with_trainers_and_engine_on_hosts_of_their_own(
     cluster: dict[str, str], quickstart: Path
 ) -> None:

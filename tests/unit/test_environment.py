@@ -161,16 +161,22 @@ def test_ports_in_use_are_found() -> None:
 
 
 @pytest.mark.parametrize(
-    ("world", "local", "hosts"), [(None, None, 1), ("8", "8", 1), ("16", "8", 2), ("4", None, 1)]
+    ("variables", "hosts"),
+    [
+        ({}, 1),
+        ({"WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "8"}, 1),
+        ({"WORLD_SIZE": "16", "LOCAL_WORLD_SIZE": "8", "MASTER_ADDR": "node-a"}, 2),
+        ({"WORLD_SIZE": "16", "LOCAL_WORLD_SIZE": "8", "MASTER_ADDR": "127.0.0.1"}, 1),
+        ({"WORLD_SIZE": "4"}, 1),
+    ],
 )
 def test_hosts_follow_from_what_the_launcher_says(
-    monkeypatch: pytest.MonkeyPatch, world: str | None, local: str | None, hosts: int
+    monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], hosts: int
 ) -> None:
-    for name, value in (("WORLD_SIZE", world), ("LOCAL_WORLD_SIZE", local)):
-        if value is None:
-            monkeypatch.delenv(name, raising=False)
-        else:
-            monkeypatch.setenv(name, value)
+    for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
     assert environment.hosts() == hosts
 
 

@@ -36,6 +36,15 @@ def test_a_second_model_is_refused_before_the_first_collective(
     assert not dist.is_initialized()
 
 
+def test_a_host_that_is_not_fit_is_refused_before_the_first_collective(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "no0")
+    with pytest.raises(ValueError, match="GLOO_SOCKET_IFNAME=no0 names no interface"):
+        setup.start("cpu", tmp_path)
+    assert not dist.is_initialized()
+
+
 def test_a_section_says_how_its_model_is_trained() -> None:
     section = schema.Model(
         path=Path("model"),
