@@ -20,7 +20,7 @@ from rich.table import Table
 
 from checkpoint_tools.files import write_atomically
 from checkpoint_tools.megatron_directory import hf_directory
-from model_providers.config import Qwen3VLConfig, Recompute
+from model_providers.config import Qwen3VLConfig
 from model_providers.parallel import Layout
 from model_providers.presets import PRESETS
 from prism_megatron.planner import hardware, overlay
@@ -69,11 +69,7 @@ def main(arguments: Sequence[str]) -> int:
         name = f"{request.model}-{request.gpus}x{request.gpu.gigabytes}gb-{request.stage}"
         file = options.out / f"{name}-{number}.yaml"
         options.out.mkdir(parents=True, exist_ok=True)
-        comment = (
-            f"Estimated: {candidate.seconds:.1f} s a step of {request.sequences} sequences of "
-            f"{request.sequence} tokens, {candidate.peak / GB:.0f} GB of memory."
-        )
-        write_atomically(file, overlay.to_yaml(overlay.overlay(request, candidate), comment))
+        write_atomically(file, overlay.to_yaml(overlay.overlay(candidate), explain(candidate)))
         print(f"wrote {file}")
     return 0
 
@@ -187,15 +183,16 @@ def describe(layout: Layout, gpus: int) -> str:
     return " ".join([*found, f"DP{layout.data(gpus)}"])
 
 
-def describe_saving(recompute: Recompute, offload: bool, moments: str) -> str:
+def describe_saving(candidate: Candidate) -> str:
     """What is computed again, and where the optimizer's state lies."""
-    words = []
+    recompute, words = candidate.recompute, []
     if recompute.granularity == "full":
         words.append(f"{recompute.layers or 'all'} layers")
     words += recompute.modules
     words += ["vision"] * recompute.vision
     found = ["recompute " + ", ".join(words)] if words else []
-    found += ["offload"] * offload + ["BF16 moments"] * (moments == "bfloat16")
+    found += ["offload"] * candidate.offload
+    found += ["BF16 moments"] * (candidate.request.moments == "bfloat16")
     return "; ".join(found) or "-"
 
 
@@ -221,7 +218,7 @@ def _memory_table(request: Request, best: list[Candidate]) -> Table:
             found.language,
             found.head,
             found.vision,
-            one.others,
+            one.others.held,
             one.peak,
         )
         cells = [f"{value / GB:.1f}" for value in values]
@@ -232,7 +229,7 @@ def _memory_table(request: Request, best: list[Candidate]) -> Table:
             )
         table.add_row(
             describe(one.layout, request.gpus),
-            describe_saving(one.recompute, one.offload, one.moments),
+            describe_saving(one),
             *cells,
         )
     return table
@@ -253,8 +250,8 @@ def _time_table(request: Request, best: list[Candidate]) -> Table:
             describe(one.layout, request.gpus),
             f"{one.micro_batches} x {one.row_tokens}",
             f"{time.total:.2f}",
-            f"{tokens_per_second(request, one):,.0f}",
-            f"{mfu(request, one):.0%}",
+            f"{tokens_per_second(one):,.0f}",
+            f"{mfu(one):.0%}",
             f"{bounds.compute:.2f}",
             f"{bounds.hbm:.2f}",
             f"{bounds.nvlink:.2f}",
@@ -267,13 +264,26 @@ def _time_table(request: Request, best: list[Candidate]) -> Table:
     return table
 
 
-def tokens_per_second(request: Request, candidate: Candidate) -> float:
-    return request.sequences * request.sequence / candidate.seconds / request.gpus
+def explain(candidate: Candidate) -> str:
+    """What was estimated, for the top of a file."""
+    request = candidate.request
+    return (
+        f"Estimated on {request.gpus} GPUs: {candidate.time.total:.1f} s a step of "
+        f"{request.sequences} sequences of {request.sequence} tokens,\n"
+        f"{candidate.peak / GB:.0f} GB, micro-batches of {candidate.row_tokens} tokens."
+    )
 
 
-def mfu(request: Request, candidate: Candidate) -> float:
+def tokens_per_second(candidate: Candidate) -> float:
+    """Of each GPU."""
+    request = candidate.request
+    return request.sequences * request.sequence / candidate.time.total / request.gpus
+
+
+def mfu(candidate: Candidate) -> float:
     """Against the BF16 peak, in FP8 too."""
-    return model_flops(request) / candidate.seconds / request.gpus / request.gpu.bf16
+    request = candidate.request
+    return model_flops(request) / candidate.time.total / request.gpus / request.gpu.bf16
 
 
 def scaling_table(requests: list[Request]) -> str:
@@ -290,8 +300,8 @@ def scaling_table(requests: list[Request]) -> str:
         one = found[0]
         lines.append(
             f"| {request.model} | {request.gpus:,} | {describe(one.layout, request.gpus)} | "
-            f"{describe_saving(one.recompute, one.offload, one.moments)} | {one.peak / GB:.0f} | "
-            f"{one.seconds:.1f} | {tokens_per_second(request, one):,.0f} | "
-            f"{mfu(request, one):.0%} | {one.time.bubble / one.seconds:.0%} |"
+            f"{describe_saving(one)} | {one.peak / GB:.0f} | "
+            f"{one.time.total:.1f} | {tokens_per_second(one):,.0f} | "
+            f"{mfu(one):.0%} | {one.time.bubble / one.time.total:.0%} |"
         )
     return "\n".join(lines)

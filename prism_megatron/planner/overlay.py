@@ -10,11 +10,12 @@ import yaml
 from prism_megatron.config.schema import Parallel
 from prism_megatron.config.schema import Recompute as RecomputeSection
 from prism_megatron.planner.hardware import NODE
-from prism_megatron.planner.search import Candidate, Request, judge_layout
+from prism_megatron.planner.search import Candidate, judge_layout
 
 
-def layout_file(request: Request, candidate: Candidate, gpus: list[int]) -> dict[str, Any]:
+def layout_file(candidate: Candidate, gpus: list[int]) -> dict[str, Any]:
     """`vars` with every key of the layout, so that an overlay leaves nothing of what it covers."""
+    request = candidate.request
     return {
         "vars": {
             "model": request.model,
@@ -27,10 +28,11 @@ def layout_file(request: Request, candidate: Candidate, gpus: list[int]) -> dict
     }
 
 
-def overlay(request: Request, candidate: Candidate) -> dict[str, Any]:
+def overlay(candidate: Candidate) -> dict[str, Any]:
     """The same with what the stage's sections take of it."""
+    request = candidate.request
     model = "model" if request.stage == "sft" else "policy"
-    found = layout_file(request, candidate, [request.gpus])
+    found = layout_file(candidate, [request.gpus])
     found[model] = {
         "parallel": "${vars.layout}",
         "recompute": "${vars.recompute}",
@@ -46,7 +48,7 @@ def overlay(request: Request, candidate: Candidate) -> dict[str, Any]:
         }
         found["discriminator_optimizer"] = {"offload": candidate.offload}
     if candidate.engine is not None:
-        found["rollout"] = _rollout(request, candidate)
+        found["rollout"] = _rollout(candidate)
     return found
 
 
@@ -68,11 +70,11 @@ def _recompute(candidate: Candidate) -> dict[str, Any]:
 
 
 def _optimizer(candidate: Candidate) -> dict[str, Any]:
-    return {"moments": candidate.moments, "offload": candidate.offload}
+    return {"moments": candidate.request.moments, "offload": candidate.offload}
 
 
-def _rollout(request: Request, candidate: Candidate) -> dict[str, Any]:
-    engine = candidate.engine
+def _rollout(candidate: Candidate) -> dict[str, Any]:
+    request, engine = candidate.request, candidate.engine
     assert engine is not None
     nodes = max(1, request.gpus // NODE)
     share = (engine.weights + engine.cache) / (request.gpu.gigabytes * 1e9)

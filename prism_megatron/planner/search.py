@@ -9,7 +9,7 @@ import math
 from bisect import bisect_left
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, cached_property
 
 from model_providers import memory
 from model_providers.config import Qwen3VLConfig, Recompute
@@ -30,7 +30,7 @@ ENGINE_SHARE = 0.4
 """Of a GPU's memory for an engine's weights, above which they are spread over more GPUs."""
 FILL = 0.95
 """Share of the memory that may be planned."""
-DOUBT = 0.01
+DOUBT = 0.02
 """Share of a step's time that each doubling of the ranks that split a sequence or a model costs in
 the ranking: of layouts about as fast, which no estimate can tell apart, the plainest is first."""
 MOST_GPUS = 4096
@@ -57,6 +57,10 @@ class Request:
     fp8: str | None = None
     moments: str = "float32"
 
+    @property
+    def moment_bytes(self) -> int:
+        return 2 if self.moments == "bfloat16" else 4
+
 
 @dataclass(frozen=True)
 class Engine:
@@ -67,38 +71,129 @@ class Engine:
     """Bytes on each of its GPUs."""
     cache: float
     """Bytes that the trainer's weights and optimizer leave to its KV cache."""
-    tokens: float
-    """That this holds, on all its GPUs together."""
+    token: float
+    """Bytes that a token takes of it."""
+
+    @property
+    def tokens(self) -> float:
+        """That the cache holds."""
+        return self.cache / self.token
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A layout that fits, with what it takes."""
+    """A layout and how it saves memory, with what that takes."""
 
+    request: Request
     layout: Layout
     recompute: Recompute
     offload: bool
-    moments: str
     row_tokens: int
     """Of a micro-batch."""
-    micro_batches: int
-    memory: Memory
-    others: float
-    """Bytes besides: a discriminator, a sleeping engine, contexts, buffers."""
-    peak: float
-    engine: Engine | None
-    time: StepTime
+
+    @cached_property
+    def micro_batches(self) -> int:
+        """Of each data-parallel rank in a step."""
+        rows = self.row_tokens // self.request.sequence
+        own = -(-self.request.sequences // self.layout.data(self.request.gpus))
+        count = -(-own // rows)
+        if self.layout.virtual_pipeline > 1:
+            # the runner makes them a multiple of the stages
+            count = -(-count // self.layout.pipeline) * self.layout.pipeline
+        return count
+
+    @cached_property
+    def memory(self) -> Memory:
+        asked = self.request
+        return training_bytes(
+            asked.config,
+            self.layout,
+            asked.gpus,
+            tokens=self.row_tokens,
+            patches=asked.patches * self.row_tokens / asked.sequence / self.layout.context,
+            micro_batches=self.micro_batches,
+            recompute=self.recompute,
+            moment_bytes=asked.moment_bytes,
+            fp8=asked.fp8 is not None,
+            offload=self.offload,
+        )
+
+    @cached_property
+    def others(self) -> _Others:
+        asked = self.request
+        return _others(asked.stage, asked.gpus, asked.sequence, asked.patches, self.offload)
+
+    @cached_property
+    def peak(self) -> float:
+        """Bytes at the worst moment of training."""
+        own = self.memory.optimizer if self.offload else 0
+        worst = max(self.others.worst, self.memory.activations, own)
+        return self.others.held + self.memory.held(self.offload) + worst
+
+    @cached_property
+    def engine(self) -> Engine | None:
+        """The engine that the trainer leaves room for while responses are sampled, when gradients
+        and activations are given back."""
+        asked, config = self.request, self.request.config
+        if asked.stage == "sft":
+            return None
+        weights = memory.WEIGHT * memory.parameters(config).total
+        fixed = self.others.resident + memory.ENGINE_ASLEEP
+        fixed += self.memory.held(self.offload) - self.memory.gradients
+        sizes = _powers(min(NODE, asked.gpus))
+        share = ENGINE_SHARE * asked.memory
+        tensor = next((size for size in sizes if weights / size <= share), sizes[-1])
+        # key and value heads that are fewer than GPUs are copied
+        heads = max(1, config.num_kv_heads // tensor)
+        token = 2 * 2 * config.num_layers * heads * config.head_dim
+        room = asked.memory - fixed - weights / tensor
+        return Engine(tensor, weights / tensor, room, token)
 
     @property
-    def seconds(self) -> float:
-        return self.time.total
+    def needed(self) -> float:
+        """Bytes at the worst moment of a step, sampling included."""
+        if self.engine is None:
+            return self.peak
+        least = LEAST_SEQUENCES * self.request.sequence * self.engine.token
+        return max(self.peak, self.request.memory - self.engine.cache + least)
+
+    @property
+    def saves_optimizer(self) -> tuple[bool, str]:
+        """Whether the optimizer's state is offloaded, and in what its moments are."""
+        return self.offload, self.request.moments
+
+    @property
+    def fits(self) -> bool:
+        return self.needed <= self.request.memory
+
+    @cached_property
+    def time(self) -> StepTime:
+        """Of one update on all sequences of the step, or on as many as the busiest rank has, times
+        the ranks."""
+        asked = self.request
+        data = self.layout.data(asked.gpus)
+        rows = -(-asked.sequences // data) * data
+        work = Work(
+            rows * asked.sequence,
+            rows * asked.sequence**2,
+            rows if asked.patches else 0,
+            asked.patches,
+            self.micro_batches,
+        )
+        options = Options(
+            recompute=self.recompute,
+            fp8=asked.fp8 is not None,
+            offload=self.offload,
+            moment_bytes=asked.moment_bytes,
+        )
+        return estimate(asked.config, self.layout, asked.gpus, work, asked.gpu, options)
 
     @property
     def rank(self) -> float:
         """What candidates are ordered by; see DOUBT."""
         layout = self.layout
         split = layout.tensor * layout.context * layout.pipeline * (2 if self.offload else 1)
-        return self.seconds * (1 + DOUBT * math.log2(split * layout.virtual_pipeline))
+        return self.time.total * (1 + DOUBT * math.log2(split * layout.virtual_pipeline))
 
 
 @dataclass(frozen=True)
@@ -115,8 +210,8 @@ def search(request: Request) -> Found:
     best: dict[tuple[int, ...], Candidate] = {}
     least = float("inf")
     for layout in layouts(request.config, request.gpus, request.sequence):
-        for row, count in _micro_batches(request, layout):
-            found, needed = _fit(request, layout, row, count)
+        for row in _rows(request, layout):
+            found, needed = _fit(request, layout, row)
             least = min(least, needed)
             for candidate in found:
                 key = (layout.tensor, layout.pipeline, layout.expert)
@@ -198,79 +293,31 @@ def _powers(most: int) -> list[int]:
     return [2**i for i in range(most.bit_length()) if 2**i <= most]
 
 
-def _micro_batches(request: Request, layout: Layout) -> Iterator[tuple[int, int]]:
-    """Tokens of a micro-batch, and how many a data-parallel rank has in a step."""
-    data = layout.data(request.gpus)
-    if data > request.sequences:
-        return
-    own = -(-request.sequences // data)
+def _rows(request: Request, layout: Layout) -> Iterator[int]:
+    """Tokens of micro-batches of which every data-parallel rank and every stage has some."""
+    own = request.sequences // layout.data(request.gpus)
     for rows in ROWS:
         tokens = rows * request.sequence
-        if rows > 1 and (tokens > MOST_ROW_TOKENS or rows > own):
+        too_few = own < rows * (layout.pipeline if layout.virtual_pipeline > 1 else 1)
+        if too_few or (rows > 1 and tokens > MOST_ROW_TOKENS):
             return
-        count = -(-own // rows)
-        if layout.virtual_pipeline > 1:
-            # the runner makes them a multiple of the stages
-            count = -(-count // layout.pipeline) * layout.pipeline
-            if count > own:
-                return
-        yield tokens, count
+        yield tokens
 
 
-def _fit(request: Request, layout: Layout, row: int, count: int) -> tuple[list[Candidate], float]:
-    """With and without offload: the least recomputation with which it fits; and the fewest bytes
-    that it takes, whether or not they fit."""
+def _fit(request: Request, layout: Layout, row: int) -> tuple[list[Candidate], float]:
+    """With and without offload, the least recomputation that fits; and the fewest bytes that the
+    layout takes, whether or not they fit."""
     least = float("inf")
     found: list[Candidate] = []
     ladder = _ladder(request.config, layout)
     for offload in (False, True):
-        others = _others(request, offload)
-
-        def need(
-            recompute: Recompute, offload: bool = offload, others: _Others = others
-        ) -> tuple[Memory, float]:
-            memory = training_bytes(
-                request.config,
-                layout,
-                request.gpus,
-                tokens=row,
-                patches=request.patches * row / request.sequence / layout.context,
-                micro_batches=count,
-                recompute=recompute,
-                moment_bytes=2 if request.moments == "bfloat16" else 4,
-                fp8=request.fp8 is not None,
-                offload=offload,
-            )
-            worst = max(others.worst, memory.activations, memory.optimizer if offload else 0)
-            return memory, others.held + memory.held(offload) + worst
-
-        smallest, peak = need(ladder[-1])
-        engine, sampling = _engine(request, smallest, offload, others)
-        least = min(least, max(peak, sampling))
-        if max(peak, sampling) > request.memory:
+        steps = [Candidate(request, layout, step, offload, row) for step in ladder]
+        least = min(least, steps[-1].needed)
+        if not steps[-1].fits:
             continue
         # each step of the ladder takes less memory than the one before
-        place = bisect_left(
-            ladder, True, hi=len(ladder) - 1, key=lambda step: need(step)[1] <= request.memory
-        )
-        recompute = ladder[place]
-        memory, peak = need(recompute)
-        time = _time(request, layout, count, recompute, offload)
-        found.append(
-            Candidate(
-                layout,
-                recompute,
-                offload,
-                request.moments,
-                row,
-                count,
-                memory,
-                others.held,
-                peak,
-                engine,
-                time,
-            )
-        )
+        place = bisect_left(steps, True, hi=len(steps) - 1, key=lambda step: step.fits)
+        found.append(steps[place])
         if place == 0:
             # there is nothing that offload could save
             break
@@ -307,19 +354,19 @@ DISCRIMINATOR = replace(PRESETS["qwen3-vl-2b"], num_experts=4, top_k=2, moe_inte
 
 
 @cache
-def _others(request: Request, offload: bool) -> _Others:
+def _others(stage: str, gpus: int, sequence: int, patches: int, offload: bool) -> _Others:
     fixed = memory.CONTEXT + memory.BUFFERS
-    if request.stage == "sft":
+    if stage == "sft":
         return _Others(fixed, 0, fixed)
     asleep = memory.ENGINE_ASLEEP
-    if request.stage == "rlvr":
+    if stage == "rlvr":
         return _Others(fixed + asleep, 0, fixed)
     judge = training_bytes(
         DISCRIMINATOR,
-        judge_layout(request.gpus),
-        request.gpus,
-        tokens=max(request.sequence, 8192),
-        patches=request.patches,
+        judge_layout(gpus),
+        gpus,
+        tokens=sequence,
+        patches=patches,
         recompute=Recompute("full", vision=True),
         score=True,
         offload=offload,
@@ -332,50 +379,6 @@ def _others(request: Request, offload: bool) -> _Others:
 def judge_layout(gpus: int) -> Layout:
     """The discriminator's: experts on as many GPUs as there are of either."""
     return Layout(expert=min(DISCRIMINATOR.num_experts, gpus & -gpus))
-
-
-def _engine(
-    request: Request, need: Memory, offload: bool, others: _Others
-) -> tuple[Engine | None, float]:
-    """The engine that the trainer leaves room for while responses are sampled, when gradients and
-    activations are given back; and the bytes that both take with the smallest KV cache."""
-    if request.stage == "sft":
-        return None, 0.0
-    config = request.config
-    weights = memory.WEIGHT * memory.parameters(config).total
-    fixed = others.resident + memory.ENGINE_ASLEEP + need.held(offload) - need.gradients
-    sizes = _powers(min(NODE, request.gpus))
-    share = ENGINE_SHARE * request.memory
-    tensor = next((size for size in sizes if weights / size <= share), sizes[-1])
-    # key and value heads that are fewer than GPUs are copied
-    heads = max(1, config.num_kv_heads // tensor)
-    token = 2 * 2 * config.num_layers * heads * config.head_dim
-    room = request.memory - fixed - weights / tensor
-    least = fixed + weights / tensor + LEAST_SEQUENCES * request.sequence * token
-    return Engine(tensor, weights / tensor, room, room / token), least
-
-
-def _time(
-    request: Request, layout: Layout, count: int, recompute: Recompute, offload: bool
-) -> StepTime:
-    """Of one update on all sequences of the step, or on as many as the busiest rank has, times the
-    ranks."""
-    data = layout.data(request.gpus)
-    rows = -(-request.sequences // data) * data
-    work = Work(
-        rows * request.sequence,
-        rows * request.sequence**2,
-        rows if request.patches else 0,
-        request.patches,
-        count,
-    )
-    options = Options(
-        recompute=recompute,
-        fp8=request.fp8 is not None,
-        offload=offload,
-        moment_bytes=2 if request.moments == "bfloat16" else 4,
-    )
-    return estimate(request.config, layout, request.gpus, work, request.gpu, options)
 
 
 def model_flops(request: Request) -> float:

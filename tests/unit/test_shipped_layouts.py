@@ -7,10 +7,12 @@ from pathlib import Path
 import pytest
 import yaml
 
-from model_providers.memory import training_bytes
+from model_providers.config import Recompute
+from model_providers.memory import CONTEXT, training_bytes
 from model_providers.presets import PRESETS
 from prism_megatron.config import load as configuration
 from prism_megatron.config import schema
+from prism_megatron.planner.search import FILL
 from prism_megatron.training.setup import layout_of
 
 FILES = sorted((Path(__file__).resolve().parents[2] / "configs" / "layouts").glob("*.yaml"))
@@ -19,7 +21,11 @@ run: {dir: runs/x}
 data: {path: sft.json}
 train: {steps: 7}
 model: {path: model, parallel: "${vars.layout}", recompute: "${vars.recompute}"}
-optimizer: {lr: 1e-3}
+optimizer:
+  lr: 1e-3
+  moments: ${vars.optimizer.moments}
+  offload: ${vars.optimizer.offload}
+backend: cuda
 batch_size: 4
 """
 
@@ -39,7 +45,34 @@ def test_a_shipped_layout_fits(path: Path, tmp_path: Path) -> None:
     layout = layout_of(config.model.parallel)
     PRESETS[facts["model"]].check_layout(layout)
     assert facts["gpus"]
+    recompute = Recompute(**config.model.recompute.model_dump())
+    moment_bytes = 2 if config.optimizer.moments == "bfloat16" else 4
+    offload = config.optimizer.offload
     for gpus in facts["gpus"]:
         configuration.check_world(config.model.parallel, gpus)
-        need = training_bytes(PRESETS[facts["model"]], layout, gpus, tokens=0)
-        assert need.held(offload=False) <= 0.7e9 * facts["gpu_memory_gb"], gpus
+        need = training_bytes(
+            PRESETS[facts["model"]],
+            layout,
+            gpus,
+            tokens=8192,
+            patches=4096 / layout.context,
+            recompute=recompute,
+            moment_bytes=moment_bytes,
+            offload=offload,
+        )
+        assert need.held(offload) <= 0.7e9 * facts["gpu_memory_gb"], gpus
+        assert CONTEXT + need.peak(offload) <= FILL * 1e9 * facts["gpu_memory_gb"], gpus
+
+
+def test_the_table_has_every_file() -> None:
+    table = (FILES[0].parent / "README.md").read_text()
+    rows = [line.split("|")[1].strip() for line in table.splitlines() if line.startswith("| qwen")]
+    assert sorted(rows) == [path.stem for path in FILES]
+
+
+def test_every_released_size_has_a_layout_of_many_gpus() -> None:
+    found = [yaml.safe_load(path.read_text())["vars"] for path in FILES]
+    for gigabytes in (80, 141):
+        largest = {one["model"] for one in found if one["gpu_memory_gb"] == gigabytes
+                   and 256 in one["gpus"]}  # fmt: skip
+        assert largest == set(PRESETS)
