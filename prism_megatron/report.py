@@ -145,7 +145,12 @@ def training_summary(metrics: Metrics) -> dict[str, Any]:
 
 
 def _means(metrics: Metrics) -> dict[str, float]:
-    names = dict.fromkeys(name for line in metrics for name in line if name not in ("step", "time"))
+    names = dict.fromkeys(
+        name
+        for line in metrics
+        for name in line
+        if name not in ("step", "time") and not name.startswith("time/")
+    )
     columns = {name: [line[name] for line in metrics if name in line] for name in names}
     return {name: sum(values) / len(values) for name, values in columns.items()}
 

@@ -251,7 +251,7 @@ class Train(Section):
     """The best checkpoint is kept besides, as long as there is no better one."""
     async_save: bool = False
     """Checkpoints are written while training goes on, from a copy in host memory; training waits
-    only for the copy (save_stall_s in metrics.jsonl, beside save_s, the seconds until it is
+    only for the copy (time/save in metrics.jsonl, beside save_s, the seconds until it is
     complete)."""
     stop_at: int | None = Field(None, ge=1)
     """Stop cleanly (checkpoint written, no export) after this step, as a preemption would; the

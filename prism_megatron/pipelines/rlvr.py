@@ -23,6 +23,7 @@ from prism_megatron.objectives.advantages import group_normalise, overlong_penal
 from prism_megatron.objectives.rewards.scorer import Scorer, failure_counts
 from prism_megatron.objectives.rewards.types import RewardItem
 from prism_megatron.objectives.sections import response_text, token_bytes
+from prism_megatron.phases import phase
 from prism_megatron.rollout import fleet
 from prism_megatron.rollout.fleet import share_out
 from prism_megatron.rollout.rewards import reward_item
@@ -121,6 +122,7 @@ class Trainer:
         self.table = token_bytes(encoder.tokenizer)
         self.scorer = Scorer(config.rewards)
 
+    @phase("score")
     def reward(self, answered: list[tuple[Task, list[Rollout]]]) -> list[Group[Task]]:
         """Tasks and their responses, rewarded."""
         n = self.config.sampling.n

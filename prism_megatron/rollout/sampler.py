@@ -25,6 +25,7 @@ import torch
 from prism_megatron.config import schema
 from prism_megatron.config.schema import Sampling
 from prism_megatron.data.stream import BatchStream
+from prism_megatron.phases import phase
 from prism_megatron.rollout.fleet import Fleet
 from prism_megatron.training.watchdog import reached
 from prism_megatron.types import Prompt, Rollout
@@ -65,6 +66,7 @@ class Sampler[T: HasPrompt]:
             self._ask(step + 1)
         return batch
 
+    @phase("sync")
     def sync(self, version: int) -> dict[str, float]:
         """See Fleet; what is being sampled is waited for, or goes on afterwards."""
         if not self.config.partial:
@@ -97,6 +99,7 @@ class Sampler[T: HasPrompt]:
         self._asked = self.stream.next_batch()
         self.engine.submit([task.prompt for task in self._asked], self.sampling, step)
 
+    @phase("rollout")
     def _wait(self, version: int) -> None:
         """version: see Fleet.collect."""
         if self._asked is not None:

@@ -26,6 +26,7 @@ from prism_megatron.config import schema
 from prism_megatron.config.schema import Defect
 from prism_megatron.data.prompts import PromptEncoder
 from prism_megatron.objectives.sections import STREAMS, Sections
+from prism_megatron.phases import phase
 from prism_megatron.training.runner import ModelRunner, StepResult
 from prism_megatron.types import Dropout, Noise, PackedBatch, Prompt, Sequence
 
@@ -110,6 +111,7 @@ class Reader:
         return ids if stream == "caption" else (*ids, *self.end)
 
 
+@phase("score")
 def score(model: ModelRunner, sequences: list[Sequence]) -> Tensor:
     """Score of each sequence at its last token, or where Sequence.scored says, [n] fp32 on every
     rank."""

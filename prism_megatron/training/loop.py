@@ -28,6 +28,7 @@ from checkpoint_tools import hf_writer, megatron_directory
 from checkpoint_tools.command import REQUEUE
 from checkpoint_tools.files import write_atomically
 from model_providers.weight_plan import iter_hf_weights
+from prism_megatron import phases
 from prism_megatron.config.schema import Stage
 from prism_megatron.data.stream import BatchStream, Quarantine
 from prism_megatron.training.guard import Unsound
@@ -121,6 +122,7 @@ class TrainingLoop:
             if self.is_writer
             else None
         )
+        phases.take(0.0)  # of what came before the first step
         with (
             Preemption() as preemption,
             Watchdog(self.dir / "stacks", self.config.run.hang_timeout) as watchdog,
@@ -138,7 +140,8 @@ class TrainingLoop:
                     self._rewind(error)
                     continue
                 self.step += 1
-                metrics |= {"step": self.step, "time": time.monotonic() - started}
+                seconds = time.monotonic() - started
+                metrics |= {"step": self.step, "time": seconds, **phases.take(seconds)}
                 metrics |= self._skipped() | self.checkpoints.take_times()
                 metrics |= {f"epoch/{name}": n for name, n in self.stream.epochs.items()}
                 if writer is not None:

@@ -24,6 +24,7 @@ from prism_megatron.objectives.losses import (
     policy_loss,
     weighted_sum,
 )
+from prism_megatron.phases import phase
 from prism_megatron.training.loop import Metrics
 from prism_megatron.training.runner import ModelRunner
 from prism_megatron.types import PackedBatch, Prompt, Rollout, Sequence
@@ -190,6 +191,7 @@ def _sequence(prompt: Prompt, rollout: Rollout, advantage: Tensor) -> Sequence:
     return rollout_sequence(prompt, rollout.ids, values)
 
 
+@phase("log_probs")
 def _add_logprobs(
     model: ModelRunner, name: str, sequences: dict[int, Sequence], with_routes: bool = False
 ) -> list[Tensor]:

@@ -43,6 +43,8 @@ from prism_megatron.config import schema
 from prism_megatron.config.schema import Optimizer
 from prism_megatron.data.image_plan import feature_rows, plan_images
 from prism_megatron.data.packing import pack, packed_length, plan_micro_batches
+from prism_megatron.flops import training_flops
+from prism_megatron.phases import count, phase
 from prism_megatron.training.gradient_overlap import reduce_in_order
 from prism_megatron.training.guard import Guard, Unsound
 from prism_megatron.training.optimizer import HostState, build_optimizer, build_scheduler
@@ -102,12 +104,14 @@ class ModelRunner:
         self.scheduler = build_scheduler(optimizer, self.optimizer, steps)
         self._state = HostState(self.optimizer).on_device if optimizer.offload else nullcontext
 
+    @phase("train")
     def train_step(self, sequences: list[Sequence], loss_fn: LossFn) -> StepResult:
         """One optimizer step over all sequences of the step, which every rank passes alike.
 
         Raises Unsound, with nothing updated, where the guard says so.
         """
         assert self.ddp, "this runner has no optimizer"
+        self._count(sequences)
         self.model.train()
         if not self._has_scales:
             # Gradients are far below what FP8 holds without a scale, so the first updates would be
@@ -139,6 +143,15 @@ class ModelRunner:
             updated, _, _ = self.optimizer.step()
         assert updated, "nothing but the guard leaves updates out"
         return StepResult(sums, grad_norm, rate)
+
+    def _count(self, sequences: list[Sequence]) -> None:
+        """What the step computes, as MFU counts it: each image once."""
+        shown = {v.key: v.grid_thw for s in sequences for v in (*s.images, *s.videos)}
+        lengths = [len(sequence) for sequence in sequences]
+        has_head = self.model.head == "language"
+        flops = training_flops(self.model.architecture, lengths, shown.values(), has_head)
+        count("train_tokens", sum(lengths))
+        count("train_tflop", flops.total / 1e12)
 
     def release(self) -> None:
         """Give the device the memory that only an update needs, gradients and what the allocator

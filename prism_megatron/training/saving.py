@@ -101,7 +101,7 @@ class Checkpoints:
             self._count("save_s", started)
 
         self._publish = publish
-        self._count("save_stall_s", started)
+        self._count("time/save", started)
         if not self.config.async_save:
             self.finish()
 
@@ -119,10 +119,10 @@ class Checkpoints:
             reached("the end of a checkpoint")
             publish()
             self._models = []
-            self._count("save_stall_s", started)
+            self._count("time/save", started)
 
     def take_times(self) -> dict[str, float]:
-        """Seconds since the last call: save_stall_s, that training waited, and save_s, from
+        """Seconds since the last call: time/save, that training waited, and save_s, from
         beginning to name, of what got one."""
         found, self._times = self._times, {}
         return found

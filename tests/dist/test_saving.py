@@ -90,7 +90,7 @@ def test_what_is_written_beside_training_is_the_state_of_its_step(
     assert _names(beside) == ["step_000002", "step_000004", "step_000006"]
     assert _lines(beside) == _lines(whole)
     times = [json.loads(line) for line in (beside / "metrics.jsonl").read_text().splitlines()]
-    stalls = {line["step"]: line["save_stall_s"] for line in times if "save_stall_s" in line}
+    stalls = {line["step"]: line["time/save"] for line in times if "time/save" in line}
     assert {3, 5} <= set(stalls) and all(0 < stall for stall in stalls.values())
     assert any(line.get("save_s", 0) > stalls[3] for line in times)
     shutil.rmtree(beside / "checkpoints/step_000006")
