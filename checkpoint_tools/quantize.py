@@ -47,26 +47,25 @@ from checkpoint_tools.files import (
     write_atomically,
 )
 from checkpoint_tools.hf_directory import HFDirectory, SafetensorsDirectory
-from checkpoint_tools.weights import EXPERTS, StoredWeights
+from checkpoint_tools.weights import StoredWeights
 from model_providers import backend as backends
+from model_providers.fp8_blocks import (
+    BLOCK,
+    PROJECTION,
+    SCALE,
+    projections,
+    quantization_config,
+    quantize_blocks,
+)
 from model_providers.weight_map import unused_names
 
 Format = Literal["fp8-block", "fp8", "nvfp4"]
 FORMATS: tuple[Format, ...] = ("fp8-block", "fp8", "nvfp4")
-BLOCK = 128
-FP8_MAX = 448.0
-"""Largest float8_e4m3fn."""
 FP4_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 """e2m1 by its lower three bits; the fourth is the sign."""
 WORST = {"fp8-block": 0.05, "fp8": 0.05, "nvfp4": 0.2}
 """Largest root mean square error of a matrix, relative to its own, that rounding explains."""
-SCALE = "_scale_inv"
 REPORT = "quantization.json"
-PROJECTION = re.compile(
-    r"model\.language_model\.layers\.\d+\."
-    r"(self_attn\.[qkvo]_proj|mlp\.(experts\.\d+\.)?(gate|up|down)_proj)\.weight"
-)
-
 SCALES = re.compile(r".*\.(weight_scale(_inv|_2)?|input_scale)")
 
 
@@ -102,16 +101,8 @@ def quantize(
 
 def _write_blocks(source: HFDirectory, out: Path) -> None:
     weights = _Blocks(source)
-    kept = sorted({name.rpartition(".")[0] for name in weights if _is_kept_matrix(name, weights)})
-    marked = source.raw_config | {
-        "quantization_config": {
-            "quant_method": "fp8",
-            "fmt": "e4m3",
-            "activation_scheme": "dynamic",
-            "weight_block_size": [BLOCK, BLOCK],
-            "modules_to_not_convert": kept,
-        }
-    }
+    made = quantization_config((name, weights.like(name)) for name in weights)
+    marked = source.raw_config | {"quantization_config": made}
     with tempfile.TemporaryDirectory() as folder:
         files = Path(folder)
         hf_writer.copy_config(source.path, files)
@@ -124,12 +115,6 @@ def _write_blocks(source: HFDirectory, out: Path) -> None:
             world.first(lambda: _report(staging, "fp8-block", errors))
 
         hf_writer.export(out, weights, files, job, directory=SafetensorsDirectory, check=check)
-
-
-def _is_kept_matrix(name: str, weights: StoredWeights) -> bool:
-    """Whether an engine would build a linear layer of it and quantise that."""
-    like = weights.like(name)
-    return name.endswith(".weight") and like.dim() == 2 and like.element_size() > 1
 
 
 class _Blocks(StoredWeights):
@@ -179,29 +164,11 @@ class _Blocks(StoredWeights):
         return self._last[2 if name.endswith(SCALE) else 1]
 
 
-def quantize_blocks(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """[rows, columns] -> the same in float8_e4m3fn, and fp32 [rows / 128, columns / 128] by which
-    its blocks are to be multiplied. Both sizes are multiples of 128."""
-    rows, columns = weight.shape
-    blocks = weight.float().reshape(rows // BLOCK, BLOCK, columns // BLOCK, BLOCK)
-    largest = blocks.abs().amax((1, 3), keepdim=True)
-    scale = torch.where(largest > 0, largest / FP8_MAX, 1.0)
-    quantised = (blocks / scale).clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn)
-    return quantised.reshape(rows, columns), scale[:, 0, :, 0]
-
-
 def _quantised_names(source: HFDirectory, stored: str) -> Iterator[str]:
     """What becomes of a stored tensor."""
-    if stored.endswith(EXPERTS):
-        prefix = stored.rpartition(".")[0]
-        parts = ("gate_proj", "up_proj") if "gate_up" in stored else ("down_proj",)
-        for expert in range(source.config.num_experts):
-            for part in parts:
-                name = f"{prefix}.{expert}.{part}.weight"
-                yield from (name, name + SCALE)
-    elif PROJECTION.fullmatch(stored):
-        yield from (stored, stored + SCALE)
-    else:
+    names = projections(stored, source.config.num_experts)
+    yield from (with_scale for name in names for with_scale in (name, name + SCALE))
+    if not names:
         yield stored
 
 

@@ -7,7 +7,8 @@ bucket of tensors at a time, so that no rank ever has the whole model twice:
     receivers: receive buffer, own parameters --slice by slice--> the bucket's tensors
 
 A receiver reads what it holds in its own parameters, and gets the rest from a holder of its own
-host where there is one. The transforms of the weight map say which slice lies where.
+host where there is one. The transforms of the weight map say which slice lies where. Of tensors to
+be quantised the slices meet in scratch memory, and only what becomes of them is in the bucket.
 """
 
 from __future__ import annotations
@@ -17,11 +18,13 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 from math import prod
+from typing import Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from model_providers import fp8_blocks
 from model_providers.config import Qwen3VLConfig
 from model_providers.qwen3_vl import Qwen3VLModel
 from model_providers.weight_map import Task, Transform, all_tasks, local_tasks, transform_to
@@ -29,7 +32,10 @@ from model_providers.weight_map import Task, Transform, all_tasks, local_tasks, 
 # what any kernel wants that loads 16 bytes at once, and more than any element takes
 _ALIGNMENT = 256
 _BUCKET_BYTES = 2**26
+_QUANTISED_AT_ONCE = 2**24
+"""Elements; rounding them takes a few times as much memory in fp32."""
 
+Quantization = Literal["fp8-block"]
 Read = Callable[[nn.Parameter], Tensor]
 
 
@@ -45,7 +51,7 @@ class Slice:
 
 @dataclass(frozen=True)
 class Whole:
-    """A tensor as its receivers get it, at byte `offset` of its bucket."""
+    """A tensor at byte `offset` of its bucket, or of the bucket's scratch memory."""
 
     name: str
     shape: tuple[int, ...]
@@ -56,14 +62,38 @@ class Whole:
         """Its place in the bucket's bytes."""
         return _place(buffer, self.offset, self.shape, self.dtype)
 
+    @property
+    def nbytes(self) -> int:
+        return prod(self.shape) * self.dtype.itemsize
+
+    def part(self, name: str, index: int, parts: int) -> Whole:
+        """One of `parts` equal matrices that a matrix has one below the other."""
+        shape = (self.shape[0] // parts, self.shape[1])
+        return Whole(name, shape, self.dtype, self.offset + index * self.nbytes // parts)
+
+
+@dataclass(frozen=True)
+class Quantised:
+    """A whole tensor in scratch memory, and the place in the bucket of what becomes of it."""
+
+    source: Whole
+    weight: Whole
+    scale: Whole
+
 
 @dataclass
 class Bucket:
     """Tensors that travel together. sent and received have a list for every rank."""
 
     tensors: list[Whole] = field(default_factory=list)
+    """As receivers get them."""
     tasks: list[Task] = field(default_factory=list)
     nbytes: int = 0
+    plain: list[Whole] = field(default_factory=list)
+    """Those of the tensors that shards are put together to."""
+    quantised: list[Quantised] = field(default_factory=list)
+    scratch: int = 0
+    """Bytes, of those that are quantised."""
     sent: list[list[Task]] = field(default_factory=list)
     received: list[list[Task]] = field(default_factory=list)
     travels: bool = False
@@ -80,18 +110,25 @@ class WeightPlan:
         receivers: Sequence[int] | None = None,
         bucket_bytes: int = _BUCKET_BYTES,
         turned_experts: bool = False,
+        quantization: Quantization | None = None,
     ) -> None:
         """Every rank calls this with the same arguments.
 
         receivers: ranks that get the whole tensors; all if None. bucket_bytes: a bucket ends before
-        it would grow above this; a larger tensor has one to itself. turned_experts: fused experts
-        as [experts, hidden, 2 * ffn] and [experts, ffn, hidden], which transformers 4.57 stores and
-        the engines read, instead of their transpose, which transformers 5 stores.
+        it would grow above this, scratch memory included; a larger tensor has one to itself.
+        turned_experts: fused experts as [experts, hidden, 2 * ffn] and [experts, ffn, hidden],
+        which transformers 4.57 stores and the engines read, instead of their transpose, which
+        transformers 5 stores. quantization: fp8-block has the decoder's projections come in FP8
+        with their scales, experts one by one and unturned (fp8_blocks.py).
+
+        Raises:
+            ValueError: a projection can't be cut into blocks.
         """
         local = list(local_tasks(model))
         self.config, self.device = model.architecture, model.backend.device
         self.parameters = {entry.task: entry.parameter for entry in local}
-        self.turned_experts = turned_experts
+        self.turned_experts = turned_experts and quantization is None
+        self.quantization = quantization
         self.receivers = list(range(dist.get_world_size()) if receivers is None else receivers)
         self._slices: dict[tuple[Transform, tuple[int, ...], int], list[list[Slice]]] = {}
         holders = all_tasks(model, local)
@@ -117,31 +154,69 @@ class WeightPlan:
         arrived = self._exchange(bucket, read)
         if out is None:
             return []
-        tensors = {whole.name: whole.of(out) for whole in bucket.tensors}
+        scratch = self._bytes(bucket.scratch)
+        tensors = {whole.name: whole.of(out) for whole in bucket.plain}
+        tensors |= {made.source.name: made.source.of(scratch) for made in bucket.quantised}
         copies = _Copies()
         for task in bucket.tasks:
             source = arrived[task] if task in arrived else self._own(task, read)
             self._place_slices(task, source, tensors, copies)
         copies.run()
-        return list(tensors.items())
+        for made in bucket.quantised:
+            _quantise(made.source.of(scratch), made.weight.of(out), made.scale.of(out))
+        return [(whole.name, whole.of(out)) for whole in bucket.tensors]
+
+    def weights(self, read: Read = nn.Parameter.detach) -> Iterator[tuple[str, Tensor]]:
+        """Every tensor under its name, bucket by bucket; all ranks iterate together, and those that
+        are no receivers get nothing."""
+        receives = dist.get_rank() in self.receivers
+        for bucket in self.buckets:
+            yield from self.fill(bucket, self.buffer() if receives else None, read)
 
     def _buckets(self, tasks: list[Task], most: int) -> list[Bucket]:
-        buckets = [Bucket()]
+        buckets, taken = [Bucket()], 0
         # the tensors of one parameter, and the experts of one tensor, stay together
         for names, group in groupby(tasks, key=lambda task: task.hf):
             members = list(group)
             self._check_complete(members)
             whole = self._whole(members)
             size = sum(_room(tensor) for tensor in whole)
-            if buckets[-1].nbytes and buckets[-1].nbytes + size > most:
+            if taken and taken + size > most:
                 buckets.append(Bucket())
-            bucket = buckets[-1]
-            bucket.tasks += members
-            dtype = getattr(torch, members[0].dtype)
+                taken = 0
+            taken += size
+            buckets[-1].tasks += members
             for name, tensor in zip(names, whole, strict=True):
-                bucket.tensors.append(Whole(name, tuple(tensor.shape), dtype, bucket.nbytes))
-                bucket.nbytes += _room(tensor)
+                self._add(buckets[-1], name, tensor)
         return buckets
+
+    def _add(self, bucket: Bucket, name: str, tensor: Tensor) -> None:
+        """Give the tensor, or what becomes of it, a place in the bucket."""
+        shape = tuple(tensor.shape)
+        names = fp8_blocks.projections(name, self.config.num_experts) if self.quantization else []
+        if not names:
+            whole = Whole(name, shape, tensor.dtype, bucket.nbytes)
+            bucket.plain.append(whole)
+            bucket.tensors.append(whole)
+            bucket.nbytes += _room(tensor)
+            return
+        rows, columns, block = prod(shape[:-1]), shape[-1], fp8_blocks.BLOCK
+        if rows // len(names) % block or columns % block:
+            raise ValueError(
+                f"{names[0]} with shape {(rows // len(names), columns)} can't be cut into blocks "
+                f"of {block}, which quantization={self.quantization} needs; leave it out"
+            )
+        source = Whole(name, shape, tensor.dtype, bucket.scratch)
+        bucket.scratch += _room(tensor)
+        weight = Whole(name, (rows, columns), torch.float8_e4m3fn, bucket.nbytes)
+        bucket.nbytes += _aligned(weight.nbytes)
+        places = (rows // block, columns // block)
+        scale = Whole(name + fp8_blocks.SCALE, places, torch.float32, bucket.nbytes)
+        bucket.nbytes += _aligned(scale.nbytes)
+        bucket.quantised.append(Quantised(source, weight, scale))
+        for i, part in enumerate(names):
+            bucket.tensors.append(weight.part(part, i, len(names)))
+            bucket.tensors.append(scale.part(part + fp8_blocks.SCALE, i, len(names)))
 
     def _check_complete(self, members: list[Task]) -> None:
         experts = self.config.num_experts if members[0].expert >= 0 else 1
@@ -291,12 +366,27 @@ def _place(buffer: Tensor, offset: int, shape: Sequence[int], dtype: torch.dtype
     return buffer[offset : offset + size].view(dtype).view(shape)
 
 
+def _quantise(source: Tensor, weight: Tensor, scale: Tensor) -> None:
+    """Some rows of blocks at a time: source [..., columns] -> weight [rows, columns] and scale
+    [rows / 128, columns / 128]."""
+    block = fp8_blocks.BLOCK
+    step = max(1, _QUANTISED_AT_ONCE // (block * weight.shape[1]))
+    parts = source.view(weight.shape).split(step * block)
+    for part, to, scales in zip(parts, weight.split(step * block), scale.split(step), strict=True):
+        for target, made in zip((to, scales), fp8_blocks.quantize_blocks(part), strict=True):
+            target.copy_(made)
+
+
+def _aligned(nbytes: int) -> int:
+    return -(-nbytes // _ALIGNMENT) * _ALIGNMENT
+
+
 def _room(tensor: Tensor) -> int:
-    return -(-tensor.numel() * tensor.element_size() // _ALIGNMENT) * _ALIGNMENT
+    return _aligned(tensor.numel() * tensor.element_size())
 
 
 def _shard_room(task: Task) -> int:
-    return -(-prod(task.shape) * getattr(torch, task.dtype).itemsize // _ALIGNMENT) * _ALIGNMENT
+    return _aligned(prod(task.shape) * getattr(torch, task.dtype).itemsize)
 
 
 def iter_hf_weights(
@@ -309,6 +399,4 @@ def iter_hf_weights(
     All ranks iterate together, a bucket at a time, so no rank ever holds the whole model. Fused
     experts come as transformers 5 has them. Tied weights come once, under the embedding's name.
     """
-    plan = WeightPlan(model)
-    for bucket in plan.buckets:
-        yield from plan.fill(bucket, plan.buffer(), read)
+    yield from WeightPlan(model).weights(read)

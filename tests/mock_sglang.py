@@ -2,7 +2,7 @@
 
 Weights come as to SGLang: an update names sockets by GPU, each of which hands over memory once and
 then lists of what lies where in it (checkpoint-engine's worker.update_weights_from_ipc). They are
-loaded when the update ends.
+loaded when the update ends; of FP8 weights what they stand for.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ import zmq
 from safetensors.torch import load_file
 from torch import Tensor
 
+from checkpoint_tools.quantize import dequantized
+from model_providers.fp8_blocks import SCALE
 from prism_megatron.config.schema import Sampling
 from prism_megatron.rollout import outer_group, pixels
 from prism_megatron.rollout.local import LocalEngine
@@ -91,7 +93,7 @@ class MockSGLang:
                 body["names"], body["dtypes"], body["shapes"], strict=True
             ):
                 self.received[name] = torch.empty(shape, dtype=getattr(torch, dtype))
-                dist.broadcast(self.received[name], src=0, group=self.group)
+                outer_group.broadcast(self.received[name], self.group)
             if body["weight_version"] is not None:
                 self.load(self.received, int(body["weight_version"]))
         if path == "/update_weights_from_disk":
@@ -102,9 +104,18 @@ class MockSGLang:
     def load(self, weights: dict[str, Tensor], version: int) -> None:
         """Take the weights, all at once."""
         self.loaded = weights
-        self.engine.load_weights(weights.items(), version)
+        self.engine.load_weights(self._plain(weights).items(), version)
         if not self.forget_version:
             self.version = version
+
+    def _plain(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+        """FP8 projections as what they stand for."""
+        plain = dict(weights)
+        for name in weights:
+            if name + SCALE in weights:
+                plain[name] = dequantized(weights, name)
+                del plain[name + SCALE]
+        return plain
 
     def _update(self, handle: str) -> dict[str, Tensor]:
         loaded: dict[str, Tensor] = {}

@@ -112,7 +112,7 @@ SERVED_VISION = dict(hidden_size=288, intermediate_size=608, out_hidden_size=256
 SERVED_EXPERTS = dict(num_experts=6, moe_intermediate_size=384)
 
 
-def save_served(directory: Path, processor: Path, kind: str) -> Path:
+def save_served(directory: Path, processor: Path, kind: str, tied: bool = False) -> Path:
     """A random BF16 model that an engine can serve and quantised formats fit, with the processor
     and the token ids of the Hugging Face directory `processor`.
 
@@ -120,7 +120,8 @@ def save_served(directory: Path, processor: Path, kind: str) -> Path:
     """
     torch.manual_seed(0)
     ours = json.loads((processor / "config.json").read_text())
-    ids = {key: value for key, value in ours.items() if key.endswith("_token_id")}
+    ids: dict[str, Any] = {k: value for k, value in ours.items() if k.endswith("_token_id")}
+    ids["tie_word_embeddings"] = tied
     text = TEXT | SERVED_TEXT | {"vocab_size": ours["text_config"]["vocab_size"]}
     text["max_position_embeddings"] = ours["text_config"]["max_position_embeddings"]
     vision = VISION | SERVED_VISION

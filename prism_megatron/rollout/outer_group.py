@@ -1,5 +1,7 @@
 """A process group of trainers and engines; both sides import it, so it needs torch alone."""
 
+import torch
+from torch import Tensor
 from torch.distributed import ProcessGroup, distributed_c10d
 
 
@@ -23,3 +25,10 @@ def join(address: str, world: int, rank: int, name: str, backend: str) -> Proces
     )
     distributed_c10d._world.pg_group_ranks[group] = {i: i for i in range(world)}
     return group
+
+
+def broadcast(tensor: Tensor, group: ProcessGroup | None) -> None:
+    """From rank 0 to all; FP8 as the bytes that it is, since gloo knows no such type."""
+    if tensor.dtype is torch.float8_e4m3fn:
+        tensor = tensor.view(torch.uint8)
+    torch.distributed.broadcast(tensor, src=0, group=group)

@@ -6,6 +6,7 @@
         engine on other GPUs           rank 0 broadcasts the buffer (NCCL)
         any other engine               rank 0 writes a Hugging Face directory, the engine reads it
 
+Weights for engines that hold them quantised are quantised as a bucket is gathered.
 While an engine loads one bucket, the trainers gather the next. A sync ends with every engine
 answering with the new version; one that does not stops the run, since its rollouts would be
 credited to the wrong weights.
@@ -33,7 +34,7 @@ from torch.multiprocessing.reductions import reduce_tensor
 
 from checkpoint_tools import hf_writer
 from model_providers.qwen3_vl import Qwen3VLModel
-from model_providers.weight_plan import Bucket, WeightPlan, iter_hf_weights
+from model_providers.weight_plan import Bucket, Quantization, WeightPlan
 from prism_megatron.rollout import outer_group
 from prism_megatron.rollout.engine import RolloutEngine
 
@@ -119,6 +120,7 @@ class IpcSync:
         model: Qwen3VLModel,
         ranks: Mapping[int, Sequence[int]],
         *,
+        quantization: Quantization | None = None,
         bucket_bytes: int = BUCKET_BYTES,
         timeout_seconds: float = 300,
     ) -> None:
@@ -128,7 +130,11 @@ class IpcSync:
         self.ranks = {engine: list(members) for engine, members in ranks.items()}
         receivers = sorted(rank for members in self.ranks.values() for rank in members)
         self.plan = WeightPlan(
-            model, receivers=receivers, bucket_bytes=bucket_bytes, turned_experts=True
+            model,
+            receivers=receivers,
+            bucket_bytes=bucket_bytes,
+            turned_experts=True,
+            quantization=quantization,
         )
         self._settled: set[str] = set()
 
@@ -268,11 +274,22 @@ class BroadcastSync:
     """Engines on GPUs of their own, which rank 0 sends to over NCCL."""
 
     def __init__(
-        self, model: Qwen3VLModel, engine_ranks: int, *, bucket_bytes: int = BUCKET_BYTES
+        self,
+        model: Qwen3VLModel,
+        engine_ranks: int,
+        *,
+        quantization: Quantization | None = None,
+        bucket_bytes: int = BUCKET_BYTES,
     ) -> None:
         """engine_ranks: GPUs of each engine. Every rank calls this."""
         self.backend, self.engine_ranks = model.backend, engine_ranks
-        self.plan = WeightPlan(model, receivers=[0], bucket_bytes=bucket_bytes, turned_experts=True)
+        self.plan = WeightPlan(
+            model,
+            receivers=[0],
+            bucket_bytes=bucket_bytes,
+            turned_experts=True,
+            quantization=quantization,
+        )
         self._joined: list[str] = []
         self._group: dist.ProcessGroup | None = None
         self._name, self._groups = "", 0
@@ -331,7 +348,7 @@ class BroadcastSync:
                         for s in mine
                     ]
                     for _, tensor in tensors:
-                        dist.broadcast(tensor, src=0, group=self._group)
+                        outer_group.broadcast(tensor, self._group)
             with phase("load"):
                 error = error or _first_error(loading)
         with phase("resume"):
@@ -342,10 +359,17 @@ class BroadcastSync:
 class DiskSync:
     """Engines that share nothing with the trainers but a file system."""
 
-    def __init__(self, model: Qwen3VLModel, config_from: Path, folder: Path) -> None:
+    def __init__(
+        self,
+        model: Qwen3VLModel,
+        config_from: Path,
+        folder: Path,
+        quantization: Quantization | None = None,
+    ) -> None:
         """config_from: Hugging Face directory whose config and processor go with the weights;
         folder: where they are written, on the file system that the engines see."""
-        self.model, self.config_from, self.folder = model, config_from, folder
+        self.config_from, self.folder = config_from, folder
+        self.plan = WeightPlan(model, receivers=[0], quantization=quantization)
 
     def sync(self, servers: Mapping[int, Server], version: int) -> dict[str, float]:
         """See WeightSync."""
@@ -354,7 +378,7 @@ class DiskSync:
         mine = list(servers.values()) if leads else []
         path = self.folder / f"version_{version}"
         with phase("write"):
-            weights = iter_hf_weights(self.model)
+            weights = self.plan.weights()
             hf_writer.write(path, weights, config_from=self.config_from, writer=leads)
             dist.barrier()
         with phase("load"), ThreadPoolExecutor(max(1, len(mine))) as pool:

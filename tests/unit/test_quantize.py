@@ -14,8 +14,9 @@ from safetensors.torch import load_file
 
 from checkpoint_tools import hf_writer, quantize
 from checkpoint_tools.hf_directory import SINGLE, HFDirectory, SafetensorsDirectory
-from checkpoint_tools.quantize import dequantized, quantize_blocks
+from checkpoint_tools.quantize import dequantized
 from checkpoint_tools.upcycle import upcycle
+from model_providers.fp8_blocks import quantize_blocks
 from prism_megatron.config import schema
 from prism_megatron.data import digit_sums
 from prism_megatron.pipelines import tiny_model
