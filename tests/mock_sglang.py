@@ -24,6 +24,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from checkpoint_tools.quantize import dequantized
+from checkpoint_tools.weights import unequal
 from model_providers.fp8_blocks import SCALE
 from prism_megatron.config.schema import Sampling
 from prism_megatron.rollout import outer_group, pixels
@@ -61,6 +62,11 @@ class MockSGLang:
                 return 200, self._generate(body)
             except ValueError as error:
                 return 400, {"error": {"message": str(error)}}
+        if path == "/weights_checker":
+            try:
+                self.engine.weight_check.run(body["action"])
+            except RuntimeError as error:
+                return 400, {"success": False, "message": str(error)}
         if path == "/abort_request":
             for stop in self.stops:
                 stop.set()
@@ -77,7 +83,7 @@ class MockSGLang:
             with ThreadPoolExecutor() as pool:
                 updates = list(pool.map(self._update, body["zmq_handles"].values()))
             for name, tensor in updates[0].items():
-                assert all(torch.equal(tensor, update[name]) for update in updates)
+                assert not any(unequal(tensor, update[name]) for update in updates)
             self.load(updates[0], int(body["weight_version"]))
         if path == "/init_weights_update_group":
             address = f"tcp://{body['master_address']}:{body['master_port']}"

@@ -370,6 +370,9 @@ class Rollout(Section):
     sync_folder: Path | None = None
     """Folder that trainers and servers see, through which weights go to servers that share neither
     GPUs nor a network of GPUs with the trainers; null otherwise."""
+    quantization: Literal["fp8-block"] | None = None
+    """How servers hold the weights: as the policy has them if null; fp8-block: projections and
+    experts in FP8 with a scale for each 128 x 128 block, rounded anew in every sync (Hopper)."""
     sleep: bool = False
     """Servers on the trainers' GPUs give back the memory of their weights and KV cache while the
     policy trains, and trainers that of gradients while responses are sampled; see also offload of
@@ -420,6 +423,11 @@ class Rollout(Section):
             raise ValueError(
                 "sleep=true is for servers on the trainers' GPUs, but "
                 f"kind={self.kind} and sync_folder={self.sync_folder}; leave it out"
+            )
+        if self.quantization is not None and self.kind not in ("sglang", "vllm"):
+            raise ValueError(
+                f"quantization={self.quantization} is how servers hold the weights, but kind is "
+                f"{self.kind}; leave it out"
             )
         if self.partial and not self.ahead:
             raise ValueError(

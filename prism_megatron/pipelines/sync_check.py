@@ -1,13 +1,16 @@
 """Does every weight reach the rollout engines, and do they compute what the trainer computes?
 
 policy --sync--> engines: tensors kept, scrambled --sync--> compared, one by one
+policy --export, checkpoint_tools.quantize--> engines: the same, if a sync quantises
 prompts --> engines --> responses and log-probabilities --> the trainer's own, token by token
 """
 
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,9 +18,13 @@ import torch.distributed as dist
 from rich.console import Console
 from rich.table import Table
 
+from checkpoint_tools import hf_writer, world
 from checkpoint_tools.files import write_atomically
 from checkpoint_tools.megatron_directory import hf_directory, load_model
+from checkpoint_tools.quantize import quantize
 from model_providers.parallel import ParallelState
+from model_providers.qwen3_vl import Qwen3VLModel
+from model_providers.weight_plan import Quantization, iter_hf_weights
 from prism_megatron.config import schema
 from prism_megatron.data.prompts import rollout_sequence
 from prism_megatron.data.rows import read_prompts
@@ -54,19 +61,22 @@ def run(config: schema.SyncCheck) -> None:
     backend.seed(config.run.seed, parallel)
     options = options_of(config.policy, 0.0, 0.0)
     model = load_model(config.policy.path, parallel, backend, "language", options)
+    hf_dir = hf_directory(config.policy.path)
+    quantization = config.rollout.quantization
+    if quantization is not None:
+        hf_dir = quantised_offline(model, hf_dir, config.run.dir, quantization)
     engines = fleet.build(
         config.rollout,
         model,
-        hf_directory(config.policy.path),
+        hf_dir,
         seed=config.run.seed,
         logs=config.run.dir / "engines",
     )
     runner = ModelRunner(
         model, micro_batch_tokens=config.micro_batch_tokens, pad_id=encoder.pad_id, optimizer=None
     )
-    report = weights_come(engines) | logprobs_agree(
-        engines, runner, stream.next_batch(), config.sampling
-    )
+    report = weights_come(engines, loaded=quantization is not None)
+    report |= logprobs_agree(engines, runner, stream.next_batch(), config.sampling)
     if dist.get_rank() == 0:
         write_atomically(config.run.dir / "sync_check.json", json.dumps(report, indent=2) + "\n")
         _print(report)
@@ -80,9 +90,26 @@ def run(config: schema.SyncCheck) -> None:
         raise RuntimeError("; ".join(problems))
 
 
-def weights_come(engines: fleet.Fleet) -> Report:
-    """Sync, keep, scramble, sync, compare. `problems` has what differs; seconds of the sync."""
-    engines.sync(0)
+def quantised_offline(
+    model: Qwen3VLModel, config_from: Path, folder: Path, quantization: Quantization
+) -> Path:
+    """The directory that the offline quantiser makes of an export of the model, in `folder`."""
+    exported, out = folder / "exported", folder / quantization
+    leads = dist.get_rank() == 0
+    hf_writer.write(exported, iter_hf_weights(model), config_from, writer=leads)
+    world.first(lambda: shutil.rmtree(out, ignore_errors=True))
+    quantize(exported, out, quantization)
+    world.first(lambda: shutil.rmtree(exported))
+    return out
+
+
+def weights_come(engines: fleet.Fleet, *, loaded: bool) -> Report:
+    """Keep, scramble, sync, compare. `problems` has what differs; seconds of the sync.
+
+    loaded: engines have from a checkpoint what the sync is to bring; otherwise a sync comes first.
+    """
+    if not loaded:
+        engines.sync(0)
     problems = engines.check("snapshot") + engines.check("reset_tensors")
     if not engines.check("compare"):
         problems.append("the scrambled weights count as equal, so that the check sees nothing")

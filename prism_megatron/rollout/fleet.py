@@ -88,11 +88,14 @@ def build(
             f"rollout.kind={config.kind} needs Ray; pip install 'prism-megatron[ray]', or set "
             "rollout.kind=embedded"
         )
+    from prism_megatron.rollout.quantized import served_directory
     from prism_megatron.rollout.ray_fleet import RayFleet, send_through_ray
     from prism_megatron.rollout.refit import ServerRefit, server_kind
 
     if config.kind == "local":
         return RayFleet(config, send_through_ray(weights), model=hf_dir, seed=seed, logs=logs)
+    if config.quantization is not None:
+        hf_dir = served_directory(config, policy, hf_dir, logs / "served")
     refit = ServerRefit(config, policy, hf_dir)
     server = server_kind(config, hf_dir, routes)
     return RayFleet(

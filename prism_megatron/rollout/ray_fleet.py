@@ -177,7 +177,7 @@ class RayFleet:
             return ""
 
         async def ask_all() -> list[str]:
-            leases = await self._manager.refitting.remote()
+            leases = await self._manager.up.remote()
             return [words for words in await asyncio.gather(*map(ask, leases)) if words]
 
         found: list[str] = self._first(

@@ -106,18 +106,18 @@ class ServerRefit:
     def _way(self, leases: Sequence[Lease]) -> WeightSync:
         config = self.config
         if config.sync_folder is not None:
-            return DiskSync(self.model, self.hf_dir, config.sync_folder)
+            return DiskSync(self.model, self.hf_dir, config.sync_folder, config.quantization)
         places: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(places, (address_of(config.interface), _own_gpu()))
         ranks = engine_ranks({lease.engine: lease.address.host for lease in leases}, config, places)
         if all(ranks.values()):
-            return IpcSync(self.model, ranks)
+            return IpcSync(self.model, ranks, quantization=config.quantization)
         if config.sleep:
             raise ValueError(
                 "rollout.sleep lends the engines' GPU memory to trainers, but none of them runs on "
                 f"rollout.gpus={list(config.gpus)}; leave it out, or give engines trainers' GPUs"
             )
-        return BroadcastSync(self.model, config.tensor)
+        return BroadcastSync(self.model, config.tensor, quantization=config.quantization)
 
 
 def engine_ranks(

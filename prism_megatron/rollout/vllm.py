@@ -60,8 +60,13 @@ def server_command(
     # a model that is to get other weights anyway
     if not any(Path(hf_dir).glob("*.safetensors")):
         command += ["--load-format", "dummy"]
-    # without the endpoints of this mode there is no way to sync weights
-    return [*command, *options], {"VLLM_SERVER_DEV_MODE": "1"}
+    environment = {
+        # without the endpoints of this mode there is no way to sync weights
+        "VLLM_SERVER_DEV_MODE": "1",
+        # FP8 blocks as they were sent, not rounded once more to scales that are powers of two
+        "VLLM_USE_DEEP_GEMM_E8M0": "0",
+    }
+    return [*command, *options], environment
 
 
 class VLLMEngine(HttpEngine):
@@ -117,8 +122,9 @@ class VLLMEngine(HttpEngine):
         self._workers("settle")
 
     def pause(self) -> None:
-        """Stop sampling; requests stay, and go on after `resume`."""
+        """Stop sampling until `resume`, and get ready for new weights; requests stay."""
         self.post("/pause?mode=keep")
+        self._workers("begin_load")
 
     def resume(self) -> None:
         self.post("/resume")

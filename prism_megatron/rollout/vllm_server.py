@@ -1,11 +1,21 @@
-"""What vLLM's workers load of this project, by --worker-extension-cls; the trainer never does."""
+"""What vLLM's workers load of this project, by --worker-extension-cls; the trainer never does.
+
+vLLM turns the parameters of quantised layers into what its kernels take, which the model's
+load_weights can't load again (a Parameter without load_qkv_weight). Its layerwise reload gives a
+layer its first parameters back, keeps what arrives until that is all of the layer, converts it, and
+copies the result to where the kernels and CUDA graphs look for it. Other layers load in place.
+"""
 
 import gc
 from pathlib import Path
 
 import torch
-from checkpoint_engine.worker import VllmColocateWorkerExtension
+from checkpoint_engine.worker import VllmColocateWorkerExtension, update_weights_from_ipc
 from safetensors import safe_open
+from vllm.model_executor.model_loader.reload import (
+    finalize_layerwise_reload,
+    initialize_layerwise_reload,
+)
 from vllm.model_executor.model_loader.utils import process_weights_after_loading
 
 from prism_megatron.rollout import outer_group
@@ -24,10 +34,23 @@ class WeightExtension(VllmColocateWorkerExtension):
         gc.collect()
         gc.freeze()
 
+    def begin_load(self):
+        """Before the first of new weights, of which those before may not all have come."""
+        with torch.device(self.device):
+            for layer in self._quantised_layers():
+                # without effect unless a load was begun and not ended
+                finalize_layerwise_reload(layer, self.model_config)
+                initialize_layerwise_reload(layer)
+
     def load_ipc(self, handles, version):
         """Load from the processes that serve weights at `handles` (GPU's UUID: address)."""
-        self.update_weights_from_ipc(handles)
-        self.weight_version = int(version)
+        update_weights_from_ipc(
+            self._zmq_ctx,
+            handles[self._device_uuid],
+            device_id=self.device.index,
+            run=self._load,
+            post_hook=lambda: self._end_load(version),
+        )
 
     def join_group(self, address, first_rank, world, name, backend):
         """Take part in the trainer's group as the engine's first rank or one of those after it."""
@@ -40,25 +63,52 @@ class WeightExtension(VllmColocateWorkerExtension):
         arrived = []
         for name, dtype, shape in zip(names, dtypes, shapes, strict=True):
             tensor = torch.empty(shape, dtype=getattr(torch, dtype), device=self.device)
-            torch.distributed.broadcast(tensor, src=0, group=self.outer)
+            outer_group.broadcast(tensor, self.outer)
             arrived.append((name, tensor))
-        self._load(arrived, version)
+        self._load(arrived)
+        if version is not None:
+            self._end_load(version)
 
     def load_disk(self, hf_dir, version):
         """Load the safetensors files of a Hugging Face directory."""
         for file in sorted(Path(hf_dir).glob("*.safetensors")):
             with safe_open(file, "pt") as stored:
-                self._load(((name, stored.get_tensor(name)) for name in stored.keys()), None)
-        self._load((), version)
+                self._load((name, stored.get_tensor(name)) for name in stored.keys())
+        self._end_load(version)
 
-    def _load(self, tensors, version):
-        """Some tensors; version is None unless they are the last."""
-        self.model_runner.model.load_weights(tensors)
-        if version is not None:
-            process_weights_after_loading(self.model_runner.model, self.model_config, self.device)
-            self.weight_version = int(version)
+    def _quantised_layers(self):
+        """Those with FP8 blocks of their own."""
+        return [
+            layer
+            for layer in self.model_runner.model.modules()
+            if any(name.endswith("_scale_inv") for name, _ in layer.named_parameters(recurse=False))
+        ]
+
+    def _load(self, tensors):
+        """Some tensors."""
+        model = self.model_runner.model
+        if self._quantised_layers():
+            # a layer keeps what came, and the memory that it came in is used again
+            tensors = ((name, tensor.clone()) for name, tensor in tensors)
+            # conversion makes tensors
+            with torch.device(self.device):
+                model.load_weights(tensors)
+        else:
+            model.load_weights(tensors)
         # what they came in is used again as soon as the answer is there
         torch.accelerator.synchronize()
+
+    def _end_load(self, version):
+        """All tensors have come."""
+        layers = self._quantised_layers()
+        with torch.device(self.device):
+            for layer in layers:
+                finalize_layerwise_reload(layer, self.model_config)
+        # would convert those a second time
+        if not layers:
+            process_weights_after_loading(self.model_runner.model, self.model_config, self.device)
+        torch.accelerator.synchronize()
+        self.weight_version = int(version)
 
     def check_weights(self, action):
         """What WeightCheck.run finds wrong, or an empty text."""

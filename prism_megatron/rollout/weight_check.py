@@ -37,9 +37,16 @@ class WeightCheck:
                 for name in found.keys() | self._kept.keys()
                 if name not in found
                 or name not in self._kept
-                or not torch.equal(found[name], self._kept[name])
+                or not _same_bits(found[name], self._kept[name])
             )
             if wrong:
                 raise RuntimeError(
                     f"{len(wrong)} of {len(self._kept)} tensors differ: {', '.join(wrong[:8])}"
                 )
+
+
+def _same_bits(a: Tensor, b: Tensor) -> bool:
+    """Also of FP8, which torch does not compare."""
+    if a.dtype != b.dtype or a.shape != b.shape:
+        return False
+    return torch.equal(*(t.contiguous().flatten().view(torch.uint8) for t in (a, b)))

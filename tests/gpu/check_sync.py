@@ -1,7 +1,7 @@
 """Weight sync into SGLang or vLLM servers, and what they sample then.
 
     torchrun --nproc-per-node N -m tests.gpu.check_sync DIR --out FILE [--engine vllm]
-        [--preset NAME] [--apart ENGINES] [layout]
+        [--preset NAME] [--apart ENGINES] [--quantization fp8-block] [layout]
 
 Servers are on the trainers' GPUs, or with --apart that many on the GPUs after them.
 
@@ -12,6 +12,10 @@ choice of experts and by the engine's; the same once more with other weights, th
 too, and the same images.
 
 With --preset NAME, of true shape and random weights: seconds of a sync by phase.
+
+With --quantization the server loads what checkpoint_tools.quantize made of the export, syncs
+quantise, and so the comparison is one with the offline quantiser. How far log-probabilities are
+apart is then written and not judged: it is what FP8 costs these random weights.
 """
 
 from __future__ import annotations
@@ -44,9 +48,11 @@ from model_providers.config import Qwen3VLConfig
 from model_providers.parallel import Layout, ParallelState
 from model_providers.qwen3_vl import Qwen3VLModel
 from model_providers.weight_map import load_hf_weights
+from prism_megatron.config import schema
 from prism_megatron.config.schema import Sampling
 from prism_megatron.pipelines.sync_check import distances
 from prism_megatron.rollout import sglang, vllm
+from prism_megatron.rollout.quantized import served_directory
 from prism_megatron.rollout.server import outside_of_ranks
 from prism_megatron.rollout.vocabulary import Vocabulary
 from prism_megatron.rollout.weight_sync import BroadcastSync, IpcSync
@@ -102,6 +108,7 @@ class ServerProcess:
         environment |= {"CUDA_VISIBLE_DEVICES": ",".join(gpus)}
         # which would compile kernels first, for minutes
         environment |= {"VLLM_DEEP_GEMM_WARMUP": "skip", "VLLM_USE_FLASHINFER_SAMPLER": "0"}
+        environment |= {"SGLANG_JIT_DEEPGEMM_PRECOMPILE": "0"}
         if packages := os.environ.get("ENGINE_PYTHONPATH"):
             environment["PYTHONPATH"] = packages
         self.log = log
@@ -156,6 +163,7 @@ def main() -> None:
     parser.add_argument("--engine", choices=sorted(PROGRAMS), default="sglang")
     parser.add_argument("--kind", choices=("dense", "moe"), default="dense")
     parser.add_argument("--preset", choices=presets.PRESETS)
+    parser.add_argument("--quantization", choices=("fp8-block",))
     for name in ("tensor", "pipeline", "expert", "expert-tensor", "engine-tensor"):
         parser.add_argument(f"--{name}", type=int, default=1)
     parser.add_argument("--apart", type=int, default=0, help="engines on GPUs of their own")
@@ -178,12 +186,34 @@ def main() -> None:
     parallel = ParallelState.create(layout)
     backend.seed(1, parallel)
     folder = Path(tempfile.mkdtemp())
-    export, processor = options.directory / options.kind / "bf16", options.directory / "tiny"
+    quantization = options.quantization
+    export, processor = options.directory / options.kind, options.directory / "tiny"
     if options.preset:
         path = true_shape(options.preset, processor, folder)
     else:
-        path = Path(shutil.copytree(export, folder, dirs_exist_ok=True))
+        form = quantization or "bf16"
+        path = Path(shutil.copytree(export / form, folder, dirs_exist_ok=True))
         shutil.copy(processor / "generation_config.json", path)
+
+    def build() -> Qwen3VLModel:
+        with torch.device(backend.device):
+            built = Qwen3VLModel(Qwen3VLConfig.from_hf(path), parallel, backend).to(backend.device)
+        if options.preset:
+            workload.randomise(built)
+        else:
+            load_hf_weights(built, HFDirectory(export / "bf16"), str(export))
+        return built
+
+    # servers start while it is made, unless their directory says what of it is quantised
+    model = build() if quantization else None
+    if model is not None:
+        box = [path]
+        dist.broadcast_object_list(box, src=0)
+        numbers = tuple(range(options.engine_tensor))
+        rollout = schema.Rollout(
+            kind=options.engine, tensor=len(numbers), gpus=numbers, quantization=quantization
+        )
+        path = served_directory(rollout, model, box[0], box[0] / "served")
     size = options.engine_tensor
     # of each engine: the numbers of its GPUs, the first of which is that of the rank it talks to
     first = world if options.apart else 0
@@ -216,23 +246,18 @@ def main() -> None:
     report |= {"engine": options.engine, "engines": count, "apart": bool(options.apart)}
     report |= {"layout": {k: v for k, v in vars(layout).items() if isinstance(v, int)}}
     report |= {"engine_tensor": size, "bucket_mib": options.bucket_mib}
+    report |= {"quantization": quantization}
     try:
-        config = Qwen3VLConfig.from_hf(path)
-        with torch.device(backend.device):
-            model = Qwen3VLModel(config, parallel, backend).to(backend.device)
-        if options.preset:
-            workload.randomise(model)
-        else:
-            load_hf_weights(model, HFDirectory(path), str(path))
+        model = model or build()
         for server in mine:
             report["server_start_s"] = server.wait(240)
         dist.barrier()
-        bucket = options.bucket_mib * 2**20
+        cut = {"bucket_bytes": options.bucket_mib * 2**20, "quantization": quantization}
         weights: BroadcastSync | IpcSync
         if options.apart:
-            weights = BroadcastSync(model, size, bucket_bytes=bucket)
+            weights = BroadcastSync(model, size, **cut)
         else:
-            weights = IpcSync(model, groups, bucket_bytes=bucket)
+            weights = IpcSync(model, groups, **cut)
 
         def sync(version: int) -> dict[str, float]:
             return weights.sync(servers, version)
@@ -339,7 +364,8 @@ def _logprobs(
             report[f"logprobs_{moment}_with_engines_experts"] = distances(runner, samples)
         found = distances(runner, [(p, replace(r, routes=None)) for p, r in samples])
         report[f"logprobs_{moment}"] = found | {"tokens_per_s": tokens / seconds}
-        assert found["mean_distance"] <= CLOSE[report["model"]], report
+        if report["quantization"] is None:
+            assert found["mean_distance"] <= CLOSE[report["model"]], report
 
 
 def _sleep(report: dict[str, Any], engine: Engine) -> None:

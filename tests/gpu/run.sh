@@ -137,6 +137,15 @@ sync() {
     job sync-moe 0 1 check_sync "$checkpoints" --kind moe --memory 0.3
     job sync-4b 0 1 check_sync "$checkpoints" --preset qwen3-vl-4b --memory 0.4
     job sync-8b 0 1 check_sync "$checkpoints" --preset qwen3-vl-8b --memory 0.4
+    # FP8 against BF16: what is loaded, what log-probabilities become, and how long a sync takes
+    for kind in dense moe; do
+        job sync-$kind-fp8 0 1 check_sync "$checkpoints" --kind $kind --quantization fp8-block \
+            --memory 0.3
+    done
+    for size in 4b 8b; do
+        job sync-$size-fp8 0 1 check_sync "$checkpoints" --preset qwen3-vl-$size --memory 0.4 \
+            --quantization fp8-block
+    done
     job sync-dense-tp2 0 2 check_sync "$checkpoints" --kind dense --tensor 2 --engine-tensor 2
     job sync-moe-ep2 0 2 check_sync "$checkpoints" --kind moe --expert 2 --memory 0.3
     ranks=1 job sync-dense-apart 0 2 check_sync "$checkpoints" --kind dense --apart 1

@@ -220,6 +220,8 @@ def test_a_check_between_keys_reports_its_own_words(write: Write) -> None:
         ({"kind": "embedded", "engines": 2, "cpus": 3}, "no use for engines, cpus; set another"),
         ({"kind": "sglang", "engines": 4, "nodes": 2, "tensor": 2, "gpus": (0, 1, 2)},
          r"2 engines a node with tensor=2 take 4 GPUs, but gpus=\[0, 1, 2\] names 3"),
+        ({"quantization": "fp8-block"}, "quantization=fp8-block is how servers .* kind is local"),
+        ({"kind": "embedded", "quantization": "fp8-block"}, "no use for quantization"),
     ],
 )  # fmt: skip
 def test_engines_that_have_no_place_are_refused(given: dict[str, object], wanted: str) -> None:
