@@ -103,6 +103,8 @@ class MockSGLang:
             if body["weight_version"] is not None:
                 self.load(self.received, int(body["weight_version"]))
         if path == "/update_weights_from_disk":
+            if body["load_format"] != "auto":
+                return 400, {"success": False, "message": "Failed to get model loader"}
             weights = load_file(Path(body["model_path"]) / "model.safetensors")
             self.load(weights, int(body["weight_version"]))
         return 200, {"success": True, "message": "done"}

@@ -172,7 +172,12 @@ class SGLangEngine(HttpEngine):
         """Load the weights of a Hugging Face directory that the server can read."""
         self.post(
             "/update_weights_from_disk",
-            {"model_path": str(hf_dir), "weight_version": str(version)},
+            {
+                "model_path": str(hf_dir),
+                # otherwise that of the server's start, which may have been without weights
+                "load_format": "auto",
+                "weight_version": str(version),
+            },
         )
 
     async def health(self) -> None:
