@@ -25,6 +25,9 @@ from prism_megatron.config import schema
 from prism_megatron.training.runner import ModelRunner
 from prism_megatron.training.watchdog import reached
 
+SLOW_DISK_SECONDS = 1800
+"""How long a checkpoint may take before it counts as hung."""
+
 
 class Checkpoints:
     """All ranks call everything together."""
@@ -70,7 +73,7 @@ class Checkpoints:
         if final.exists():
             return
         started = time.monotonic()
-        reached("a checkpoint")
+        reached("a checkpoint", SLOW_DISK_SECONDS)
         staging = staging_of(final)
         if self._is_writer:
             self.remove_leftovers()
@@ -116,7 +119,7 @@ class Checkpoints:
         publish, self._publish = self._publish, None
         if publish is not None:
             started = time.monotonic()
-            reached("the end of a checkpoint")
+            reached("the end of a checkpoint", SLOW_DISK_SECONDS)
             publish()
             self._models = []
             self._count("time/save", started)

@@ -209,6 +209,35 @@ def test_training_goes_on_alike_at_other_layouts(
         assert worst < 2e-5, layout
 
 
+def _go_on(path: Path, layout: Layout, ckpt: Path | None, out: Path) -> list[float]:
+    """The losses of two more steps, and a checkpoint after them."""
+    runner = checks.make_runner(path, layout, optimizer=ADAM)
+    if ckpt is not None:
+        runner.load(ckpt)
+    batch = checks.mixed_batch()
+    loss = checks.weighted_loss(float(sum(s.response_mask.sum() for s in batch)))
+    losses = [runner.train_step(batch, loss).sums["loss"] for _ in range(2)]
+    runner.save(out, path)
+    return losses
+
+
+def test_a_run_goes_from_tp2_to_pp2_to_tp1_with_the_same_loss(
+    ranks: Worlds, hf_models: dict[str, Path], tmp_path: Path
+) -> None:
+    def train(layouts: list[tuple[int, Layout]], folder: Path) -> list[float]:
+        losses, ckpt = list[float](), None
+        for i, (world, layout) in enumerate(layouts):
+            out = folder / f"{i}"
+            losses += ranks(world).run(_go_on, hf_models["dense"], layout, ckpt, out)[0]
+            ckpt = out
+        return losses
+
+    moved = [(2, TP2SP), (2, Layout(pipeline=2)), (1, Layout())]
+    found, wanted = train(moved, tmp_path / "moved"), train([(2, TP2SP)] * 3, tmp_path / "stayed")
+    assert wanted[0] - wanted[-1] > 0.1
+    assert max(abs(a - b) for a, b in zip(found, wanted, strict=True)) < 1e-5
+
+
 RESHARDED = {"dense": Layout(), "tied": TP2SP, "moe": ETP2}
 
 
