@@ -59,6 +59,7 @@ class Rollout:
     earlier: (version, tokens) of the parts before, if a sync came while it was sampled.
     routes: [P + R - 1, layers * k] of integers, the experts that each token of prompt and response
     but the last took in every layer; None if the engine was not asked.
+    cached: tokens of the prompt that the engine had in its prefix cache; None if it does not tell.
     """
 
     ids: tuple[int, ...]
@@ -67,6 +68,7 @@ class Rollout:
     weight_version: int
     earlier: tuple[tuple[int, int], ...] = ()
     routes: Tensor | None = field(default=None, compare=False)
+    cached: int | None = field(default=None, compare=False)
 
     @property
     def token_versions(self) -> tuple[int, ...]:
@@ -85,6 +87,7 @@ class Rollout:
             ids=self.ids + rest.ids,
             logprobs=self.logprobs + rest.logprobs,
             earlier=tuple(parts),
+            cached=self.cached,
         )
 
 

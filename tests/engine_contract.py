@@ -46,13 +46,15 @@ def odd_prompts() -> list[Prompt]:
     ]
 
 
-def check_form(group: list[Rollout], n: int, longest: int) -> None:
+def check_form(group: list[Rollout], n: int, longest: int, tokens: int) -> None:
+    """tokens: of the prompt."""
     assert len(group) == n
     for rollout in group:
         assert 1 <= len(rollout.ids) <= longest
         assert len(rollout.logprobs) == len(rollout.ids)
         assert rollout.weight_version == VERSION
         assert not STOP_IDS & set(rollout.ids[:-1])
+        assert rollout.cached is None or 0 <= rollout.cached < tokens
         if rollout.finish_reason == "stop":
             assert rollout.ids[-1] in STOP_IDS
         else:
@@ -62,7 +64,8 @@ def check_form(group: list[Rollout], n: int, longest: int) -> None:
 
 async def answers_have_their_form(client: EngineClient) -> None:
     for prompt in [*prompts(), *odd_prompts()]:
-        check_form(await client.generate(prompt, sampling(), "k"), 3, 12)
+        group = await client.generate(prompt, sampling(), "k")
+        check_form(group, 3, 12, len(prompt.input_ids))
 
 
 async def logprobs_are_those_of_the_ids_that_came(client: EngineClient) -> None:

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from itertools import groupby
 from pathlib import Path
 from threading import Event
 from typing import Any
@@ -46,6 +47,8 @@ class MockSGLang:
         self.paths: list[str] = []
         self.woken: list[list[str]] = []
         self.loaded: dict[str, Tensor] = {}
+        self.seen: list[list[int]] = []
+        """Prompts since the last load, with an image's name in place of its tokens."""
         self.received: dict[str, Tensor] = {}
         self.group: dist.ProcessGroup | None = None
         self.refuse = ""
@@ -111,7 +114,7 @@ class MockSGLang:
 
     def load(self, weights: dict[str, Tensor], version: int) -> None:
         """Take the weights, all at once."""
-        self.loaded = weights
+        self.loaded, self.seen = weights, []
         self.engine.load_weights(self._plain(weights).items(), version)
         if not self.forget_version:
             self.version = version
@@ -159,9 +162,13 @@ class MockSGLang:
         stop = Event()
         self.stops.append(stop)
         [group] = self.engine.sample([prompt], sampling, ["key"], stop)
+        cached = self._cached(prompt)
+        # as SGLang, which reads the prompt of several samples once before them
+        cached = self._cached(prompt) if sampling.n > 1 else cached
         answers = [
             {
                 "meta_info": {
+                    "cached_tokens": cached,
                     "prompt_tokens": len(prompt.input_ids),
                     "output_token_logprobs": [
                         [logprob, token, None]
@@ -174,6 +181,23 @@ class MockSGLang:
             for rollout in group
         ]
         return answers if sampling.n > 1 else answers[0]
+
+    def _cached(self, prompt: Prompt) -> int:
+        """Tokens of a prompt, not all of which are ever taken from the cache, that begin an earlier
+        one too."""
+        named, images = [], iter(prompt.images)
+        for token, run in groupby(prompt.input_ids):
+            name = int(next(images).key) if token == IMAGE else token
+            named += [name] * len(list(run))
+        begins = [_common(named, old) for old in self.seen]
+        self.seen.append(named)
+        return min(max(begins, default=0), len(named) - 1)
+
+
+def _common(a: list[int], b: list[int]) -> int:
+    """How many entries they begin with alike."""
+    pairs = enumerate(zip(a, b, strict=False))
+    return next((i for i, (x, y) in pairs if x != y), min(len(a), len(b)))
 
 
 def prompt_of(body: Any) -> Prompt:

@@ -52,7 +52,7 @@ from prism_megatron.objectives.sections import (
 from prism_megatron.rollout import fleet
 from prism_megatron.rollout.fleet import share_out
 from prism_megatron.rollout.rewards import reward_item
-from prism_megatron.rollout.sampler import Sampler, stale_share
+from prism_megatron.rollout.sampler import Sampler, cache_shares, stale_share
 from prism_megatron.training import discriminator
 from prism_megatron.training.alarms import Alarms
 from prism_megatron.training.loop import Metrics, TrainingLoop
@@ -248,6 +248,7 @@ class Game:
             **({} if accuracy is None else {"accuracy": float(accuracy.mean())}),
             "response_tokens": sum(len(r.ids) for _, r in samples) / len(samples),
             "stale_share": stale_share([rollout for _, rollout in samples], number),
+            **cache_shares(samples, self.policy.model.architecture.image_token_id),
             "weight_version": self.sampler.engine.weight_version,
             "sync_s": synced["total"],
             **slept,

@@ -27,7 +27,7 @@ from prism_megatron.phases import phase
 from prism_megatron.rollout import fleet
 from prism_megatron.rollout.fleet import share_out
 from prism_megatron.rollout.rewards import reward_item
-from prism_megatron.rollout.sampler import Sampler, stale_share
+from prism_megatron.rollout.sampler import Sampler, cache_shares, stale_share
 from prism_megatron.training.dynamic_sampling import Batch, DynamicSampler, Group
 from prism_megatron.training.loop import Metrics, TrainingLoop
 from prism_megatron.training.policy import policy_update
@@ -154,6 +154,7 @@ class Trainer:
             "sampled_prompts": len(batch.sampled),
             "expired_prompts": batch.expired,
             "stale_share": stale_share([rollout for _, rollout in samples], number),
+            **cache_shares(samples, self.policy.model.architecture.image_token_id),
             "weight_version": self.sampler.engine.weight_version,
             "sync_s": synced["total"],
             **slept,

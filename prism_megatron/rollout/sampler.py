@@ -17,6 +17,7 @@ import base64
 import io
 from collections.abc import Callable, Sequence
 from dataclasses import fields
+from itertools import groupby
 from typing import Any, Protocol
 
 import numpy as np
@@ -112,6 +113,26 @@ def stale_share(rollouts: Sequence[Rollout], version: int) -> float:
     """Share of the tokens that other weights than those of `version` sampled."""
     versions = [v for rollout in rollouts for v in rollout.token_versions]
     return sum(v != version for v in versions) / max(1, len(versions))
+
+
+def cache_shares(samples: Sequence[tuple[Prompt, Rollout]], image_token: int) -> dict[str, float]:
+    """What engines had in their prefix caches, of the samples that they tell it of.
+
+    cached_share: of the prompts' tokens. cached_images: of the images, all of whose tokens were
+    there, so that they were not encoded again; absent without images.
+    """
+    tokens = found = images = reused = 0
+    for prompt, rollout in samples:
+        if rollout.cached is None:
+            continue
+        tokens, found = tokens + len(prompt.input_ids), found + rollout.cached
+        end = 0
+        for token, run in groupby(prompt.input_ids):
+            end += len(list(run))
+            images += token == image_token
+            reused += token == image_token and end <= rollout.cached
+    shares = {"cached_share": found / tokens} if tokens else {}
+    return shares | ({"cached_images": reused / images} if images else {})
 
 
 def state_of(rollout: Rollout) -> dict[str, Any]:

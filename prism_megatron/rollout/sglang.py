@@ -102,6 +102,7 @@ class SGLangEngine(HttpEngine):
             finish_reason=self.vocabulary.finish_reason(ids, meta["finish_reason"]["type"]),
             weight_version=int(meta["weight_version"]),
             routes=routes,
+            cached=meta["cached_tokens"],
         )
 
     async def weight_version(self) -> int:

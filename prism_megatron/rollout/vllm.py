@@ -54,6 +54,7 @@ def server_command(
     command = [python, "-m", "vllm.entrypoints.openai.api_server", "--model", str(hf_dir)]
     command += ["--host", host, "--port", str(port), "--api-key", api_key]
     command += ["--tensor-parallel-size", str(tensor), "--enable-sleep-mode"]
+    command += ["--enable-prompt-tokens-details"]
     command += ["--worker-extension-cls", "prism_megatron.rollout.vllm_server.WeightExtension"]
     if routes:
         command.append("--enable-return-routed-experts")
@@ -85,9 +86,14 @@ class VLLMEngine(HttpEngine):
         choices = answer["choices"]
         if len(choices) != sampling.n:
             raise RuntimeError(f"{self.url} gave {len(choices)} responses instead of {sampling.n}")
-        return [self._rollout(choice, version, len(prompt.input_ids)) for choice in choices]
+        # of the sample that ended last, and left out where it is none
+        details = answer["usage"].get("prompt_tokens_details") or {"cached_tokens": 0}
+        told = version, len(prompt.input_ids), details["cached_tokens"]
+        return [self._rollout(choice, *told) for choice in choices]
 
-    def _rollout(self, choice: Mapping[str, Any], version: int, prompt_tokens: int) -> Rollout:
+    def _rollout(
+        self, choice: Mapping[str, Any], version: int, prompt_tokens: int, cached: int
+    ) -> Rollout:
         ids = tuple(choice["token_ids"])
         routes = None
         if self.routes:
@@ -99,6 +105,7 @@ class VLLMEngine(HttpEngine):
             finish_reason=self.vocabulary.finish_reason(ids, choice["finish_reason"]),
             weight_version=version,
             routes=routes,
+            cached=cached,
         )
 
     async def weight_version(self) -> int:

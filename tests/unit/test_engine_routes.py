@@ -34,6 +34,7 @@ def by_sglang(routes: NDArray[Any]) -> Any:
         "output_token_logprobs": [[-0.5, token, None] for token in IDS],
         "finish_reason": {"type": "stop"},
         "weight_version": "3",
+        "cached_tokens": 2,
         "routed_experts": base64.b64encode(routes.astype(np.int32).tobytes()).decode(),
     }
     return engine._rollout(meta, PROMPT)
@@ -49,7 +50,7 @@ def by_vllm(routes: NDArray[Any]) -> Any:
         "finish_reason": "stop",
         "routed_experts": base64.b64encode(file.getvalue()).decode(),
     }
-    return engine._rollout(choice, 3, PROMPT)
+    return engine._rollout(choice, 3, PROMPT, 2)
 
 
 @pytest.mark.parametrize("engine", [by_sglang, by_vllm])
