@@ -77,7 +77,7 @@ class Node:
                     case ["ranks", str(head)]:
                         self._do(self._run_ranks(head))
                     case ["signal", int(sent)]:
-                        self._pass_on(signal.Signals(sent))
+                        self._do(self._pass_on(signal.Signals(sent)))
                     case ["stop"]:
                         await self._stop()
                         self.link.send("stopped")
@@ -138,12 +138,15 @@ class Node:
         status = status if status >= 0 else 128 - status
         self.link.send("ended", status, f"ranks ended with status {status}")
 
-    def _pass_on(self, number: signal.Signals) -> None:
-        """To the ranks themselves: torchrun would give them 30 s, then end them."""
-        if self._torchrun is not None:
+    async def _pass_on(self, number: signal.Signals) -> None:
+        """To the ranks themselves, once they are there: torchrun would give them 30 s to end."""
+        while self._torchrun is not None:
             with contextlib.suppress(psutil.NoSuchProcess):
-                for rank in psutil.Process(self._torchrun).children():
-                    rank.send_signal(number)
+                if ranks := psutil.Process(self._torchrun).children():
+                    for rank in ranks:
+                        _signal(rank, number)
+                    return
+            await asyncio.sleep(0.1)
 
     async def _watch_ray(self) -> None:
         while True:

@@ -8,10 +8,12 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -124,13 +126,34 @@ def metrics(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_torchrun_trains_a_model_that_is_split_over_two_hosts(
+def kill_a_rank(launcher: subprocess.Popen[str], folder: Path) -> None:
+    """Kill a rank of this host as soon as there is a checkpoint."""
+    deadline = time.monotonic() + 240
+    while not list(folder.glob("checkpoints/step_*")):
+        assert launcher.poll() is None, launcher.communicate()[0][-6000:]
+        assert time.monotonic() < deadline, "no checkpoint within 240 s"
+        time.sleep(0.02)
+    [rank] = [
+        process
+        for process in psutil.Process(launcher.pid).children(recursive=True)
+        if process.cmdline()[1:4] == ["-u", "-m", "prism_megatron"]
+    ]
+    rank.kill()
+
+
+def test_torchrun_trains_a_model_that_is_split_over_two_hosts_also_when_a_rank_dies(
     cluster: dict[str, str], quickstart: Path
 ) -> None:
-    steps = ["vars.sft_steps=3", f"model.path={quickstart}/tiny", "batch_size=8"]
-    statuses, said = outputs(on_hosts(cluster, 2, *arguments("sft", quickstart, *steps)))
+    small = [f"model.path={quickstart}/tiny", "batch_size=8", "model.parallel.tensor=2"]
+    length = ["vars.sft_steps=8", "vars.save_every=4"]
+    job = arguments("sft", quickstart, *small, *length)
+    nodes = on_hosts(cluster, 2, *job, MAX_RESTARTS="1")
+    kill_a_rank(nodes[1], quickstart / "sft")
+    statuses, said = outputs(nodes)
     assert statuses == [0, 0], said[-6000:]
-    assert [entry["step"] for entry in metrics(quickstart / "sft")] == [1, 2, 3]
+    assert "starting again, 1 of 1 times" in said
+    assert [entry["step"] for entry in metrics(quickstart / "sft")] == list(range(1, 9))
+    assert said.count("sft step 1/8 ") == 1, "it began anew instead of going on"
     assert (quickstart / "sft" / "hf" / "model.safetensors").exists()
 
 

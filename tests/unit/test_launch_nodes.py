@@ -26,6 +26,7 @@ if [[ $1 != */ranks.py ]]; then exec {python} "$@"; fi
 log={folder}/node-$NODE_RANK
 echo "${{RAY_ADDRESS-}} ${{GLOO_SOCKET_IFNAME-}} ${{NCCL_SOCKET_IFNAME-}} ${{*:2}}" >>$log.ranks
 behaviour=BEHAVIOUR_$NODE_RANK
+while [[ -e {folder}/hold ]]; do read -rt 0.05 <>{folder}/nothing || :; done
 setsid bash {folder}/rank.sh ${{!behaviour}} $log &
 wait $!
 """
@@ -54,6 +55,7 @@ def start(tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
     """start(node, behaviour, *arguments, VARIABLE=value ...) -> the launcher on that node."""
     tools = tmp_path / "bin"
     tools.mkdir()
+    os.mkfifo(tmp_path / "nothing")
     places = {"python": sys.executable, "folder": tmp_path}
     for path, body in (
         (tools / "python", PYTHON.format(**places)),
@@ -233,6 +235,21 @@ def test_a_signal_to_one_node_has_the_ranks_of_all_save(
     assert statuses == [75, 75], said
     for node in range(2):
         assert (tmp_path / f"node-{node}.signals").read_text() == f"{got}\n"
+
+
+def test_a_signal_waits_for_ranks_that_are_being_started(
+    start: Callable[..., subprocess.Popen[str]], tmp_path: Path
+) -> None:
+    (tmp_path / "hold").touch()
+    node = start(0, "saves")
+    wait_for(tmp_path / "node-0.ranks")
+    node.send_signal(signal.SIGTERM)
+    assert node.stderr is not None
+    while "node 0 got SIGTERM" not in node.stderr.readline():
+        assert node.poll() is None
+    (tmp_path / "hold").unlink()
+    # a rank that can't save yet ends of it
+    assert ended(node)[0] in ([75], [128 + signal.SIGTERM])
 
 
 def test_ranks_that_do_not_end_after_a_signal_are_ended(
