@@ -13,9 +13,10 @@ too, and the same images.
 
 With --preset NAME, of true shape and random weights: seconds of a sync by phase.
 
-With --quantization the server loads what checkpoint_tools.quantize made of the export, syncs
-quantise, and so the comparison is one with the offline quantiser. How far log-probabilities are
-apart is then written and not judged: it is what FP8 costs these random weights.
+With --quantization syncs quantise. The server loads what checkpoint_tools.quantize made of the
+export, so that the comparison is one with the offline quantiser, whose bits the sync's are also set
+against before. How far log-probabilities are apart is then written and not judged: it is what FP8
+costs these random weights.
 """
 
 from __future__ import annotations
@@ -41,13 +42,15 @@ import torch
 import torch.distributed as dist
 
 from checkpoint_tools import hf_writer
-from checkpoint_tools.hf_directory import HFDirectory
+from checkpoint_tools.hf_directory import HFDirectory, SafetensorsDirectory
+from checkpoint_tools.weights import unequal
 from model_providers import backend as backends
 from model_providers import presets
 from model_providers.config import Qwen3VLConfig
 from model_providers.parallel import Layout, ParallelState
 from model_providers.qwen3_vl import Qwen3VLModel
 from model_providers.weight_map import load_hf_weights
+from model_providers.weight_plan import WeightPlan
 from prism_megatron.config import schema
 from prism_megatron.config.schema import Sampling
 from prism_megatron.pipelines.sync_check import distances
@@ -264,6 +267,9 @@ def main() -> None:
 
         report["buckets"] = len(weights.plan.buckets)
         report["gib"] = sum(bucket.nbytes for bucket in weights.plan.buckets) / 2**30
+        if quantization and not options.preset:
+            _bits(weights.plan, export / quantization)
+            report["equal_to_offline"] = True
         _equality(report, sync, [server.engine for server in mine], options.preset)
         _times(report, sync, options.cycles)
         if not options.preset:
@@ -285,6 +291,17 @@ def main() -> None:
 def _write(report: dict[str, Any], out: Path) -> None:
     """What is known so far."""
     out.write_text(json.dumps(report | workload.environment(), indent=2) + "\n")
+
+
+def _bits(plan: WeightPlan, offline: Path) -> None:
+    """AssertionError unless what this device rounds is what the CPU rounded for the checkpoint."""
+    written = SafetensorsDirectory(offline)
+    wrong = [
+        name
+        for name, tensor in plan.weights()
+        if unequal(tensor.cpu().to(written.like(name).dtype), written[name])
+    ]
+    assert not wrong, f"{len(wrong)} tensors are not the offline quantiser's: {wrong[:5]}"
 
 
 def _equality(
