@@ -95,7 +95,7 @@ def build(
     if config.kind == "local":
         return RayFleet(config, send_through_ray(weights), model=hf_dir, seed=seed, logs=logs)
     if config.quantization is not None:
-        hf_dir = served_directory(config, policy, hf_dir, logs / "served")
+        hf_dir = served_directory(config, policy, hf_dir, (logs / "served").resolve())
     refit = ServerRefit(config, policy, hf_dir)
     server = server_kind(config, hf_dir, routes)
     return RayFleet(

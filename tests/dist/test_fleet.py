@@ -161,6 +161,22 @@ def test_all_ranks_get_what_one_engine_would_sample(fleet: Ranks, hf_dir: Path) 
         assert_same(found, expected(hf_dir, 1, 0))
 
 
+def _scramble_and_sync() -> list[list[str]]:
+    """What the check of weights finds in the engines before and after a sync."""
+    kept = [_fleet.check("snapshot"), _fleet.check("reset_tensors"), _fleet.check("compare")]
+    _sync(1)
+    return [*kept, _fleet.check("compare")]
+
+
+def test_every_engine_is_checked_for_its_weights(fleet: Ranks) -> None:
+    first, other = fleet.run(_scramble_and_sync)
+    assert first == other
+    snapshot, reset, scrambled, synced = first
+    assert snapshot == reset == synced == []
+    assert sorted(words.partition(":")[0] for words in scrambled) == ["engine 0", "engine 1"]
+    assert all("tensors differ" in words for words in scrambled)
+
+
 def _generate_and_kill(step: int, victims: int, seed: int) -> tuple[list[list[Rollout]], float]:
     """On the first rank, kill engines at a random moment while prompts are out; the answers, and
     the seconds from the kill until all engines were healthy or, with one alone, up."""
