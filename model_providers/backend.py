@@ -96,9 +96,13 @@ class Backend:
                 torch.cuda.memory._set_allocator_settings("expandable_segments:True")
 
     def init_process_group(self, timeout_seconds: float = 600) -> None:
-        """Join the world that torchrun or srun started; a lone process is a world of one."""
+        """Join the world that torchrun or srun started; a lone process is a world of one.
+
+        ValueError if torchrun could not start the ranks again as it is asked to.
+        """
         if dist.is_initialized():
             return
+        _check_restarts()
         if "RANK" not in os.environ:
             os.environ.update(
                 RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="0"
@@ -119,6 +123,17 @@ class Backend:
             tp_rank=parallel.tensor_rank,
             ep_rank=parallel.groups.ep.rank(),
             etp_rank=parallel.groups.expt_tp.rank(),
+        )
+
+
+def _check_restarts() -> None:
+    """torchrun keeps its store for the ranks that it starts again, and they would look for their
+    dead predecessors at the addresses that are in it."""
+    restarts = os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")
+    if restarts != "0" and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        raise ValueError(
+            f"torchrun --max-restarts {restarts} needs TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in its "
+            "environment: ranks that are started again do not find each other otherwise"
         )
 
 

@@ -17,6 +17,7 @@ import asyncio
 import atexit
 import contextlib
 import os
+import signal
 import sys
 import threading
 import time
@@ -117,7 +118,7 @@ class RayFleet:
         address, name = self._first(lambda: self._start(model, seed, logs))
         if not self._is_first:
             if not ray.is_initialized():
-                ray.init(address=address, log_to_driver=False)
+                _connect(address=address)
             self._manager = ray.get_actor(name, namespace=NAMESPACE)
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
@@ -242,6 +243,9 @@ class RayFleet:
             os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
             own: dict[str, Any] = {}
             if "RAY_ADDRESS" not in os.environ:
+                # a head of our own does not come back: this rank ends soon after it, and the
+                # launcher starts the run again
+                os.environ.setdefault("RAY_gcs_rpc_server_reconnect_timeout_s", "5")
                 resources = {self.config.node_resource: 1} if self.config.node_resource else {}
                 own = {
                     "address": "local",
@@ -249,7 +253,7 @@ class RayFleet:
                     "resources": resources,
                     "include_dashboard": False,
                 }
-            ray.init(log_to_driver=False, **own)
+            _connect(**own)
         name = f"fleet-{uuid.uuid4().hex}"
         # every rank may wait in `acquire` while others report
         options = {"num_cpus": 0, "max_concurrency": 1000 + 2 * dist.get_world_size()}
@@ -435,6 +439,14 @@ class RayFleet:
         if self._is_first:
             for event in self._ask(self._manager.take_events):
                 print(event, file=sys.stderr, flush=True)
+
+
+def _connect(**options: Any) -> None:
+    """Start or join Ray, without its handler of SIGTERM, which would end the process as failed."""
+    handler = signal.getsignal(signal.SIGTERM)
+    ray.init(log_to_driver=False, **options)
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, handler)
 
 
 def send_through_ray(weights: Weights) -> Refit:

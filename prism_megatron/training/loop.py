@@ -102,7 +102,7 @@ class TrainingLoop:
         if guard.action != "rewind" or path is None or self._rewinds == guard.limit:
             again = f" after {self._rewinds} returns to it" if self._rewinds else ""
             raise Unsound(
-                f"{message}. The run stops, with nothing updated: {advice}{again}, at a lower "
+                f"{message}. The run stops before this update: {advice}{again}, at a lower "
                 "learning rate or without this batch"
             ) from error
         if self.is_writer:

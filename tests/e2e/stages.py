@@ -20,6 +20,7 @@ from prism_megatron.pipelines import tiny_model
 
 ROOT = Path(__file__).resolve().parents[2]
 QUICKSTART = ROOT / "configs" / "quickstart"
+ENVIRONMENT = {"GLOO_SOCKET_IFNAME": "lo", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
 
 
 def prepare(root: Path) -> None:
@@ -57,9 +58,7 @@ class Job:
         self.process = subprocess.Popen(
             command,
             cwd=ROOT,
-            env=os.environ
-            | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-            | {name: str(value) for name, value in variables.items()},
+            env=os.environ | ENVIRONMENT | {name: str(value) for name, value in variables.items()},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -84,9 +83,20 @@ class Job:
         """The ranks that are there now, in their order."""
         found = {}
         for process in psutil.Process(self.process.pid).children(recursive=True):
-            with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied, KeyError):
-                found[int(process.environ()["LOCAL_RANK"])] = process
+            with contextlib.suppress(psutil.NoSuchProcess, KeyError):
+                # the launcher has no number, and Ray, which has rank 0's, another command
+                if "prism_megatron" in process.cmdline():
+                    found[int(process.environ()["LOCAL_RANK"])] = process
         return [found[rank] for rank in sorted(found)]
+
+    def others(self, name: str) -> list[psutil.Process]:
+        """Processes that ranks have started, with that in their program's name."""
+        found = []
+        for process in psutil.Process(self.process.pid).children(recursive=True):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                if name in "".join(process.cmdline()[:1]):
+                    found.append(process)
+        return found
 
     def end(self, seconds: float = 300) -> tuple[int, str]:
         """Wait for its end; exit status and what was printed."""
