@@ -1,14 +1,18 @@
-"""The weight sync checks the version that the engine answers with."""
+"""The weight sync checks the version that the engine answers with, and what a server is asked."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 from torch import Tensor
 
 from prism_megatron.config.schema import Sampling
+from prism_megatron.rollout.vllm import VLLMEngine
+from prism_megatron.rollout.vocabulary import Vocabulary
 from prism_megatron.rollout.weight_sync import InProcessSync
 from prism_megatron.types import Prompt, Rollout
 
@@ -42,3 +46,20 @@ def test_sync_streams_the_weights_to_the_engine() -> None:
 def test_an_engine_that_answers_with_another_version_stops_the_run() -> None:
     with pytest.raises(RuntimeError, match=r"version 4 were sent.* answers with version 3"):
         InProcessSync(LaggingEngine(lag=1)).sync([], version=4)
+
+
+def test_vllm_gets_ready_before_new_weights_come() -> None:
+    """Its quantised layers would not take them a second time."""
+    asked: list[str] = []
+
+    def post(path: str, body: Mapping[str, Any] | None = None) -> Any:
+        asked.append((body or {}).get("method", path))
+        return {"results": []}
+
+    vocabulary = Vocabulary(stop=(13,), image=1, forbidden=(1, 2), size=20)
+    engine = VLLMEngine("http://localhost", "key", vocabulary)
+    with mock.patch.object(engine, "post", post):
+        engine.pause()
+        engine.load_ipc({}, 3)
+        engine.resume()
+    assert asked[:3] == ["/pause?mode=keep", "begin_load", "load_ipc"] and asked[-1] == "/resume"
