@@ -7,6 +7,8 @@ configuration before a model is built.
 from __future__ import annotations
 
 import os
+import platform
+import resource
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -77,6 +79,24 @@ class Backend:
         if self.device.type == "cuda":
             return f"GPU-{torch.cuda.get_device_properties(self.device).uuid}"
         return f"CPU-{os.getpid()}"
+
+    def device_name(self) -> str:
+        """Model of this rank's device."""
+        if self.device.type == "cuda":
+            return str(torch.cuda.get_device_properties(self.device).name)
+        return platform.processor() or platform.machine()
+
+    def peak_memory(self) -> int:
+        """Most bytes that torch had allocated on this rank's device at a time since
+        reset_peak_memory; on a CPU most that the process ever had."""
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device)
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+    def reset_peak_memory(self) -> None:
+        """Start counting anew, where the device counts."""
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
 
     def shareable(self, nbytes: int) -> Tensor:
         """[nbytes] uint8 on the device, which another process can map."""

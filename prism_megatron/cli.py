@@ -4,6 +4,7 @@
                          [--dry-run [--gpus N]]
     prism-megatron checkpoint NAME ...
     prism-megatron plan --model NAME --gpus N --gpu-memory GB --seq TOKENS
+    prism-megatron bench {train,rollout,sync,step,show} ...
     prism-megatron score --input FILE [--output FILE] [--rules reference]
     prism-megatron doctor [--json] [STAGE --config FILE [section.field=value ...]]
 
@@ -61,6 +62,10 @@ TOOLS = {
     "plan": (
         "prism_megatron.planner.command:main",
         "Layouts for a model and GPUs, by memory and estimated time.",
+    ),
+    "bench": (
+        "prism_megatron.bench.command:main",
+        "What training, sampling, syncs and whole steps reach.",
     ),
     "score": ("prism_megatron.score:main", "What responses in a file earn, by the rules of RLVR."),
     "doctor": (

@@ -203,6 +203,34 @@ def arm_curves_png(arms: Mapping[str, Mapping[str, Sequence[Curve]]]) -> bytes:
     return buffer.getvalue()
 
 
+def scaling_png(lines: Mapping[str, Curve]) -> bytes:
+    """A PNG with tokens a second over the number of GPUs: of all of them, beside what the smallest
+    number of a line would make of as many, and of each.
+
+    lines: label -> (GPUs, tokens a second of each), by GPUs.
+    """
+    figure = Figure(figsize=(10, 3.8), layout="constrained")
+    together, each = figure.subplots(1, 2)
+    for i, (label, points) in enumerate(lines.items()):
+        color, gpus = COLORS[i % len(COLORS)], [count for count, _ in points]
+        rates = [rate for _, rate in points]
+        totals = [count * rate for count, rate in points]
+        together.plot(gpus, totals, color=color, marker="o", label=label)
+        linear = [count * rates[0] for count in gpus]
+        together.plot(gpus, linear, color=color, linestyle=":", linewidth=1)
+        each.plot(gpus, rates, color=color, marker="o", label=label)
+    for axes, title in ((together, "tokens a second (dotted: linear)"), (each, "of each GPU")):
+        axes.set_title(title, loc="left", fontsize=11)
+        axes.set_xlabel("GPUs")
+        axes.set_xscale("log", base=2)
+        axes.set_ylim(bottom=0)
+        axes.legend(frameon=False, fontsize=9)
+        _plain(axes)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=130)
+    return buffer.getvalue()
+
+
 def running_mean(values: Sequence[float]) -> list[float]:
     """Mean of each value and its neighbours, up to HALF_WINDOW on either side."""
     windows = [values[max(0, i - HALF_WINDOW) : i + HALF_WINDOW + 1] for i in range(len(values))]

@@ -49,7 +49,15 @@ STAGES: dict[str, type[Section]] = {
 }
 """Stage name to the class of its configuration, in the order of a whole run."""
 
-RECORDED_PACKAGES = ("torch", "megatron-core", "transformers", "tokenizers", "safetensors", "numpy")
+RECORDED_PACKAGES = (
+    "torch",
+    "megatron-core",
+    "transformer-engine",
+    "transformers",
+    "tokenizers",
+    "safetensors",
+    "numpy",
+)
 COMMAND_LINE = "the command line"
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from model_providers.qwen3_vl import Qwen3VLModel
 from model_providers.weight_plan import Quantization, iter_hf_weights
 from prism_megatron.config import schema
 from prism_megatron.data.prompts import rollout_sequence
-from prism_megatron.data.rows import read_prompts
+from prism_megatron.data.rows import PromptRow, read_prompts
 from prism_megatron.data.sources import open_sources
 from prism_megatron.data.stream import BatchStream
 from prism_megatron.rollout import fleet
@@ -45,9 +45,17 @@ from prism_megatron.types import Prompt, Rollout
 Report = dict[str, Any]
 
 
-def run(config: schema.SyncCheck) -> None:
-    """Write run.dir/sync_check.json; RuntimeError if a weight did not come, or the log-
-    probabilities are further apart than max_distance."""
+@dataclass(frozen=True)
+class Parts:
+    """A policy that infers, the engines that sample from it, and prompts."""
+
+    runner: ModelRunner
+    engines: fleet.Fleet
+    stream: BatchStream[PromptRow, Prompt]
+
+
+def build(config: schema.SyncCheck) -> Parts:
+    """All of them as configured; the engines have no weights yet."""
     backend = start(config.backend, config.run, config.policy)
     encoder = build_encoder(config.policy.path, config.data)
     stream = BatchStream(
@@ -75,8 +83,17 @@ def run(config: schema.SyncCheck) -> None:
     runner = ModelRunner(
         model, micro_batch_tokens=config.micro_batch_tokens, pad_id=encoder.pad_id, optimizer=None
     )
-    report = weights_come(engines, loaded=quantization is not None)
-    report |= logprobs_agree(engines, runner, stream.next_batch(), config.sampling)
+    return Parts(runner, engines, stream)
+
+
+def run(config: schema.SyncCheck) -> None:
+    """Write run.dir/sync_check.json; RuntimeError if a weight did not come, or the log-
+    probabilities are further apart than max_distance."""
+    parts = build(config)
+    report = weights_come(parts.engines, loaded=config.rollout.quantization is not None)
+    report |= logprobs_agree(
+        parts.engines, parts.runner, parts.stream.next_batch(), config.sampling
+    )
     if dist.get_rank() == 0:
         write_atomically(config.run.dir / "sync_check.json", json.dumps(report, indent=2) + "\n")
         _print(report)

@@ -1,4 +1,4 @@
-"""The step of bench_training.py as transformers and FSDP2 run it: what a user has without Megatron.
+"""`prism-megatron bench train` as transformers and FSDP2 run it: what there is without Megatron.
 
     torchrun --nproc-per-node 4 -m tests.gpu.bench_hf_fsdp2 --model qwen3-vl-8b --out FILE
 
@@ -20,9 +20,10 @@ import torch.nn.functional as F
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
+from model_providers import backend as backends
 from model_providers.presets import PRESETS, hf_config
+from prism_megatron.bench import workload
 from prism_megatron.types import Sequence
-from tests.gpu import workload
 
 
 def build(name: str) -> torch.nn.Module:
@@ -93,7 +94,7 @@ def main() -> None:
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
 
     def step(number: int) -> tuple[float, float, list[Sequence]]:
-        batch = workload.rows(config, options.rows * world, number)
+        batch = workload.rows(config, options.rows * world, number, workload.Shape())
         mine = batch[rank::world]
         dist.barrier()
         torch.cuda.synchronize()
@@ -131,8 +132,8 @@ def main() -> None:
             "rows_per_micro_batch": options.micro_rows,
             "losses": losses,
         }
-        | workload.throughput(config, batches, times, world)
-        | workload.environment()
+        | workload.throughput(config, batches, times, world, torch.cuda.get_device_name())
+        | workload.environment(backends.create("cuda"))
     )
     if rank == 0:
         print(json.dumps(result, indent=2), flush=True)

@@ -23,8 +23,8 @@ import torch.distributed as dist
 from checkpoint_tools import megatron_directory
 from model_providers import backend as backends
 from model_providers.parallel import Layout
+from prism_megatron.bench import workload
 from tests.gpu import check_cuda_backend as check
-from tests.gpu import workload
 
 TOLERANCE = 2e-3
 
@@ -89,7 +89,7 @@ def main() -> None:
     result["world"] = dist.get_world_size()
     if dist.get_rank() == 0:
         if torch.accelerator.is_available():
-            result |= workload.environment()
+            result |= workload.environment(backends.create("cuda"))
         print(json.dumps(result, indent=2))
         options.out.write_text(json.dumps(result, indent=2) + "\n")
     for name, found in result.items():

@@ -51,6 +51,7 @@ from model_providers.parallel import Layout, ParallelState
 from model_providers.qwen3_vl import Qwen3VLModel
 from model_providers.weight_map import load_hf_weights
 from model_providers.weight_plan import WeightPlan
+from prism_megatron.bench import workload
 from prism_megatron.config import schema
 from prism_megatron.config.schema import Sampling
 from prism_megatron.pipelines.sync_check import distances
@@ -61,7 +62,6 @@ from prism_megatron.rollout.vocabulary import Vocabulary
 from prism_megatron.rollout.weight_sync import BroadcastSync, IpcSync
 from prism_megatron.training.runner import ModelRunner
 from prism_megatron.types import Prompt, Rollout
-from tests.gpu import workload
 from tests.gpu.served_models import questions
 
 PROGRAMS: dict[str, tuple[Any, Any]] = {
@@ -290,7 +290,9 @@ def main() -> None:
 
 def _write(report: dict[str, Any], out: Path) -> None:
     """What is known so far."""
-    out.write_text(json.dumps(report | workload.environment(), indent=2) + "\n")
+    out.write_text(
+        json.dumps(report | workload.environment(backends.create("cuda")), indent=2) + "\n"
+    )
 
 
 def _bits(plan: WeightPlan, offline: Path) -> None:

@@ -26,10 +26,10 @@ from model_providers.config import Precision, TrainingOptions
 from model_providers.parallel import Layout, ParallelState
 from model_providers.presets import PRESETS
 from model_providers.qwen3_vl import Qwen3VLModel
+from prism_megatron.bench import workload
 from prism_megatron.config.schema import Optimizer
 from prism_megatron.training.runner import ModelRunner
 from prism_megatron.types import PackedBatch, Sequence, VisualInputs
-from tests.gpu import workload
 
 LAYERS, TOKENS, SUCCESSORS = 4, 2048, 4
 ROWS, LENGTH, GRID = 16, 1024, (1, 16, 16)
@@ -126,7 +126,9 @@ def main() -> None:
     losses = train(options.precision, options.steps)
     result = {"precision": options.precision, "layers": LAYERS, "losses": losses}
     if dist.get_rank() == 0:
-        options.out.write_text(json.dumps(result | workload.environment(), indent=1) + "\n")
+        options.out.write_text(
+            json.dumps(result | workload.environment(backends.create("cuda")), indent=1) + "\n"
+        )
     dist.destroy_process_group()
 
 

@@ -43,6 +43,25 @@ job() {
     fi
 }
 
+# bench NAME COUNT [ARGUMENT ...]: `prism-megatron bench train`, whose results go to NAME/
+bench() {
+    local name=$1 count=$2 started=$SECONDS
+    shift 2
+    if ((count > gpus)); then
+        echo "$name: skipped, wants $count of $gpus GPUs"
+        return
+    fi
+    if CUDA_VISIBLE_DEVICES=$(seq -s, 0 $((count - 1))) timeout 300 \
+        python3 -m torch.distributed.run --nproc-per-node "$count" --master-port $port \
+        -m prism_megatron bench train "$@" --out "$out/$name" >"$out/$name.log" 2>&1; then
+        echo "$name: passed in $((SECONDS - started)) s"
+    else
+        echo "$name: FAILED after $((SECONDS - started)) s"
+        grep -v -i warning "$out/$name.log" | grep -E "Error|assert" | tail -n 3
+        touch "$out/failed"
+    fi
+}
+
 # from FIRST COUNT: FIRST, or 0 where there are not COUNT more, for models that can share a GPU
 from() { echo $(($1 + $2 <= gpus ? $1 : 0)); }
 
@@ -86,17 +105,17 @@ curves() {
     python3 -m tests.gpu.fp8_curves --plot "$out/fp8_curves.png" "${files[@]}"
 }
 
-dense() { job dense-bf16 0 4 bench_training --model qwen3-vl-8b --rows 8 --profile "$out/dense-bf16.txt"; }
+dense() { bench dense-bf16 4 --model qwen3-vl-8b --rows 8 --profile "$out/dense-bf16.txt"; }
 fp8() {
     local recipe
     for recipe in tensorwise blockwise delayed; do
-        job "dense-$recipe" 0 4 bench_training --model qwen3-vl-8b --rows 8 --fp8 $recipe \
+        bench "dense-$recipe" 4 --model qwen3-vl-8b --rows 8 --fp8 $recipe \
             --profile "$out/dense-$recipe.txt"
     done
 }
 moe() {
     local flags=(--model qwen3-vl-30b-a3b --expert 4 --rows 8 --recompute-vision)
-    job moe-bf16 0 4 bench_training "${flags[@]}" --moments bfloat16 --micro-batch-tokens 4096 \
+    bench moe-bf16 4 "${flags[@]}" --moments bfloat16 --micro-batch-tokens 4096 \
         --profile "$out/moe-bf16.txt"
 }
 baseline() { job baseline-fsdp2 0 4 bench_hf_fsdp2 --model qwen3-vl-8b --rows 8 --steps 3; }
@@ -157,7 +176,7 @@ sync() {
 }
 rollouts() {
     has_sglang rollouts && made || return 0
-    job rollouts-4b 0 1 bench_rollouts "$checkpoints"
+    job rollouts-4b 0 1 check_rollouts "$checkpoints"
     local model
     model=$(mktemp -d)
     cp "$checkpoints"/dense/bf16/* "$model"
@@ -175,4 +194,4 @@ for part in "${parts[@]}"; do
         *) echo "run.sh: unknown part $part" >&2; exit 2 ;;
     esac
 done
-python3 -m tests.gpu.workload "$out" && [[ ! -e $out/failed ]]
+python3 -m tests.gpu.parity "$out" && [[ ! -e $out/failed ]]

@@ -34,6 +34,7 @@ from checkpoint_tools.hf_directory import SafetensorsDirectory
 from checkpoint_tools.megatron_directory import load_model
 from model_providers import backend as backends
 from model_providers.parallel import Layout, ParallelState
+from prism_megatron.bench import workload
 from prism_megatron.config import schema
 from prism_megatron.data import digit_sums
 from prism_megatron.data.prompts import PromptEncoder
@@ -43,7 +44,6 @@ from prism_megatron.training.policy import response_logprobs
 from prism_megatron.training.runner import ModelRunner
 from prism_megatron.types import Sequence
 from tests import tiny_models
-from tests.gpu import workload
 from tests.gpu.check_served import AGREES, distance
 
 KINDS = ("dense", "moe")
@@ -244,7 +244,9 @@ def main() -> None:
     report = compare(options.directory)
     print(json.dumps(report, indent=2))
     if options.out:
-        options.out.write_text(json.dumps(report | workload.environment(), indent=2) + "\n")
+        options.out.write_text(
+            json.dumps(report | workload.environment(backends.create("cuda")), indent=2) + "\n"
+        )
     check(report)
 
 

@@ -1,6 +1,6 @@
 """Responses a second from a server by our client, and from the engine alone, for the same requests.
 
-    python -m tests.gpu.bench_rollouts DIR --out FILE [--preset NAME]
+    python -m tests.gpu.check_rollouts DIR --out FILE [--preset NAME]
 
 A model of true shape with random weights, prompts of a 448 x 448 image and text, each sampled
 several times to a fixed length. `server`: by the client over HTTP, from token ids and pixels, with
@@ -24,14 +24,15 @@ from typing import Any
 
 import torch
 
+from model_providers import backend as backends
 from model_providers import presets
 from model_providers.config import Qwen3VLConfig
+from prism_megatron.bench import workload
 from prism_megatron.config.schema import Sampling
 from prism_megatron.rollout import sglang
 from prism_megatron.rollout.server import outside_of_ranks
 from prism_megatron.rollout.vocabulary import Vocabulary
 from prism_megatron.types import Prompt, VisualInputs
-from tests.gpu import workload
 from tests.gpu.check_sync import ServerProcess, sample, true_shape
 
 GRID = (1, 28, 28)
@@ -144,7 +145,7 @@ def main() -> None:
         print(report, flush=True)
         _, environment = sglang.server_command(path, host="", port=31800, api_key="")
         result = Path(folder) / "offline.json"
-        command = [sys.executable, "-m", "tests.gpu.bench_rollouts", *sys.argv[1:]]
+        command = [sys.executable, "-m", "tests.gpu.check_rollouts", *sys.argv[1:]]
         subprocess.run(
             [*command, "--offline", str(path), "--out", str(result)],
             check=True,
@@ -152,7 +153,7 @@ def main() -> None:
         )
         report["offline"] = json.loads(result.read_text())
     report["ratio"] = report["server"]["tokens_per_s"] / report["offline"]["tokens_per_s"]
-    report |= workload.environment()
+    report |= workload.environment(backends.create("cuda"))
     options.out.write_text(json.dumps(report, indent=2) + "\n")
     print(json.dumps(report, indent=2))
 

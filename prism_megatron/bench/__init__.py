@@ -1,0 +1,1 @@
+"""What training, sampling, weight syncs and whole steps reach: `prism-megatron bench`."""

@@ -1,0 +1,170 @@
+"""Training steps of a true-shaped model with random weights, nothing frozen.
+
+Times what a stage runs: packing on the host, forward, backward, gradient reduction, clipping,
+AdamW, parameter gathering.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, replace
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from checkpoint_tools.megatron_directory import hf_directory
+from model_providers import backend as backends
+from model_providers.backend import Backend
+from model_providers.config import Precision, Qwen3VLConfig, Recompute, TrainingOptions
+from model_providers.parallel import Layout, ParallelState
+from model_providers.presets import PRESETS
+from model_providers.qwen3_vl import Qwen3VLModel
+from prism_megatron.bench import workload
+from prism_megatron.bench.workload import Shape
+from prism_megatron.config.schema import Optimizer
+from prism_megatron.training.runner import ModelRunner
+from prism_megatron.types import PackedBatch, Sequence
+
+SWEPT = ("tensor", "context", "pipeline", "virtual_pipeline", "expert", "fp8", "recompute")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Those named in SWEPT take several values, of which every combination is run."""
+    add = parser.add_argument
+    add("--model", required=True, metavar="NAME_OR_DIR", help=f"{', '.join(PRESETS)}")
+    add("--backend", choices=("cuda", "cpu"), default="cuda")
+    add("--layers", type=int, help="decoder layers, where all do not fit")
+    for name in SWEPT[:5]:
+        add(f"--{name.replace('_', '-')}", type=int, nargs="+", default=[1], metavar="N")
+    recipes = ("off", "tensorwise", "delayed", "blockwise")
+    add("--fp8", choices=recipes, nargs="+", default=["off"])
+    add("--recompute", choices=("none", "full"), nargs="+", default=["none"])
+    add("--recompute-vision", action="store_true")
+    add("--moments", choices=("float32", "bfloat16"), default="float32")
+    add("--offload", action="store_true", help="optimizer state in host memory")
+    add("--rows", type=int, default=4, help="rows a GPU and step; 4")
+    add("--shortest", type=int, default=1024, help="tokens of a row; 1024")
+    add("--longest", type=int, default=4096, help="tokens of a row; 4096")
+    add("--side", type=int, default=56, help="of a row's image in patches; 56")
+    add("--micro-batch-tokens", type=int, default=8192)
+    add("--steps", type=int, default=5)
+    add("--warmup", type=int, default=3)
+    add("--profile", type=Path, help="write a table of kernel times here")
+
+
+def run(options: argparse.Namespace) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Names and results of all combinations; every rank runs all of them."""
+    config = PRESETS.get(options.model)
+    if config is None:
+        config = Qwen3VLConfig.from_hf(hf_directory(Path(options.model)))
+    if options.layers:
+        config = replace(config, num_layers=options.layers)
+    shape = Shape(options.shortest, options.longest, options.side)
+    shape.check(config)
+    backend = backends.create(options.backend)
+    backend.init_process_group()
+    for values in product(*(getattr(options, name) for name in SWEPT)):
+        chosen = argparse.Namespace(**vars(options) | dict(zip(SWEPT, values, strict=True)))
+        sizes = dict(zip(SWEPT, values, strict=True))
+        parts = [f"{name}{size}" for name, size in sizes.items() if size not in (1, "off", "none")]
+        name = "-".join(["train", Path(options.model).name, f"{dist.get_world_size()}gpus", *parts])
+        backend.reset_peak_memory()
+        yield name, _measure(chosen, config, shape, backend)
+        backend.release_cached()
+
+
+def _measure(
+    options: argparse.Namespace, config: Qwen3VLConfig, shape: Shape, backend: Backend
+) -> dict[str, Any]:
+    runner = _build(options, config, backend)
+    world = dist.get_world_size()
+
+    def step(number: int) -> tuple[float, float, list[Sequence]]:
+        batch = workload.rows(config, options.rows * world, number, shape)
+        tokens = float(sum(s.response_mask.sum() for s in batch))
+
+        def loss(output: Tensor, packed: PackedBatch) -> tuple[Tensor, dict[str, Tensor]]:
+            value = -(output * packed.loss_mask).sum() / tokens
+            return value, {"loss": value.detach()}
+
+        dist.barrier()
+        backend.synchronize()
+        started = time.perf_counter()
+        result = runner.train_step(batch, loss)
+        backend.synchronize()
+        return time.perf_counter() - started, result.sums["loss"], batch
+
+    for number in range(options.warmup):
+        seconds, value, _ = step(number)
+        if dist.get_rank() == 0:
+            print(f"warm-up {number}: {seconds:.2f} s, loss {value:.3f}", flush=True)
+    times, losses, batches = zip(*(step(100 + n) for n in range(options.steps)), strict=True)
+    if options.profile:
+        _profile(lambda: step(200), options.profile)
+    return {
+        "what": "training step, nothing frozen, random weights",
+        "kind": "train",
+        "model": Path(options.model).name,
+        "gpus": world,
+        "layout": asdict(runner.parallel.layout),
+        "fp8": options.fp8,
+        "moments": options.moments,
+        "offload": options.offload,
+        "recompute": options.recompute,
+        "recompute_vision": options.recompute_vision,
+        "rows_per_gpu": options.rows,
+        "shape": asdict(shape),
+        "micro_batch_tokens": options.micro_batch_tokens,
+        "layers": config.num_layers,
+        "losses": list(losses),
+        **workload.throughput(config, list(batches), times, world, backend.device_name()),
+        **workload.environment(backend),
+    }
+
+
+def _build(options: argparse.Namespace, config: Qwen3VLConfig, backend: Backend) -> ModelRunner:
+    layout = Layout(
+        tensor=options.tensor,
+        context=options.context,
+        pipeline=options.pipeline,
+        virtual_pipeline=options.virtual_pipeline,
+        expert=options.expert,
+        sequence_parallel=options.tensor > 1,
+    )
+    # before the first collective
+    layout.data(dist.get_world_size()), layout.expert_data(dist.get_world_size())
+    config.check_layout(layout)
+    parallel = ParallelState.create(layout)
+    backend.seed(1, parallel)
+    training = TrainingOptions(
+        recompute=Recompute(options.recompute, vision=options.recompute_vision),
+        precision=Precision(fp8=None if options.fp8 == "off" else options.fp8),
+    )
+    with torch.device(backend.device):
+        model = Qwen3VLModel(config, parallel, backend, options=training).to(backend.device)
+    workload.randomise(model)
+    return ModelRunner(
+        model,
+        micro_batch_tokens=options.micro_batch_tokens,
+        pad_id=0,
+        optimizer=Optimizer(lr=1e-5, moments=options.moments, offload=options.offload),
+        steps=100,
+    )
+
+
+def _profile(run: Callable[[], object], file: Path) -> None:
+    """Kernels of one step by their time on the device."""
+    from torch.profiler import profile
+
+    with profile() as recorded:
+        run()
+    if dist.get_rank() == 0:
+        kind = "cpu" if torch.accelerator.current_accelerator() is None else "device"
+        table = recorded.key_averages().table(sort_by=f"self_{kind}_time_total", row_limit=60)
+        file.write_text(table)
