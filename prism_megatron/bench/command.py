@@ -1,7 +1,7 @@
 r"""`prism-megatron bench`: what training, sampling, weight syncs and whole steps reach.
 
-    torchrun --nproc-per-node 4 -m prism_megatron bench train --model qwen3-vl-8b --rows 8 --out DIR
-    torchrun ... bench train --model qwen3-vl-8b --tensor 1 2 --fp8 off tensorwise --out DIR
+    torchrun --nproc-per-node 4 -m prism_megatron bench train --backend cuda --model qwen3-vl-8b \
+        --tensor 1 2 --fp8 off tensorwise --out DIR
     torchrun ... bench step rlvr --config configs/quickstart/rlvr.yaml --out DIR
     torchrun ... bench rollout --config sync-check.yaml --out DIR      # and so with sync
     prism-megatron bench show DIR/*.json [--baseline FILE ...] [--plot FILE.png]

@@ -38,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Those named in SWEPT take several values, of which every combination is run."""
     add = parser.add_argument
     add("--model", required=True, metavar="NAME_OR_DIR", help=f"{', '.join(PRESETS)}")
-    add("--backend", choices=("cuda", "cpu"), default="cuda")
+    add("--backend", choices=("cpu", "cuda"), default="cpu", help="as in a stage's file; cpu")
     add("--layers", type=int, help="decoder layers, where all do not fit")
     for name in SWEPT[:5]:
         add(f"--{name.replace('_', '-')}", type=int, nargs="+", default=[1], metavar="N")

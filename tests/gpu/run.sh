@@ -53,7 +53,7 @@ bench() {
     fi
     if CUDA_VISIBLE_DEVICES=$(seq -s, 0 $((count - 1))) timeout 300 \
         python3 -m torch.distributed.run --nproc-per-node "$count" --master-port $port \
-        -m prism_megatron bench train "$@" --out "$out/$name" >"$out/$name.log" 2>&1; then
+        -m prism_megatron bench train --backend cuda "$@" --out "$out/$name" >"$out/$name.log" 2>&1; then
         echo "$name: passed in $((SECONDS - started)) s"
     else
         echo "$name: FAILED after $((SECONDS - started)) s"
