@@ -79,7 +79,7 @@ def start(tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
             "INTERFACE": "lo",
             f"BEHAVIOUR_{node}": behaviour,
             "NPROC_PER_NODE": "2",
-            "JOIN_SECONDS": "60",
+            "JOIN_SECONDS": "300",
         }
         process = subprocess.Popen(
             [sys.executable, str(LAUNCH / "node.py"), *(arguments or SFT)],
@@ -127,7 +127,7 @@ def free_ports() -> str:
 
 
 def wait_for(*files: Path) -> None:
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 240
     while not all(file.exists() for file in files):
         assert time.monotonic() < deadline, f"{files} did not come"
         time.sleep(0.02)
@@ -135,7 +135,7 @@ def wait_for(*files: Path) -> None:
 
 def ended(*processes: subprocess.Popen[str]) -> tuple[list[int], str]:
     """Exit statuses, and everything that was said."""
-    said = "".join(process.communicate(timeout=120)[1] for process in processes)
+    said = "".join(process.communicate(timeout=400)[1] for process in processes)
     return [process.returncode for process in processes], said
 
 
@@ -303,8 +303,8 @@ def test_a_killed_launcher_leaves_nothing_and_ends_the_others(
     [inside] = guard.children()
     (guard if victim == "guard" else inside).kill()
     assert ended(nodes[0])[0] == [status]
-    nodes[1].communicate(timeout=60)
-    psutil.wait_procs([inside], timeout=60)
+    nodes[1].communicate(timeout=400)
+    psutil.wait_procs([inside], timeout=240)
     assert not running(tmp_path)
 
 
