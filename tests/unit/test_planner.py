@@ -8,14 +8,17 @@ from typing import Any
 
 import pytest
 
+from model_providers.config import Recompute
 from model_providers.memory import training_bytes
 from model_providers.parallel import Layout
 from model_providers.presets import PRESETS
 from prism_megatron import cli
 from prism_megatron.config import load as configuration
 from prism_megatron.planner import search as planner
+from prism_megatron.planner.command import SEQUENCES
 from prism_megatron.planner.hardware import H100, H200
 from prism_megatron.planner.search import Request, layouts, search
+from prism_megatron.training.setup import layout_of
 
 RECIPE = Path(__file__).resolve().parents[2] / "configs" / "prism"
 STAGES = {"sft": "sft.yaml", "rlvr": "grpo.yaml", "align": "align.yaml"}
@@ -123,7 +126,8 @@ def test_overlays_are_valid(stage: str, tmp_path: Path, capsys: pytest.CaptureFi
         f"qwen3-vl-8b-16x80gb-{stage}-{i}.yaml" for i in (1, 2)
     ]
     model = "model" if stage == "sft" else "policy"
-    for file in files:
+    asked = request("qwen3-vl-8b", 16, stage=stage, sequence=10240, sequences=SEQUENCES[stage])
+    for file, planned in zip(files, search(asked).candidates, strict=False):
         # the recipe's overlay for 8B has a layout, of which nothing may be left
         base = [str(RECIPE / STAGES[stage]), str(RECIPE / "8b.yaml"), str(file)]
         run = [stage, "--dry-run", "--gpus", "16", f"{model}.path=Qwen3-VL-8B-Instruct"]
@@ -133,9 +137,12 @@ def test_overlays_are_valid(stage: str, tmp_path: Path, capsys: pytest.CaptureFi
             run.append("discriminator.parallel.expert=1")
         assert cli.main(run) == 0, capsys.readouterr().err
         config: Any = configuration.load(stage, base, [])
-        found = getattr(config, model).parallel
-        want = configuration._read(file, ())["vars"]["layout"]
-        assert found.model_dump() == dict(want)
+        section = getattr(config, model)
+        assert layout_of(section.parallel) == planned.layout
+        assert Recompute(**section.recompute.model_dump()) == planned.recompute
+        assert config.train.micro_batch_tokens == planned.row_tokens
+        optimizer = config.optimizer if stage == "sft" else config.policy_optimizer
+        assert optimizer.offload == planned.offload
         capsys.readouterr()
 
 
