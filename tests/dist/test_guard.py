@@ -41,7 +41,7 @@ def _poisoned(sequences: list[Sequence]) -> list[Sequence]:
     """The same with an image that is not a number."""
     first, *others = sequences
     [image] = first.images
-    broken = replace(image, pixel_values=torch.full_like(image.pixel_values, torch.nan))
+    broken = replace(image, patches=torch.full_like(image.pixel_values, torch.nan))
     return [replace(first, images=(broken,)), *others]
 
 

@@ -41,7 +41,7 @@ def test_a_host_that_is_not_fit_is_refused_before_the_first_collective(
 ) -> None:
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "no0")
     with pytest.raises(ValueError, match="GLOO_SOCKET_IFNAME=no0 names no interface"):
-        setup.start("cpu", tmp_path)
+        setup.start("cpu", schema.Run(dir=tmp_path))
     assert not dist.is_initialized()
 
 
