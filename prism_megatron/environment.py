@@ -9,6 +9,7 @@ all of it.
 
 from __future__ import annotations
 
+import math
 import os
 import socket
 import time
@@ -204,11 +205,19 @@ def room_for(folder: Path) -> Room:
     shm = psutil.disk_usage("/dev/shm")
     while not folder.exists() and folder != folder.parent:
         folder = folder.parent
-    memory = psutil.virtual_memory().available
-    limit, used = (Path("/sys/fs/cgroup", f"memory.{name}") for name in ("max", "current"))
-    if limit.is_file() and limit.read_text().strip().isdigit():
-        memory = min(memory, int(limit.read_text()) - int(used.read_text()))
-    return Room(memory, shm.free, shm.total, psutil.disk_usage(str(folder)).free)
+    memory = min(psutil.virtual_memory().available, _container_memory())
+    return Room(int(memory), shm.free, shm.total, psutil.disk_usage(str(folder)).free)
+
+
+def _container_memory(cgroup: Path = Path("/sys/fs/cgroup")) -> float:
+    """What a container's limit leaves; files in the page cache make room by themselves."""
+    limit = cgroup / "memory.max"
+    if not limit.is_file() or limit.read_text().strip() == "max":
+        return math.inf
+    lines = (line.split() for line in (cgroup / "memory.stat").read_text().splitlines())
+    stat = {name: int(value) for name, value in lines}
+    used = int((cgroup / "memory.current").read_text()) - stat["file"] + stat["shmem"]
+    return int(limit.read_text()) - used
 
 
 def space(room: Room, devices: int) -> Iterator[Finding]:

@@ -143,6 +143,19 @@ def test_room_is_looked_for_where_a_folder_would_be(tmp_path: Path) -> None:
     assert room.disk > 0 and room.memory > 0 and room.shm_total >= room.shm
 
 
+def test_a_containers_limit_counts_without_the_page_cache(tmp_path: Path) -> None:
+    for name, text in (
+        ("memory.max", "1000\n"),
+        ("memory.current", "900\n"),
+        ("memory.stat", "anon 300\nfile 550\nshmem 50\n"),
+    ):
+        (tmp_path / name).write_text(text)
+    assert environment._container_memory(tmp_path) == 600
+    (tmp_path / "memory.max").write_text("max\n")
+    assert environment._container_memory(tmp_path) == float("inf")
+    assert environment._container_memory(tmp_path / "none") == float("inf")
+
+
 def test_gpus_that_others_use_are_found() -> None:
     found = said(environment.gpus({0: (140, 141), 1: (100, 141), 2: (20, 141)}))
     assert found == [("note", "GPU"), ("bad", "GPU")]
