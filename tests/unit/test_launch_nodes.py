@@ -47,6 +47,8 @@ RAY = """
 echo "$*" >>{folder}/node-$NODE_RANK.ray
 [[ -z ${{NO_RAY-}} ]] || exit 3
 setsid {folder}/raylet &
+# it is up when ray start ends
+until [[ -e {folder}/raylet-$NODE_RANK ]]; do sleep 0.02; done
 """
 
 
@@ -60,7 +62,7 @@ def start(tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
     for path, body in (
         (tools / "python", PYTHON.format(**places)),
         (tools / "ray", RAY.format(**places)),
-        (tmp_path / "raylet", "while :; do sleep 0.05; done"),
+        (tmp_path / "raylet", f"touch {tmp_path}/raylet-$NODE_RANK; while :; do sleep 0.05; done"),
         (tmp_path / "rank.sh", RANK),
     ):
         # not through env, whose successor would not have the script's name
