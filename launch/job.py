@@ -82,7 +82,8 @@ class Job:
 
     def start_ranks(self, head: str) -> Command:
         """torchrun on this node; head: address of node 0."""
-        where = ["--standalone"]
+        # by its name a host may not find itself
+        where = ["--standalone", "--local-addr", "127.0.0.1"]
         if self.trainers > 1:
             where = ["--nnodes", str(self.trainers), "--node-rank", str(self.node)]
             where += ["--master-addr", self.address, "--master-port", str(self.port)]

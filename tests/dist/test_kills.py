@@ -103,6 +103,12 @@ def _newest(out: Path) -> int:
     return max((int(p.name[5:]) for p in (out / "checkpoints").glob("step_*")), default=0)
 
 
+def _being_written(out: Path) -> int:
+    """Step of the checkpoint that is."""
+    found = (out / "checkpoints").glob(".step_*.partial")
+    return max((int(path.name.split(".")[1][5:]) for path in found), default=0)
+
+
 class Killer(threading.Thread):
     """Kills a rank at a random moment after a random step, or of a checkpoint's writing."""
 
@@ -110,18 +116,15 @@ class Killer(threading.Thread):
         super().__init__()
         self.active = active
         self.world, self.out, self.over, self.killed = world, out, threading.Event(), False
-        self.target = _newest(out) + chance.randint(1, 3) if chance.random() < 0.5 else None
-        self.delay = chance.choice([0, chance.uniform(0, 0.3 if self.target else 0.03)])
+        # two saves further on the first of them is complete
+        self.target = _newest(out) + chance.randint(1, 6)
+        self.reached = chance.choice([_steps, _being_written])
+        self.delay = chance.choice([0, chance.uniform(0, 0.1)])
         self.rank = chance.randrange(world.world)
 
     def run(self) -> None:
         while self.active and not self.over.wait(0.002):
-            is_there = (
-                _steps(self.out) >= self.target
-                if self.target
-                else any((self.out / "checkpoints").glob(".step_*"))
-            )
-            if is_there:
+            if self.reached(self.out) >= self.target:
                 self.over.wait(self.delay)
                 self.killed = not self.over.is_set()
                 if self.killed:
@@ -146,7 +149,7 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been(stage: str, root: Path, tmp_
         wanted, kills = _lines(whole), 0
         norms = {line.get("grad_norm", line.get("policy_grad_norm")) for line in wanted}
         assert len(norms) == len(wanted) == STAGES[stage]["train"]["steps"]
-        is_over = False
+        is_over, resumed = False, set[int]()
         while kills < KILLS[stage] or not is_over:
             if is_over:
                 # it had come to its end before all kills
@@ -166,8 +169,11 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been(stage: str, root: Path, tmp_
                 world.restart()
             kills += killer.killed
             _check_complete(out)
+            resumed.add(_newest(out))
             if is_over:
                 assert _lines(out) == wanted
     finally:
         world.close()
     assert (out / "hf" / "config.json").exists()
+    # from the start and the end, and from checkpoints in between
+    assert len(resumed - {0, STAGES[stage]["train"]["steps"]}) > 1

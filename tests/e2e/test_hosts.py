@@ -6,10 +6,11 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -126,13 +127,21 @@ def metrics(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
+def wait_for(event: Callable[[], object], launcher: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + 400
+    while not event():
+        assert launcher.poll() is None, launcher.communicate()[0][-6000:]
+        assert time.monotonic() < deadline, "not within 400 s"
+        time.sleep(0.02)
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    return list(folder.glob("checkpoints/step_*"))
+
+
 def kill_a_rank(launcher: subprocess.Popen[str], folder: Path) -> None:
     """Kill a rank of this host as soon as there is a checkpoint."""
-    deadline = time.monotonic() + 400
-    while not list(folder.glob("checkpoints/step_*")):
-        assert launcher.poll() is None, launcher.communicate()[0][-6000:]
-        assert time.monotonic() < deadline, "no checkpoint within 400 s"
-        time.sleep(0.02)
+    wait_for(lambda: checkpoints(folder), launcher)
     [rank] = [
         process
         for process in psutil.Process(launcher.pid).children(recursive=True)
@@ -155,6 +164,37 @@ def test_torchrun_trains_a_model_that_is_split_over_two_hosts_also_when_a_rank_d
     assert [entry["step"] for entry in metrics(quickstart / "sft")] == list(range(1, 9))
     assert said.count("sft step 1/8 ") == 1, "it began anew instead of going on"
     assert (quickstart / "sft" / "hf" / "model.safetensors").exists()
+
+
+def test_a_host_that_is_cut_off_ends_the_job_and_a_restart_ends_as_if_it_had_not_been(
+    cluster: dict[str, str], quickstart: Path
+) -> None:
+    small = [f"model.path={quickstart}/tiny", "batch_size=8", "model.parallel.tensor=2"]
+    length = ["vars.sft_steps=16", "vars.save_every=2"]
+
+    def job(name: str) -> list[str]:
+        return arguments("sft", quickstart, *small, *length, f"run.dir={quickstart / name}")
+
+    nodes = on_hosts(cluster, 2, *job("cut"))
+    wait_for(lambda: checkpoints(quickstart / "cut"), nodes[0])
+    cable = f"{cluster['CLUSTER']}v2"
+    run("ip", "link", "set", cable, "down")
+    began = time.monotonic()
+    statuses, said = outputs(nodes)
+    seconds = time.monotonic() - began
+    run("ip", "link", "set", cable, "up")
+    assert statuses == [1, 1], said[-6000:]
+    assert "launch: node 1 is gone" in said and "node 1: node 0 is gone; ending" in said
+    print(f"both hosts ended within {seconds:.0f} s")
+    assert len(metrics(quickstart / "cut")) < 16
+
+    statuses, said = outputs(on_hosts(cluster, 2, *job("cut")))
+    assert statuses == [0, 0], said[-6000:]
+    assert "cut step 1/16 " not in said
+    statuses, said = outputs(on_hosts(cluster, 1, *job("whole"), NPROC_PER_NODE="2"))
+    assert statuses == [0], said[-6000:]
+    cut, whole = (quickstart / name / "hf" / "model.safetensors" for name in ("cut", "whole"))
+    assert cut.read_bytes() == whole.read_bytes()
 
 
 def test_doctor_has_a_row_for_each_host(cluster: dict[str, str], quickstart: Path) -> None:
@@ -197,3 +237,33 @@ def test_slurm_runs_rlvr_with_trainers_and_engine_on_hosts_of_their_own(
     entries = metrics(quickstart / "rlvr")
     assert [entry["weight_version"] for entry in entries] == [1, 2]
     assert all(entry["logprob_mismatch"] < 1e-4 for entry in entries)
+
+
+def test_a_slurm_job_that_is_asked_to_end_saves_on_all_hosts_and_goes_on_when_requeued(
+    cluster: dict[str, str], quickstart: Path
+) -> None:
+    out = quickstart / "preempted"
+    small = [f"model.path={quickstart}/tiny", f"run.dir={out}", "batch_size=8"]
+    stage = arguments("sft", quickstart, *small, "vars.sft_steps=16", "vars.save_every=100")
+    job = subprocess.Popen(
+        ["sbatch", "--nodes", "2", "launch/slurm.sbatch", *stage],
+        cwd=ROOT,
+        env=cluster | {"NPROC_PER_NODE": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    wait_for(lambda: (out / "metrics.jsonl").exists() and metrics(out), job)
+    # the launcher on the second host, which srun would signal
+    [launcher, *_] = [
+        process
+        for process in psutil.Process(job.pid).children(recursive=True)
+        if process.cmdline()[1:2] and process.cmdline()[1].endswith("launch/node.py")
+        if process.environ()["SLURM_NODEID"] == "1"
+    ]
+    launcher.send_signal(signal.SIGUSR1)
+    said = job.communicate(timeout=600)[0]
+    assert job.returncode == 0, said[-6000:]
+    assert "node 1 got SIGUSR1" in said and "queueing job" in said
+    assert [entry["step"] for entry in metrics(out)] == list(range(1, 17))
+    assert said.count("preempted step 1/16 ") == 1, "it began anew instead of going on"

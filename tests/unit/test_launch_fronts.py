@@ -15,11 +15,13 @@ ROOT = Path(__file__).resolve().parents[2]
 SFT = "sft --config configs/quickstart/sft.yaml vars.dir=/r"
 RLVR = "rlvr --config configs/quickstart/rlvr.yaml vars.dir=/r rollout.kind=local"
 MLP = "MLP_WORKER_NUM=2 MLP_WORKER_RACK_RANK_INDEX=1 MLP_WORKER_0_HOST=worker-0 MLP_WORKER_GPU=8"
+ALONE_AT = "--standalone --local-addr 127.0.0.1"
+ALONE = f"python launch/ranks.py {ALONE_AT}"
 
 DRY_RUNS = {
     f"bash launch/torchrun.sh --dry-run {SFT}": f"""
 # node 0 of 1: trainer
-python launch/ranks.py --standalone --nproc-per-node gpu -m prism_megatron {SFT}
+{ALONE} --nproc-per-node gpu -m prism_megatron {SFT}
 """,
     f"""NNODES=2 NODE_RANK=1 MASTER_ADDR=node-a MASTER_PORT=30000 NPROC_PER_NODE=4 INTERFACE=ib0 \
 bash launch/torchrun.sh --dry-run {SFT}""": f"""
@@ -68,7 +70,7 @@ python launch/ranks.py --nnodes 2 --node-rank 1 --master-addr node-a --master-po
 # in the job: NNODES=1 ENGINE_NODES=0 MASTER_PORT=20164 RUN_ID=slurm-41 srun --kill-on-bad-exit=1 \
 bash launch/torchrun.sh {SFT}
 # node 0 of 1: trainer
-python launch/ranks.py --standalone --nproc-per-node gpu -m prism_megatron {SFT}
+{ALONE} --nproc-per-node gpu -m prism_megatron {SFT}
 """,
     f"ENGINE_NODES=2 SLURM_NNODES=3 bash launch/slurm.sbatch --dry-run {RLVR} rollout.engines=2 "
     "rollout.nodes=2": f"""
@@ -77,7 +79,7 @@ bash launch/torchrun.sh {RLVR} rollout.engines=2 rollout.nodes=2
 # node 0 of 3: trainer
 RAY_USAGE_STATS_ENABLED=0 ray start --head --port 20002 --include-dashboard false \
 --node-ip-address ADDRESS_OF_NODE_0 --temp-dir FOLDER
-RAY_ADDRESS=ADDRESS_OF_NODE_0:20002 python launch/ranks.py --standalone --nproc-per-node gpu \
+RAY_ADDRESS=ADDRESS_OF_NODE_0:20002 {ALONE} --nproc-per-node gpu \
 -m prism_megatron {RLVR} rollout.engines=2 rollout.nodes=2 rollout.node_resource=engine_node
 # node 1 of 3: engines
 RAY_USAGE_STATS_ENABLED=0 ray start --address ADDRESS_OF_NODE_0:20002 \
@@ -96,7 +98,7 @@ python launch/ranks.py --nnodes 2 --node-rank 1 --master-addr worker-0 --master-
 """,
     f"{MLP} SINGLENODE=true bash launch/mlp.sh --dry-run {RLVR}": f"""
 # node 0 of 1: trainer
-python launch/ranks.py --standalone --nproc-per-node 8 -m prism_megatron {RLVR}
+{ALONE} --nproc-per-node 8 -m prism_megatron {RLVR}
 """,
 }
 
@@ -179,7 +181,7 @@ def test_a_slurm_job_that_saved_is_queued_again(machine: Path, status: int) -> N
     assert log == [
         "scontrol show hostnames node-[a-b]",
         f"srun --kill-on-bad-exit=1 bash launch/torchrun.sh {SFT}",
-        f"ranks --standalone --nproc-per-node gpu -m prism_megatron {SFT}",
+        f"ranks {ALONE_AT} --nproc-per-node gpu -m prism_megatron {SFT}",
         *(["scontrol requeue 7"] if status == 75 else []),
     ]
 
@@ -194,4 +196,4 @@ def test_singlenode_ends_with_the_stages_status(machine: Path, status: int) -> N
     )
     assert ran.returncode == status, ran.stderr
     [line] = (machine / "log").read_text().splitlines()
-    assert line == f"ranks --standalone --nproc-per-node 2 -m prism_megatron {SFT}"
+    assert line == f"ranks {ALONE_AT} --nproc-per-node 2 -m prism_megatron {SFT}"
