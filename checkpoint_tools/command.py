@@ -35,7 +35,8 @@ def requeued_when_asked() -> Iterator[None]:
     with the status that has it started again."""
 
     def end(number: int, frame: FrameType | None) -> None:
-        raise SystemExit(REQUEUE)
+        # an exception may be raised where Python swallows it, as in a finaliser
+        os._exit(REQUEUE)
 
     before = {number: signal.signal(number, end) for number in REQUEUE_SIGNALS}
     try:
