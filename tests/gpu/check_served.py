@@ -4,9 +4,11 @@
     python -m tests.gpu.check_served DIR --engine vllm --out FILE
 
 DIR is what tests/gpu/served_models.py wrote. Every checkpoint is loaded by an engine of its own,
-several at a time on one GPU, and asked for the log-probabilities of the same responses. This file
-needs the engine alone, whose environment need not be the training one. Prints a table; exit status
-1 unless every export agrees with Megatron and every quantised one is close to the BF16 one.
+several at a time on one GPU, and asked for the log-probabilities of the same responses. Every
+export is served in fp32 as well, where the engine can: BF16 rounds, so that only there each token
+has to agree. This file needs the engine alone, whose environment need not be the training one.
+Prints a table; exit status 1 unless every export agrees with Megatron and every quantised one is
+close to the BF16 one.
 """
 
 from __future__ import annotations
@@ -25,22 +27,26 @@ from typing import Any
 from PIL import Image
 
 AGREES = 0.01
-"""Mean distance of log-probabilities, over response tokens, between an engine and Megatron."""
+"""Distance of log-probabilities between an engine and Megatron: in BF16 the mean over response
+tokens, in fp32 the largest."""
+FP32 = "fp32"
 CLOSE = {"fp8-block": 0.15, "fp8": 0.15, "nvfp4": 0.5}
 """The same between a quantised checkpoint and the BF16 one, both in an engine, and between it and
 transformers in fp32 with what its matrices stand for."""
-OPTIONAL = ("nvfp4",)
-"""Engines may refuse them on a GPU without FP4 arithmetic."""
+OPTIONAL = ("nvfp4", FP32)
+"""Engines may refuse them: on a GPU without FP4 arithmetic, and without kernels for fp32."""
 AT_ONCE = 4
 TOKENS = 2048
 
 Answers = list[list[float]]
 
 
-def ask(engine: str, model: Path, questions: list[dict[str, Any]], folder: Path) -> Answers:
+def ask(
+    engine: str, model: Path, dtype: str, questions: list[dict[str, Any]], folder: Path
+) -> Answers:
     """Log-probabilities of each question's response tokens."""
     images = [[Image.open(folder / name) for name in q["images"]] for q in questions]
-    answers = (_ask_sglang if engine == "sglang" else _ask_vllm)(model, questions, images)
+    answers = (_ask_sglang if engine == "sglang" else _ask_vllm)(model, dtype, questions, images)
     for number, (question, (tokens, found)) in enumerate(zip(questions, answers, strict=True)):
         length = question["prompt_tokens"] + len(question["response"])
         ids = [token for token, _ in found]
@@ -56,12 +62,14 @@ Found = list[tuple[int, list[tuple[int, float]]]]
 """For each question: tokens that the engine saw, and (id, log-probability) of the response's."""
 
 
-def _ask_sglang(model: Path, questions: list[dict[str, Any]], images: list[list[Any]]) -> Found:
+def _ask_sglang(
+    model: Path, dtype: str, questions: list[dict[str, Any]], images: list[list[Any]]
+) -> Found:
     import sglang
 
     engine = sglang.Engine(
         model_path=str(model),
-        dtype="bfloat16",
+        dtype=dtype,
         attention_backend="triton",
         sampling_backend="pytorch",
         grammar_backend="none",
@@ -91,20 +99,24 @@ def _ask_sglang(model: Path, questions: list[dict[str, Any]], images: list[list[
     return found
 
 
-def _ask_vllm(model: Path, questions: list[dict[str, Any]], images: list[list[Any]]) -> Found:
+def _ask_vllm(
+    model: Path, dtype: str, questions: list[dict[str, Any]], images: list[list[Any]]
+) -> Found:
     # which compiles kernels for every size, for minutes
     os.environ["VLLM_DEEP_GEMM_WARMUP"] = "skip"
     import vllm
 
     engine = vllm.LLM(
         model=str(model),
-        dtype="bfloat16",
+        dtype=dtype,
         gpu_memory_utilization=0.1,
         # others come and go on the same GPU, so what is free is no measure of what to take
         kv_cache_memory_bytes=2**28,
         skip_mm_profiling=True,
         max_model_len=TOKENS,
         enforce_eager=True,
+        # the others compile kernels for every size, for minutes
+        moe_backend="triton",
         limit_mm_per_prompt={"image": 2},
     )
     settings = vllm.SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0)
@@ -132,16 +144,18 @@ def distance(a: Answers, b: Answers) -> dict[str, float]:
 def serve(directory: Path, engine: str) -> dict[str, Any]:
     """Every checkpoint in `directory` in an engine of its own; what there is to compare."""
     cases = [
-        path
+        (kind, form, path)
         for kind in ("dense", "moe")
-        for form in ("bf16", *CLOSE)
-        if (path := directory / kind / form).is_dir()
+        for form in ("bf16", FP32, *CLOSE)
+        if (path := directory / kind / ("bf16" if form == FP32 else form)).is_dir()
     ]
 
-    def one(model: Path) -> tuple[Answers | None, str, float]:
-        out = directory / f"{engine}-{model.parent.name}-{model.name}.json"
+    def one(case: tuple[str, str, Path]) -> tuple[Answers | None, str, float]:
+        kind, form, model = case
+        out = directory / f"{engine}-{kind}-{form}.json"
         command = [sys.executable, "-m", "tests.gpu.check_served", str(directory)]
         command += ["--engine", engine, "--ask", str(model), "--out", str(out)]
+        command += ["--dtype", "float32" if form == FP32 else "bfloat16"]
         started = time.monotonic()
         log = out.with_suffix(".log")
         with log.open("w") as file:
@@ -150,7 +164,7 @@ def serve(directory: Path, engine: str) -> dict[str, Any]:
             except subprocess.TimeoutExpired:
                 status = 124
         seconds = time.monotonic() - started
-        print(f"{model.parent.name} {model.name}: exit {status}, {seconds:.0f} s")
+        print(f"{kind} {form}: exit {status}, {seconds:.0f} s")
         if status:
             errors = [line for line in log.read_text().splitlines() if "Error" in line]
             return None, (errors or [f"exit {status}, no error in the log"])[-1].strip(), seconds
@@ -159,21 +173,21 @@ def serve(directory: Path, engine: str) -> dict[str, Any]:
     with ThreadPoolExecutor(AT_ONCE) as pool:
         found = list(pool.map(one, cases))
     report: dict[str, Any] = {}
-    for path, (answers, error, seconds) in zip(cases, found, strict=True):
-        part = report.setdefault(path.parent.name, {})
-        if path.name == "bf16":
+    for (kind, form, path), (answers, error, seconds) in zip(cases, found, strict=True):
+        part = report.setdefault(kind, {})
+        if form == "bf16":
             plain = answers
         if answers is None:
-            part[path.name] = {"error": error}
+            part[form] = {"error": error}
             continue
-        part[path.name] = entry = {"engine_seconds": round(seconds, 1)}
+        part[form] = entry = {"engine_seconds": round(seconds, 1)}
         for reference in ("cpu", "cuda"):
             file = path.parent / f"{reference}.json"
             if file.exists():
                 entry[f"to_megatron_{reference}"] = distance(answers, json.loads(file.read_text()))
-        if (file := path.parent / f"{path.name}.json").exists():
+        if (file := path.parent / f"{form}.json").exists():
             entry["to_dequantized"] = distance(answers, json.loads(file.read_text()))
-        if path.name == "bf16":
+        if form in ("bf16", FP32):
             # question 8 asks what question 0 asks, about another picture
             entry["between_two_images"] = distance([answers[0]], [answers[8]])
             everything = [logprob for answer in answers for logprob in answer]
@@ -191,6 +205,10 @@ def problems(report: dict[str, Any]) -> list[str]:
             if "error" in entry:
                 if form not in OPTIONAL:
                     wrong.append(f"{kind} {form}: {entry['error']}")
+                continue
+            if form == FP32:
+                if entry["to_megatron_cpu"]["largest"] > AGREES:
+                    wrong.append(f"{kind} {form}: {entry['to_megatron_cpu']} to_megatron_cpu")
                 continue
             if form != "bf16":
                 for name in ("to_bf16", "to_dequantized"):
@@ -215,10 +233,11 @@ def main() -> int:
     parser.add_argument("--engine", choices=("sglang", "vllm"), required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--ask", type=Path, help="one checkpoint alone; its log-probabilities")
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     options = parser.parse_args()
     questions = json.loads((options.directory / "questions.json").read_text())
     if options.ask:
-        answers = ask(options.engine, options.ask, questions, options.directory)
+        answers = ask(options.engine, options.ask, options.dtype, questions, options.directory)
         options.out.write_text(json.dumps(answers))
         return 0
     report = serve(options.directory, options.engine)
