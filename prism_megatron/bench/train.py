@@ -1,12 +1,16 @@
 """Training steps of a true-shaped model with random weights, nothing frozen.
 
 Times what a stage runs: packing on the host, forward, backward, gradient reduction, clipping,
-AdamW, parameter gathering.
+AdamW, parameter gathering. With --save also checkpoints that are written while training goes on,
+the first of which takes the host memory that the later ones use again.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import shutil
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
@@ -23,7 +27,7 @@ from model_providers import backend as backends
 from model_providers.backend import Backend
 from model_providers.config import Precision, Qwen3VLConfig, Recompute, TrainingOptions
 from model_providers.parallel import Layout, ParallelState
-from model_providers.presets import PRESETS
+from model_providers.presets import PRESETS, hf_config
 from model_providers.qwen3_vl import Qwen3VLModel
 from prism_megatron.bench import workload
 from prism_megatron.bench.workload import Shape
@@ -55,7 +59,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--micro-batch-tokens", type=int, default=8192)
     add("--steps", type=int, default=5)
     add("--warmup", type=int, default=3)
-    add("--profile", type=Path, help="write a table of kernel times here")
+    add("--profile", type=Path, help="write a table of kernel times here, and a trace beside it")
+    add("--save", type=Path, metavar="DIR", help="write two checkpoints in the background here")
 
 
 def run(options: argparse.Namespace) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -105,8 +110,12 @@ def _measure(
         if dist.get_rank() == 0:
             print(f"warm-up {number}: {seconds:.2f} s, loss {value:.3f}", flush=True)
     times, losses, batches = zip(*(step(100 + n) for n in range(options.steps)), strict=True)
+    more: dict[str, Any] = {}
     if options.profile:
-        _profile(lambda: step(200), options.profile)
+        more["profile"] = _profile(lambda: step(200), options.profile)
+    if options.save:
+        beside = iter(range(300, 10**6))
+        more["saves"] = [_save(runner, lambda: step(next(beside))[0], options) for _ in range(2)]
     return {
         "what": "training step, nothing frozen, random weights",
         "kind": "train",
@@ -123,6 +132,7 @@ def _measure(
         "micro_batch_tokens": options.micro_batch_tokens,
         "layers": config.num_layers,
         "losses": list(losses),
+        **more,
         **workload.throughput(config, list(batches), times, world, backend.device_name()),
         **workload.environment(backend),
     }
@@ -158,13 +168,64 @@ def _build(options: argparse.Namespace, config: Qwen3VLConfig, backend: Backend)
     )
 
 
-def _profile(run: Callable[[], object], file: Path) -> None:
-    """Kernels of one step by their time on the device."""
+def _profile(run: Callable[[], object], file: Path) -> dict[str, float]:
+    """One step: kernels by their time on the device, the trace, and how long the device had any."""
+    from torch.autograd import DeviceType
     from torch.profiler import profile
 
     with profile() as recorded:
         run()
+    device = DeviceType.CUDA if torch.accelerator.is_available() else DeviceType.CPU
+    ranges = sorted(
+        (event.time_range.start, event.time_range.end)
+        for event in recorded.events()
+        if event.device_type == device
+    )
+    busy, until = 0.0, ranges[0][0]
+    for start, end in ranges:
+        busy += max(0.0, end - max(start, until))
+        until = max(until, end)
     if dist.get_rank() == 0:
-        kind = "cpu" if torch.accelerator.current_accelerator() is None else "device"
+        kind = "device" if device == DeviceType.CUDA else "cpu"
         table = recorded.key_averages().table(sort_by=f"self_{kind}_time_total", row_limit=60)
         file.write_text(table)
+        recorded.export_chrome_trace(f"{file.with_suffix('')}.trace.json.gz")
+    return {"span_s": (until - ranges[0][0]) / 1e6, "busy_s": busy / 1e6}
+
+
+def _save(
+    runner: ModelRunner, step: Callable[[], float], options: argparse.Namespace
+) -> dict[str, Any]:
+    """A checkpoint in the background: what training waited for, and the steps beside it."""
+    box: list[Any] = [None, None]
+    if dist.get_rank() == 0:
+        box = [tempfile.mkdtemp(dir=options.save), tempfile.mkdtemp()]
+    dist.broadcast_object_list(box)
+    folder, hf = map(Path, box)
+    source = hf_directory(Path(options.model)) if options.model not in PRESETS else hf
+    if dist.get_rank() == 0 and source == hf:
+        (hf / "config.json").write_text(json.dumps(hf_config(options.model)))
+    dist.barrier()
+    started = time.perf_counter()
+    saving = runner.begin_save(folder / "checkpoint", source, in_background=True)
+    stall = time.perf_counter() - started
+    steps = []
+    writing = torch.ones((), device=runner.model.backend.device)
+    while bool(writing):
+        steps.append(step())
+        writing.fill_(float(saving.is_writing))
+        dist.all_reduce(writing, dist.ReduceOp.MAX)
+    ended = time.perf_counter()
+    saving.finish()
+    result = {
+        "stall_s": stall,
+        "finish_s": time.perf_counter() - ended,
+        "total_s": time.perf_counter() - started,
+        "steps_s": steps,
+        "gib": sum(file.stat().st_size for file in folder.rglob("*.distcp")) / 2**30,
+    }
+    dist.barrier()
+    if dist.get_rank() == 0:
+        shutil.rmtree(folder)
+        shutil.rmtree(hf)
+    return result

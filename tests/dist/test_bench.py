@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -72,7 +73,8 @@ def result(path: Path) -> dict[str, Any]:
 def test_training_of_every_combination(ranks: Worlds, root: Path, tmp_path: Path) -> None:
     arguments = ["train", "--model", str(root / "tiny"), "--tensor", "1", "2", "--out"]
     arguments += [str(tmp_path), *TRAIN.split(), "--steps", "2", "--warmup", "0"]
-    ranks(2).run(_run, [*arguments, "--profile", str(tmp_path / "profile.txt")])
+    arguments += ["--profile", str(tmp_path / "profile.txt"), "--save", str(tmp_path)]
+    ranks(2).run(_run, arguments)
     assert sorted(path.name for path in tmp_path.glob("*.json")) == [
         "train-tiny-2gpus-tensor2.json",
         "train-tiny-2gpus.json",
@@ -95,6 +97,15 @@ def test_training_of_every_combination(ranks: Worlds, root: Path, tmp_path: Path
     assert found["tokens_per_step"] == sum(lengths)
     assert found["mfu"] is None
     assert "aten::" in (tmp_path / "profile.txt").read_text()
+    with gzip.open(tmp_path / "profile.trace.json.gz", "rt") as trace:
+        assert json.load(trace)["traceEvents"]
+    assert 0 < found["profile"]["busy_s"] <= found["profile"]["span_s"]
+    first, second = found["saves"]
+    assert 0 < second["stall_s"] < second["total_s"] and second["steps_s"]
+    # weights and two moments in fp32; the weights are the main weights
+    size = sum(f.stat().st_size for f in (root / "tiny").glob("*.safetensors")) / 2**30
+    assert 2.9 * size < first["gib"] < 3.5 * size
+    assert not [path for path in tmp_path.iterdir() if path.is_dir()]
 
 
 def test_a_layout_that_does_not_divide_is_refused(
