@@ -68,13 +68,14 @@ PROGRAMS: dict[str, tuple[Any, Any]] = {
     "sglang": (sglang.server_command, sglang.SGLangEngine),
     "vllm": (vllm.server_command, vllm.VLLMEngine),
 }
+# Room for 65,536 tokens and more of the largest model here, whatever else the GPU holds.
 OPTIONS = {
     # without FlashAttention-3's and FlashInfer's binaries
     "sglang": "--attention-backend triton --sampling-backend pytorch --grammar-backend none "
     "--mm-attention-backend sdpa --disable-cuda-graph --max-running-requests 256 "
-    "--mem-fraction-static",
+    "--max-total-tokens 65536 --mem-fraction-static 0.9",
     "vllm": "--enforce-eager --dtype bfloat16 --max-model-len 2048 --moe-backend triton "
-    "--skip-mm-profiling --gpu-memory-utilization",
+    "--skip-mm-profiling --kv-cache-memory-bytes 10000000000 --gpu-memory-utilization 0.1",
 }
 Engine = sglang.SGLangEngine | vllm.VLLMEngine
 Sync = Callable[[int], dict[str, float]]
@@ -171,7 +172,6 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=int, default=1)
     parser.add_argument("--apart", type=int, default=0, help="engines on GPUs of their own")
     parser.add_argument("--cycles", type=int, default=10)
-    parser.add_argument("--memory", default="0.5", help="share of GPU memory the engine takes")
     parser.add_argument("--port", type=int, default=31000, help="of the first server")
     parser.add_argument("--bucket-mib", type=int, default=1024)
     parser.add_argument("--out", type=Path, required=True)
@@ -225,7 +225,7 @@ def main() -> None:
     talks = {i: 0 if options.apart else members[0] for i, members in groups.items()}
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     gpus = visible.split(",") if visible else [str(i) for i in range(torch.cuda.device_count())]
-    flags = [*OPTIONS[options.engine].split(), options.memory]
+    flags = OPTIONS[options.engine].split()
     vocabulary = Vocabulary.of(path)
     client = PROGRAMS[options.engine][1]
     servers = {

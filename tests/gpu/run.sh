@@ -7,7 +7,7 @@
 # default. A part that wants more GPUs than there are is skipped and says so, and so are `served`, `sync`
 # and `rollouts` where SGLang is not installed. Ends with a table, and with 1 if any part failed.
 # CPU_PYTHONPATH: packages without Transformer Engine, for the fp32 reference on a host where
-# megatron.core must not find it.
+# megatron.core must not find it. VLLM_PYTHONPATH: packages of vLLM, which wants other versions.
 set -uo pipefail
 out=${1:?usage: run.sh OUT [PART ...]}
 shift
@@ -130,12 +130,15 @@ made() {
 }
 logits() { made && job logits 0 1 served_models logprobs "$checkpoints"; }
 served() {
-    local engine
+    local engine packages
     for engine in sglang vllm; do
-        if ! python3 -c "import $engine" 2>/dev/null; then
+        packages=${PYTHONPATH:-}
+        [[ $engine == sglang ]] || packages=${VLLM_PYTHONPATH:-$packages}
+        if ! PYTHONPATH=$packages python3 -c "import $engine" 2>/dev/null; then
             echo "served-$engine: skipped, $engine is not installed"
-        elif made && CUDA_VISIBLE_DEVICES=0 python3 -m tests.gpu.check_served "$checkpoints" \
-            --engine $engine --out "$out/served-$engine.json" >"$out/served-$engine.log" 2>&1; then
+        elif made && PYTHONPATH=$packages CUDA_VISIBLE_DEVICES=0 \
+            python3 -m tests.gpu.check_served "$checkpoints" --engine $engine \
+            --out "$out/served-$engine.json" >"$out/served-$engine.log" 2>&1; then
             echo "served-$engine: passed"
         else
             echo "served-$engine: FAILED"
@@ -152,27 +155,39 @@ has_sglang() {
 }
 sync() {
     has_sglang sync && made || return 0
-    job sync-dense 0 1 check_sync "$checkpoints" --kind dense --memory 0.3
-    job sync-moe 0 1 check_sync "$checkpoints" --kind moe --memory 0.3
-    job sync-4b 0 1 check_sync "$checkpoints" --preset qwen3-vl-4b --memory 0.4
-    job sync-8b 0 1 check_sync "$checkpoints" --preset qwen3-vl-8b --memory 0.4
+    job sync-dense 0 1 check_sync "$checkpoints" --kind dense
+    job sync-moe 0 1 check_sync "$checkpoints" --kind moe
+    job sync-4b 0 1 check_sync "$checkpoints" --preset qwen3-vl-4b
+    job sync-8b 0 1 check_sync "$checkpoints" --preset qwen3-vl-8b
     # FP8 against BF16: what is loaded, what log-probabilities become, and how long a sync takes
     for kind in dense moe; do
-        job sync-$kind-fp8 0 1 check_sync "$checkpoints" --kind $kind --quantization fp8-block \
-            --memory 0.3
+        job sync-$kind-fp8 0 1 check_sync "$checkpoints" --kind $kind --quantization fp8-block
     done
     for size in 4b 8b; do
-        job sync-$size-fp8 0 1 check_sync "$checkpoints" --preset qwen3-vl-$size --memory 0.4 \
+        job sync-$size-fp8 0 1 check_sync "$checkpoints" --preset qwen3-vl-$size \
             --quantization fp8-block
     done
+    # all of it on one GPU, trainer and engine
+    job sync-30b-a3b 0 1 check_sync "$checkpoints" --preset qwen3-vl-30b-a3b
     job sync-dense-tp2 0 2 check_sync "$checkpoints" --kind dense --tensor 2 --engine-tensor 2
-    job sync-moe-ep2 0 2 check_sync "$checkpoints" --kind moe --expert 2 --memory 0.3
+    job sync-moe-ep2 0 2 check_sync "$checkpoints" --kind moe --expert 2
     ranks=1 job sync-dense-apart 0 2 check_sync "$checkpoints" --kind dense --apart 1
     for size in 4b 8b; do
         ranks=1 job sync-$size-apart 0 2 check_sync "$checkpoints" --preset qwen3-vl-$size --apart 1
     done
     job sync-30b-a3b-ep4 0 4 check_sync "$checkpoints" --preset qwen3-vl-30b-a3b --expert 4 \
-        --engine-tensor 2 --memory 0.4
+        --engine-tensor 2
+    if [[ -z ${VLLM_PYTHONPATH:-} ]]; then
+        echo "sync with vLLM: skipped, VLLM_PYTHONPATH is not set"
+        return
+    fi
+    local -x ENGINE_PYTHONPATH=$VLLM_PYTHONPATH
+    for kind in dense moe; do
+        job sync-$kind-vllm 0 1 check_sync "$checkpoints" --kind $kind --engine vllm
+    done
+    job sync-dense-vllm-fp8 0 1 check_sync "$checkpoints" --kind dense --engine vllm \
+        --quantization fp8-block
+    job sync-4b-vllm 0 1 check_sync "$checkpoints" --preset qwen3-vl-4b --engine vllm
 }
 rollouts() {
     has_sglang rollouts && made || return 0
