@@ -19,6 +19,7 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.strategies import filesystem_async
+from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 
 from checkpoint_tools.files import replace_folder, staging_of
@@ -27,6 +28,7 @@ from checkpoint_tools.hf_writer import copy_config
 from checkpoint_tools.torch_dist import TorchDistReader
 from model_providers.backend import Backend
 from model_providers.config import DEFAULT_OPTIONS, Qwen3VLConfig, TrainingOptions
+from model_providers.fp8_weights import is_rounded, keep
 from model_providers.parallel import ParallelState
 from model_providers.qwen3_vl import Head, Qwen3VLModel
 from model_providers.weight_map import load_hf_weights
@@ -223,6 +225,8 @@ def load(path: Path, model: Qwen3VLModel, optimizer: Any = None, scheduler: Any 
         lacking = chunk.load_state_dict(state["model"][i], strict=False)
         missing = [key for key in lacking.missing_keys if not EXTRA_STATE.fullmatch(key)]
         assert not missing and not lacking.unexpected_keys, lacking
+        if optimizer is None:
+            _keep(chunk, state["model"][i])
     if optimizer is not None:
         _load_optimizer(optimizer, state["optimizer"])
         scheduler.load_state_dict(state["scheduler"])
@@ -300,4 +304,17 @@ def _state(
     if optimizer is not None:
         state["optimizer"] = _optimizer_state(optimizer, weights, is_loading, metadata)
         state["scheduler"] = scheduler.state_dict()
+    if not is_loading:
+        # after megatron.core has looked for the optimizer's parameters among them
+        for part in weights.values():
+            for entry in part.values():
+                if is_rounded(entry.data):
+                    entry.data = model.read_weight(entry.data)
     return state
+
+
+def _keep(chunk: nn.Module, weights: dict[str, Tensor]) -> None:
+    """What parameters in FP8 were loaded from, for an optimizer to come."""
+    for name, parameter in chunk.named_parameters():
+        if is_rounded(parameter):
+            keep(parameter, weights[name])

@@ -365,6 +365,8 @@ class Precision:
     """Decoder layers at the start that are left out of FP8."""
     bf16_last_layers: int = 0
     """Decoder layers at the end that are left out of FP8."""
+    param_gather: bool = False
+    """The weights of these products are held in FP8 too; fp32 main weights are in the optimizer."""
 
     @property
     def row_multiple(self) -> int:
@@ -381,6 +383,11 @@ class Precision:
                 raise ValueError(
                     "bf16_first_layers and bf16_last_layers mean something with fp8 only"
                 )
+            if self.param_gather:
+                raise ValueError(
+                    "fp8_param_gather holds weights as fp8 computes with them, but fp8 is null; "
+                    "set fp8 to tensorwise or blockwise, or leave fp8_param_gather out"
+                )
             return
         if not backend.fp8:
             raise ValueError(
@@ -391,6 +398,12 @@ class Precision:
             raise ValueError(
                 "fp8='delayed' collects its maxima over all layers and can't leave some in BF16; "
                 "choose tensorwise or blockwise, or set bf16_first_layers and bf16_last_layers to 0"
+            )
+        if self.fp8 == "delayed" and self.param_gather:
+            raise ValueError(
+                "fp8_param_gather rounds weights when they are loaded, but fp8='delayed' knows no "
+                "scale to round by before the first steps, and most of them would be lost; choose "
+                "tensorwise or blockwise, or leave fp8_param_gather out"
             )
         if self.fp8 == "delayed" and layout.pipeline > 1:
             raise ValueError(
@@ -420,6 +433,7 @@ class Precision:
         return dict(
             fp8="hybrid",
             fp8_recipe=self.fp8,
+            fp8_param=self.param_gather,
             fp8_amax_history_len=1024,
             fp8_amax_compute_algo="max",
             first_last_layers_bf16=bool(self.bf16_first_layers or self.bf16_last_layers),

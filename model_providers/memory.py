@@ -3,13 +3,15 @@
     weights      in BF16 (2 bytes)
     gradients    in fp32 (4) of what is trained
     fp8          what Transformer Engine keeps of the decoder's matrices to compute with (2): as
-                 they are and transposed
+                 they are and transposed; with fp8_param_gather the first are the weights (1 each)
     optimizer    fp32 weights and moments (12 bytes, or 8 with BF16 moments) of what is trained,
                  spread over data-parallel ranks
     language     what a decoder layer keeps of each token for its backward pass
     head         logits in BF16, whose gradient takes their place, and the gradient of the head
                  before it is added to the others
     vision       what the tower keeps of each patch
+    rounding     with fp8_param_gather a BF16 copy (2) of the main weights that are rounded, all at
+                 once, in the update
 
 The first four are exact but for norms and padding. Activations are counted tensor by tensor as
 Transformer Engine keeps them, attention as flash attention does. Megatron's pipeline schedules hold
@@ -49,6 +51,7 @@ class Memory:
     language: float
     head: float
     vision: float
+    rounding: float
 
     @property
     def activations(self) -> float:
@@ -58,10 +61,13 @@ class Memory:
         """What is there all the time; offload: the optimizer's part only in the update."""
         return self.weights + self.gradients + self.fp8 + (0 if offload else self.optimizer)
 
+    def passing(self, offload: bool) -> float:
+        """What is there besides at the worst moment, of the passes or of the update."""
+        return max(self.activations, self.rounding + (self.optimizer if offload else 0))
+
     def peak(self, offload: bool = False) -> float:
         """Most that torch allocates at a time for this model."""
-        worst = max(self.activations, self.optimizer if offload else 0)
-        return BUFFERS + self.held(offload) + worst
+        return BUFFERS + self.held(offload) + self.passing(offload)
 
 
 @dataclass(frozen=True)
@@ -125,6 +131,7 @@ def training_bytes(
     frozen: frozenset[str] = frozenset(),
     moment_bytes: int = 4,
     fp8: bool = False,
+    fp8_param_gather: bool = False,
     score: bool = False,
     offload: bool = False,
 ) -> Memory:
@@ -147,6 +154,7 @@ def training_bytes(
             frozen=frozen,
             moment_bytes=moment_bytes,
             fp8=fp8,
+            fp8_param_gather=fp8_param_gather,
             score=score,
         )
         for stage in stages_that_differ(layout)
@@ -173,6 +181,7 @@ def _stage_bytes(
     frozen: frozenset[str],
     moment_bytes: int,
     fp8: bool,
+    fp8_param_gather: bool,
     score: bool,
 ) -> Memory:
     count = parameters(config)
@@ -219,14 +228,17 @@ def _stage_bytes(
         logits = WEIGHT * config.vocab_size / layout.tensor
         logits *= tokens / layout.context + (0 if "language" in frozen else config.hidden_size)
     matrices = layers * (count.layer / layout.tensor) + own_experts
+    gathered = matrices if fp8_param_gather else 0.0
+    own_matrices = layers * count.layer / shard + experts / expert_shard
     return Memory(
-        weights=WEIGHT * (own + own_experts),
+        weights=WEIGHT * (own + own_experts) - gathered,
         gradients=GRADIENT * (trained / layout.tensor + trained_experts / split),
-        fp8=2 * matrices if fp8 else 0,
+        fp8=(2 * matrices if fp8 else 0) - gathered,
         optimizer=(4 + 2 * moment_bytes) * (trained / shard + trained_experts / expert_shard),
         language=language,
         head=logits,
         vision=vision,
+        rounding=WEIGHT * own_matrices if fp8_param_gather else 0,
     )
 
 

@@ -25,7 +25,7 @@ sums over the ranks; a plain slice would lose the other ranks' share of the towe
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from copy import copy
 from itertools import pairwise
 from typing import Any, Literal, Protocol
@@ -40,6 +40,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
+from model_providers import fp8_weights
 from model_providers.backend import Backend
 from model_providers.config import (
     DEFAULT_OPTIONS,
@@ -59,6 +60,7 @@ from model_providers.router import SectionRouter, router_mask
 from model_providers.vision import Grid, VisionModel
 
 Head = Literal["language", "score"]
+Read = Callable[[nn.Parameter], Tensor]
 
 
 class Noise(Protocol):
@@ -241,6 +243,9 @@ class Qwen3VLModel(nn.Module):
         super().__init__()
         self.architecture, self.parallel, self.backend, self.head = config, parallel, backend, head
         self.precision = options.precision
+        self.read_weight: Read = fp8_weights.value
+        """What a parameter is to exports, syncs and checkpoints; ranks that hold the same ones read
+        them together and in the same order."""
         self.chunks = nn.ModuleList(
             Qwen3VLChunk(config, parallel, backend, head, options, chunk)
             for chunk in range(parallel.layout.virtual_pipeline)

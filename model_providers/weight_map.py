@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from model_providers import fp8_weights
 from model_providers.config import SECTIONS, Qwen3VLConfig
 from model_providers.qwen3_vl import Head, Qwen3VLChunk, Qwen3VLModel, padded_vocab_size
 
@@ -415,9 +416,8 @@ def load_hf_weights(model: Qwen3VLModel, tensors: Mapping[str, Tensor], source: 
     shapes = _Shapes(tensors)
     for entry in local:
         _check_shape(entry, model, shapes, source)
-    with torch.no_grad():
-        for entry in local:
-            entry.parameter.copy_(_shard(entry, model, tensors))
+    for entry in local:
+        fp8_weights.assign(entry.parameter, _shard(entry, model, tensors))
 
 
 def check_names(model: Qwen3VLModel, wanted: set[str], given: set[str], source: str) -> None:

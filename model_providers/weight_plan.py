@@ -14,7 +14,7 @@ be quantised the slices meet in scratch memory, and only what becomes of them is
 from __future__ import annotations
 
 import socket
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 from math import prod
@@ -22,11 +22,11 @@ from typing import Literal
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from model_providers import fp8_blocks
 from model_providers.config import Qwen3VLConfig
-from model_providers.qwen3_vl import Qwen3VLModel
+from model_providers.qwen3_vl import Qwen3VLModel, Read
 from model_providers.weight_map import Task, Transform, all_tasks, local_tasks, transform_to
 
 # what any kernel wants that loads 16 bytes at once, and more than any element takes
@@ -36,7 +36,6 @@ _QUANTISED_AT_ONCE = 2**24
 """Elements; rounding them takes a few times as much memory in fp32."""
 
 Quantization = Literal["fp8-block"]
-Read = Callable[[nn.Parameter], Tensor]
 
 
 @dataclass(frozen=True)
@@ -125,7 +124,7 @@ class WeightPlan:
             ValueError: a projection can't be cut into blocks.
         """
         local = list(local_tasks(model))
-        self.config, self.device = model.architecture, model.backend.device
+        self.model, self.config, self.device = model, model.architecture, model.backend.device
         self.parameters = {entry.task: entry.parameter for entry in local}
         self.turned_experts = turned_experts and quantization is None
         self.quantization = quantization
@@ -143,15 +142,17 @@ class WeightPlan:
         return self._bytes(max(bucket.nbytes for bucket in self.buckets))
 
     def fill(
-        self, bucket: Bucket, out: Tensor | None, read: Read = nn.Parameter.detach
+        self, bucket: Bucket, out: Tensor | None, read: Read | None = None
     ) -> list[tuple[str, Tensor]]:
         """Write the bucket's tensors into `out` [nbytes] uint8; names and views of them.
 
         All ranks call this together; those that are no receivers pass None and get nothing. `read`
-        says what to take of a parameter: its value, or its gradient to compare layouts. The work is
-        queued on the device's current stream: wait for it before another process reads `out`.
+        says what to take of a parameter: the model's read_weight, or the gradient to compare
+        layouts. The work is queued on the device's current stream: wait for it before another
+        process reads `out`.
         """
-        arrived = self._exchange(bucket, read)
+        own = self._own(bucket, read or self.model.read_weight)
+        arrived = self._exchange(bucket, own)
         if out is None:
             return []
         scratch = self._bytes(bucket.scratch)
@@ -159,14 +160,14 @@ class WeightPlan:
         tensors |= {made.source.name: made.source.of(scratch) for made in bucket.quantised}
         copies = _Copies()
         for task in bucket.tasks:
-            source = arrived[task] if task in arrived else self._own(task, read)
+            source = arrived[task] if task in arrived else own[task]
             self._place_slices(task, source, tensors, copies)
         copies.run()
         for made in bucket.quantised:
             _quantise(made.source.of(scratch), made.weight.of(out), made.scale.of(out))
         return [(whole.name, whole.of(out)) for whole in bucket.tensors]
 
-    def weights(self, read: Read = nn.Parameter.detach) -> Iterator[tuple[str, Tensor]]:
+    def weights(self, read: Read | None = None) -> Iterator[tuple[str, Tensor]]:
         """Every tensor under its name, bucket by bucket; all ranks iterate together, and those that
         are no receivers get nothing."""
         receives = dist.get_rank() in self.receivers
@@ -257,12 +258,17 @@ class WeightPlan:
     def _bytes(self, count: int) -> Tensor:
         return torch.empty(count, dtype=torch.uint8, device=self.device)
 
-    def _own(self, task: Task, read: Read) -> Tensor:
-        value = read(self.parameters[task])
-        assert value.dtype == getattr(torch, task.dtype), "others expect the parameter's dtype"
-        return value.contiguous()
+    def _own(self, bucket: Bucket, read: Read) -> dict[Task, Tensor]:
+        """This rank's shards; it reads those that nobody wants from it too, as ranks that hold the
+        same ones may have to read them together."""
+        own = {}
+        for task in bucket.tasks:
+            if task in self.parameters:
+                own[task] = read(self.parameters[task]).contiguous()
+                assert own[task].dtype == getattr(torch, task.dtype), "others expect its dtype"
+        return own
 
-    def _exchange(self, bucket: Bucket, read: Read) -> dict[Task, Tensor]:
+    def _exchange(self, bucket: Bucket, own: dict[Task, Tensor]) -> dict[Task, Tensor]:
         """The shards that come from other ranks."""
         if not bucket.travels:
             return {}
@@ -273,7 +279,7 @@ class WeightPlan:
         sending, receiving = self._bytes(sum(give)), self._bytes(sum(take))
         copies = _Copies()
         for task, place in _shards(sending, bucket.sent):
-            copies.add(place, self._own(task, read))
+            copies.add(place, own[task])
         copies.run()
         dist.all_to_all_single(receiving, sending, take, give)
         return dict(_shards(receiving, bucket.received))
@@ -389,12 +395,11 @@ def _shard_room(task: Task) -> int:
     return _aligned(prod(task.shape) * getattr(torch, task.dtype).itemsize)
 
 
-def iter_hf_weights(
-    model: Qwen3VLModel, read: Read = nn.Parameter.detach
-) -> Iterator[tuple[str, Tensor]]:
+def iter_hf_weights(model: Qwen3VLModel, read: Read | None = None) -> Iterator[tuple[str, Tensor]]:
     """Yield every weight under its Hugging Face name, whole, on every rank.
 
-    `read` says what to take of a parameter: its value, or its gradient to compare layouts.
+    `read` says what to take of a parameter: the model's read_weight, or the gradient to compare
+    layouts.
 
     All ranks iterate together, a bucket at a time, so no rank ever holds the whole model. Fused
     experts come as transformers 5 has them. Tied weights come once, under the embedding's name.

@@ -45,7 +45,7 @@ class Need:
 
 def total(models: Collection[Need]) -> float:
     """Bytes at the worst moment: one model at a time computes, or is updated."""
-    worst = max(max(n.memory.activations, n.memory.optimizer * n.offload) for n in models)
+    worst = max(need.memory.passing(need.offload) for need in models)
     return memory.CONTEXT + memory.BUFFERS + sum(need.held for need in models) + worst
 
 
@@ -121,12 +121,13 @@ def _need(config: Stage, name: str, model: Model, architecture: Qwen3VLConfig, g
         frozen=frozenset(part for part, value in model.freeze if value),
         moment_bytes=2 if optimizer.moments == "bfloat16" else 4,
         fp8=model.fp8 is not None,
+        fp8_param_gather=model.fp8_param_gather,
         score=isinstance(model, Discriminator),
         offload=optimizer.offload,
     )
     reference = 0.0
     if name == "policy" and isinstance(config, PolicyUpdate) and config.kl_coef > 0:
-        reference = found.weights
+        reference = found.weights + (found.fp8 if model.fp8_param_gather else 0)
     return Need(found, optimizer.offload, reference)
 
 

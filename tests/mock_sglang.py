@@ -20,7 +20,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import zmq
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -28,7 +27,7 @@ from checkpoint_tools.quantize import dequantized
 from checkpoint_tools.weights import unequal
 from model_providers.fp8_blocks import SCALE
 from prism_megatron.config.schema import Sampling
-from prism_megatron.rollout import outer_group, pixels
+from prism_megatron.rollout import ipc_load, outer_group, pixels
 from prism_megatron.rollout.local import LocalEngine
 from prism_megatron.types import Prompt, VisualInputs
 from tests.tiny_models import IMAGE, VIDEO, VISION_END, VISION_START
@@ -130,23 +129,13 @@ class MockSGLang:
 
     def _update(self, handle: str) -> dict[str, Tensor]:
         loaded: dict[str, Tensor] = {}
-        socket = zmq.Context.instance().socket(zmq.REP)
-        socket.connect(handle)
-        rebuild, arguments = socket.recv_pyobj()
-        memory = rebuild(*arguments)
-        assert memory.dtype == torch.uint8
-        socket.send(b"")
-        while (message := socket.recv_pyobj()) is not None:
-            for item in message:
-                assert item["name"] not in loaded
-                size = item["dtype"].itemsize * torch.Size(item["shape"]).numel()
-                stored = memory[item["offset"] : item["offset"] + size].view(item["dtype"])
-                loaded[item["name"]] = stored.view(item["shape"]).clone()
-            socket.send(b"")
-        socket.send(b"")
-        assert socket.recv_pyobj() is None
-        socket.send(b"")
-        socket.close()
+
+        def take(tensors: list[tuple[str, Tensor]]) -> None:
+            for name, tensor in tensors:
+                assert name not in loaded
+                loaded[name] = tensor.clone()
+
+        ipc_load.receive(handle, torch.device("cpu"), take, lambda: None)
         return loaded
 
     def _generate(self, body: Any) -> Any:

@@ -48,6 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         add(f"--{name.replace('_', '-')}", type=int, nargs="+", default=[1], metavar="N")
     recipes = ("off", "tensorwise", "delayed", "blockwise")
     add("--fp8", choices=recipes, nargs="+", default=["off"])
+    add("--fp8-param-gather", action="store_true", help="the decoder's weights in FP8 as well")
     add("--recompute", choices=("none", "full"), nargs="+", default=["none"])
     add("--recompute-vision", action="store_true")
     add("--moments", choices=("float32", "bfloat16"), default="float32")
@@ -123,6 +124,7 @@ def _measure(
         "gpus": world,
         "layout": asdict(runner.parallel.layout),
         "fp8": options.fp8,
+        "fp8_param_gather": options.fp8_param_gather,
         "moments": options.moments,
         "offload": options.offload,
         "recompute": options.recompute,
@@ -154,7 +156,9 @@ def _build(options: argparse.Namespace, config: Qwen3VLConfig, backend: Backend)
     backend.seed(1, parallel)
     training = TrainingOptions(
         recompute=Recompute(options.recompute, vision=options.recompute_vision),
-        precision=Precision(fp8=None if options.fp8 == "off" else options.fp8),
+        precision=Precision(
+            None if options.fp8 == "off" else options.fp8, param_gather=options.fp8_param_gather
+        ),
     )
     with torch.device(backend.device):
         model = Qwen3VLModel(config, parallel, backend, options=training).to(backend.device)

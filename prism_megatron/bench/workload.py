@@ -11,6 +11,7 @@ import torch
 
 from model_providers.backend import Backend
 from model_providers.config import Qwen3VLConfig
+from model_providers.fp8_weights import assign
 from model_providers.qwen3_vl import Qwen3VLModel
 from prism_megatron.config.load import provenance
 from prism_megatron.flops import training_flops
@@ -64,7 +65,8 @@ def randomise(model: Qwen3VLModel) -> None:
     """Random weights, as a checkpoint would otherwise bring them."""
     for name, parameter in model.named_parameters():
         norm = "norm" in name and name.endswith("weight")
-        parameter.data.normal_(1.0 if norm else 0.0, 0.0 if norm else 0.02)
+        values = torch.empty(parameter.shape, dtype=parameter.dtype, device=parameter.device)
+        assign(parameter, values.normal_(1.0 if norm else 0.0, 0.0 if norm else 0.02))
 
 
 def throughput(

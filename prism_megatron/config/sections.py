@@ -17,9 +17,6 @@ NOT_SUPPORTED = {
         "megatron.core plans it once, for as many micro-batches in every step, which packing does "
         "not give; use recompute, or optimizer.offload"
     ),
-    "fp8_param_gather": (
-        "weights stay in BF16, from which every sync to the rollout engine and every export is made"
-    ),
 }
 """What megatron.core has under these names and this system has not, and why."""
 
@@ -159,9 +156,23 @@ class Model(Section):
     """Decoder layers at the start that stay in BF16, with fp8 tensorwise or blockwise."""
     bf16_last_layers: int = Field(0, ge=0)
     """Decoder layers at the end that stay in BF16, with fp8 tensorwise or blockwise."""
+    fp8_param_gather: bool = False
+    """With fp8 tensorwise or blockwise: these layers' matrices are held in FP8 too, 2 bytes a
+    weight less, and data-parallel ranks gather them so. The optimizer's main weights go into
+    checkpoints, exports and syncs, which lose nothing; a model without an optimizer exports what it
+    was loaded from."""
     dispatcher: Literal["alltoall", "deepep", "hybridep"] = "alltoall"
     """How tokens get to experts on other ranks: NCCL's all-to-all, or DeepEP's kernels where they
     are installed."""
+
+    @model_validator(mode="after")
+    def _weights_in_fp8_are_trained(self) -> Self:
+        if self.fp8_param_gather and self.freeze.language:
+            raise ValueError(
+                "fp8_param_gather=true holds the decoder in FP8, of which a frozen one "
+                "(freeze.language=true) has no main weights to export; leave one of them out"
+            )
+        return self
 
 
 class Discriminator(Model):

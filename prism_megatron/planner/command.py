@@ -89,6 +89,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--global-batch", type=int, metavar="N", help="sequences a step; default by stage")
     add("--patches", type=int, default=4096, metavar="N", help="of each sequence's image; 4096")
     add("--fp8", choices=("tensorwise", "blockwise"), help="of the decoder; default BF16")
+    add("--fp8-param-gather", action="store_true", help="and its weights; see the key of that name")
     add("--top", type=int, default=3, metavar="N", help="how many to print; 3")
     add("--out", type=Path, metavar="DIR", help="write them as overlays of the stage")
     return parser
@@ -121,6 +122,8 @@ def _request(options: argparse.Namespace, model: str, gpus: int) -> Request:
             f"--patches {options.patches} make {visual:.0f} tokens of an image, but a sequence has "
             f"{options.seq}; lower it"
         )
+    if options.fp8_param_gather and options.fp8 is None:
+        raise ValueError("--fp8-param-gather holds weights as --fp8 computes with them; give both")
     gpu = cards[options.gpu_memory]
     return Request(
         model=name,
@@ -133,6 +136,7 @@ def _request(options: argparse.Namespace, model: str, gpus: int) -> Request:
         patches=options.patches,
         stage=options.stage,
         fp8=options.fp8,
+        fp8_param_gather=options.fp8_param_gather,
     )
 
 

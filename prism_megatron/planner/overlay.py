@@ -37,6 +37,7 @@ def overlay(candidate: Candidate) -> dict[str, Any]:
         "parallel": "${vars.layout}",
         "recompute": "${vars.recompute}",
         "fp8": request.fp8,
+        "fp8_param_gather": request.fp8_param_gather,
     }
     found["optimizer" if request.stage == "sft" else "policy_optimizer"] = _optimizer(candidate)
     found["train"] = {"micro_batch_tokens": candidate.row_tokens}

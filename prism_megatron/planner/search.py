@@ -55,6 +55,7 @@ class Request:
     stage: str = "sft"
     """sft, rlvr (with an engine that sleeps), align (with a discriminator besides)."""
     fp8: str | None = None
+    fp8_param_gather: bool = False
     moments: str = "float32"
 
     @property
@@ -115,6 +116,7 @@ class Candidate:
             recompute=self.recompute,
             moment_bytes=asked.moment_bytes,
             fp8=asked.fp8 is not None,
+            fp8_param_gather=asked.fp8_param_gather,
             offload=self.offload,
         )
 
@@ -126,8 +128,7 @@ class Candidate:
     @cached_property
     def peak(self) -> float:
         """Bytes at the worst moment of training."""
-        own = self.memory.optimizer if self.offload else 0
-        worst = max(self.others.worst, self.memory.activations, own)
+        worst = max(self.others.worst, self.memory.passing(self.offload))
         return self.others.held + self.memory.held(self.offload) + worst
 
     @cached_property
@@ -183,6 +184,7 @@ class Candidate:
         options = Options(
             recompute=self.recompute,
             fp8=asked.fp8 is not None,
+            fp8_param_gather=asked.fp8_param_gather,
             offload=self.offload,
             moment_bytes=asked.moment_bytes,
         )
@@ -371,7 +373,7 @@ def _others(stage: str, gpus: int, sequence: int, patches: int, offload: bool) -
         score=True,
         offload=offload,
     )
-    worst = max(judge.activations, judge.optimizer if offload else 0)
+    worst = judge.passing(offload)
     held = judge.held(offload)
     return _Others(fixed + asleep + held, worst, fixed + held - judge.gradients)
 

@@ -55,6 +55,7 @@ class Options:
 
     recompute: Recompute = NO_RECOMPUTE
     fp8: bool = False
+    fp8_param_gather: bool = False
     offload: bool = False
     moment_bytes: int = 4
     head: bool = True
@@ -332,6 +333,10 @@ def _update(
         expert_ranks = layout.expert_data(world)
         more, also = _ring(experts, expert_ranks, layout.expert * layout.expert_tensor)
         a_byte = seconds + more
+        weights = 2 * a_byte
+        if options.fp8_param_gather:
+            matrices = layers * count.layer / layout.tensor
+            weights -= _ring(matrices, ranks, layout.tensor)[0] + more
         shard = dense / ranks + experts / expert_ranks
         state = 4 + 2 * options.moment_bytes
         # gradients, weights and moments read, the last two written; buffers zeroed and summed up
@@ -339,7 +344,7 @@ def _update(
         update = moved / (gpu.hbm * hardware.HBM)
         if options.offload:
             update += 2 * shard * state / hardware.HOST
-        worst = max(worst, (4 * a_byte, 2 * a_byte, update, network or also))
+        worst = max(worst, (4 * a_byte, weights, update, network or also))
     return worst
 
 

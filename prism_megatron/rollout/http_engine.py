@@ -51,7 +51,9 @@ class HttpEngine:
         """See get."""
         return checked(self._blocking.post(path, json=dict(body or {})))
 
-    async def ask(self, path: str, body: Mapping[str, Any], prompt: Prompt) -> Any:
+    async def ask(
+        self, path: str, body: Mapping[str, Any], prompt: Prompt
+    ) -> tuple[Any, httpx.Headers]:
         """Have a prompt answered, any number at once in one event loop; see get.
 
         ValueError if the server refuses the prompt itself.
@@ -61,7 +63,7 @@ class HttpEngine:
         response = await self._asynchronous.post(path, json=dict(body))
         if response.status_code == httpx.codes.BAD_REQUEST:
             raise ValueError(f"row {prompt.row_id}: {response.url} says: {response.text[:2000]}")
-        return checked(response)
+        return checked(response), response.headers
 
     async def health(self) -> None:
         """Raise if the server does not answer."""

@@ -77,7 +77,7 @@ class SGLangEngine(HttpEngine):
         body = await asyncio.to_thread(
             request, prompt, sampling, self.vocabulary, routes=self.routes
         )
-        answer = await self.ask("/generate", body, prompt)
+        answer, _ = await self.ask("/generate", body, prompt)
         answers = answer if isinstance(answer, list) else [answer]
         if len(answers) != sampling.n:
             raise RuntimeError(f"{self.url} gave {len(answers)} responses instead of {sampling.n}")

@@ -1,7 +1,8 @@
 """One vLLM server, over HTTP: sampling from the trainer's own ids and pixels, and its control.
 
 Prompt: ids, patches --/inference/v1/generate, which takes both as they are--> engine
-ids, log-probabilities, finish reason <--'   weight version: asked of the workers
+ids, log-probabilities, finish reason <--'
+weight version <-- rollout/vllm_front in the server, which asks the workers
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from prism_megatron.config.schema import Sampling
 from prism_megatron.rollout.engine import Part
 from prism_megatron.rollout.http_engine import NEVER, HttpEngine, small_routes
 from prism_megatron.rollout.pixels import bf16
+from prism_megatron.rollout.vllm_front import VERSION
 from prism_megatron.rollout.vocabulary import Vocabulary
 from prism_megatron.rollout.weight_check import Action
 from prism_megatron.types import Prompt, Rollout, VisualInputs
@@ -52,9 +54,9 @@ def server_command(
     experts that tokens take. options go to vLLM as they are.
     """
     command = [python, "-m", "vllm.entrypoints.openai.api_server", "--model", str(hf_dir)]
-    command += ["--host", host, "--port", str(port), "--api-key", api_key]
-    command += ["--tensor-parallel-size", str(tensor), "--enable-sleep-mode"]
-    command += ["--enable-prompt-tokens-details"]
+    command += ["--host", host, "--port", str(port), "--enable-sleep-mode"]
+    command += ["--tensor-parallel-size", str(tensor)]
+    command += ["--middleware", "prism_megatron.rollout.vllm_front.Front"]
     command += ["--worker-extension-cls", "prism_megatron.rollout.vllm_server.WeightExtension"]
     if routes:
         command.append("--enable-return-routed-experts")
@@ -62,6 +64,8 @@ def server_command(
     if not any(Path(hf_dir).glob("*.safetensors")):
         command += ["--load-format", "dummy"]
     environment = {
+        # which a command line would show to every user of the host
+        "VLLM_API_KEY": api_key,
         # without the endpoints of this mode there is no way to sync weights
         "VLLM_SERVER_DEV_MODE": "1",
         # FP8 blocks as they were sent, not rounded once more to scales that are powers of two
@@ -80,23 +84,25 @@ class VLLMEngine(HttpEngine):
         """
         # images are preprocessed here, which others need not wait for
         body = await asyncio.to_thread(request, prompt, sampling, self.vocabulary)
-        answer = await self.ask("/inference/v1/generate", body, prompt)
-        # the server does not tell it, and a fleet gives no weights while prompts are out
-        version = await self.weight_version()
+        answer, headers = await self.ask("/inference/v1/generate", body, prompt)
+        told = headers.get(VERSION, "none")
+        if not told.removeprefix("-").isdecimal():
+            raise RuntimeError(
+                f"{self.url} says that it sampled with weights of version {told}; start it with "
+                "server_command, and give it no weights while prompts are out"
+            )
         choices = answer["choices"]
         if len(choices) != sampling.n:
             raise RuntimeError(f"{self.url} gave {len(choices)} responses instead of {sampling.n}")
-        # of the sample that ended last, and left out where it is none
-        details = answer["usage"].get("prompt_tokens_details") or {"cached_tokens": 0}
-        told = version, len(prompt.input_ids), details["cached_tokens"]
-        return [self._rollout(choice, *told) for choice in choices]
+        return [self._rollout(choice, int(told), len(prompt.input_ids)) for choice in choices]
 
-    def _rollout(
-        self, choice: Mapping[str, Any], version: int, prompt_tokens: int, cached: int
-    ) -> Rollout:
+    def _rollout(self, choice: Mapping[str, Any], version: int, prompt_tokens: int) -> Rollout:
         ids = tuple(choice["token_ids"])
+        if choice["finish_reason"] == "error":
+            raise RuntimeError(f"{self.url} failed after {len(ids)} tokens; see the server's log")
         routes = None
-        if self.routes:
+        # none of what was cut off before the engine read its prompt
+        if self.routes and (ids or choice["routed_experts"]):
             chosen = np.load(io.BytesIO(base64.b64decode(choice["routed_experts"])))
             routes = small_routes(chosen, prompt_tokens + len(ids) - 1)
         return Rollout(
@@ -105,14 +111,13 @@ class VLLMEngine(HttpEngine):
             finish_reason=self.vocabulary.finish_reason(ids, choice["finish_reason"]),
             weight_version=version,
             routes=routes,
-            cached=cached,
         )
 
     async def weight_version(self) -> int:
         return await asyncio.to_thread(self.version)
 
     async def abort(self) -> None:
-        await asyncio.to_thread(self.post, "/pause?mode=abort")
+        await asyncio.to_thread(self.post, "/pause?mode=abort&clear_cache=false")
         await asyncio.to_thread(self.post, "/resume")
 
     def version(self) -> int:

@@ -7,23 +7,24 @@ copies the result to where the kernels and CUDA graphs look for it. Other layers
 """
 
 import gc
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from checkpoint_engine.worker import VllmColocateWorkerExtension, update_weights_from_ipc
 from safetensors import safe_open
+from vllm.config import set_current_vllm_config
 from vllm.model_executor.model_loader.reload import (
     finalize_layerwise_reload,
     initialize_layerwise_reload,
 )
 from vllm.model_executor.model_loader.utils import process_weights_after_loading
 
-from prism_megatron.rollout import outer_group
+from prism_megatron.rollout import ipc_load, outer_group
 from prism_megatron.rollout.weight_check import WeightCheck
 
 
-class WeightExtension(VllmColocateWorkerExtension):
-    """Weights from checkpoint-engine's protocol, and the version that vLLM itself doesn't know."""
+class WeightExtension:
+    """Weights, and their version, which vLLM itself doesn't know; made part of vLLM's Worker."""
 
     weight_version = -1
     weight_check = None
@@ -36,7 +37,7 @@ class WeightExtension(VllmColocateWorkerExtension):
 
     def begin_load(self):
         """Before the first of new weights, of which those before may not all have come."""
-        with torch.device(self.device):
+        with self._converting():
             for layer in self._quantised_layers():
                 # without effect unless a load was begun and not ended
                 finalize_layerwise_reload(layer, self.model_config)
@@ -44,13 +45,9 @@ class WeightExtension(VllmColocateWorkerExtension):
 
     def load_ipc(self, handles, version):
         """Load from the processes that serve weights at `handles` (GPU's UUID: address)."""
-        update_weights_from_ipc(
-            self._zmq_ctx,
-            handles[self._device_uuid],
-            device_id=self.device.index,
-            run=self._load,
-            post_hook=lambda: self._end_load(version),
-        )
+        # as model_providers.backend names it
+        gpu = f"GPU-{torch.cuda.get_device_properties(self.device).uuid}"
+        ipc_load.receive(handles[gpu], self.device, self._load, lambda: self._end_load(version))
 
     def join_group(self, address, first_rank, world, name, backend):
         """Take part in the trainer's group as the engine's first rank or one of those after it."""
@@ -84,14 +81,19 @@ class WeightExtension(VllmColocateWorkerExtension):
             if any(name.endswith("_scale_inv") for name, _ in layer.named_parameters(recurse=False))
         ]
 
+    @contextmanager
+    def _converting(self):
+        """As vLLM is when it loads first: conversion makes tensors, and looks at the config."""
+        with torch.device(self.device), set_current_vllm_config(self.vllm_config):
+            yield
+
     def _load(self, tensors):
         """Some tensors."""
         model = self.model_runner.model
         if self._quantised_layers():
             # a layer keeps what came, and the memory that it came in is used again
             tensors = ((name, tensor.clone()) for name, tensor in tensors)
-            # conversion makes tensors
-            with torch.device(self.device):
+            with self._converting():
                 model.load_weights(tensors)
         else:
             model.load_weights(tensors)
@@ -101,12 +103,14 @@ class WeightExtension(VllmColocateWorkerExtension):
     def _end_load(self, version):
         """All tensors have come."""
         layers = self._quantised_layers()
-        with torch.device(self.device):
+        with self._converting():
             for layer in layers:
                 finalize_layerwise_reload(layer, self.model_config)
-        # would convert those a second time
-        if not layers:
-            process_weights_after_loading(self.model_runner.model, self.model_config, self.device)
+            # would convert those a second time
+            if not layers:
+                process_weights_after_loading(
+                    self.model_runner.model, self.model_config, self.device
+                )
         torch.accelerator.synchronize()
         self.weight_version = int(version)
 

@@ -109,6 +109,10 @@ class HostState:
         yield
         self._to_host()
 
+    def values(self, tensor: Tensor) -> Tensor:
+        """What one of them is after the last update, on the host."""
+        return self._host.get(tensor, tensor)
+
     def _to_host(self) -> None:
         # a checkpoint that was loaded brought new tensors
         state = self._tensors()

@@ -37,7 +37,7 @@ from megatron.core.transformer.moe.moe_logging import (
 from torch import Tensor
 
 from checkpoint_tools import megatron_directory
-from model_providers import context
+from model_providers import context, fp8_weights
 from model_providers.qwen3_vl import Qwen3VLModel
 from prism_megatron.config import schema
 from prism_megatron.config.schema import Optimizer
@@ -47,6 +47,7 @@ from prism_megatron.flops import training_flops
 from prism_megatron.phases import count, phase
 from prism_megatron.training.gradient_overlap import reduce_in_order
 from prism_megatron.training.guard import Guard, Unsound
+from prism_megatron.training.main_weights import MainWeights
 from prism_megatron.training.optimizer import HostState, build_optimizer, build_scheduler
 from prism_megatron.training.watchdog import reached
 from prism_megatron.types import ImageShare, PackedBatch, Sequence, VisualInputs
@@ -102,7 +103,10 @@ class ModelRunner:
         self.ddp = _wrap(model)
         self.optimizer = build_optimizer(optimizer, self.ddp, model)
         self.scheduler = build_scheduler(optimizer, self.optimizer, steps)
-        self._state = HostState(self.optimizer).on_device if optimizer.offload else nullcontext
+        fp8_weights.forget(model)
+        host = HostState(self.optimizer) if optimizer.offload else None
+        self._state = host.on_device if host else nullcontext
+        model.read_weight = MainWeights(self.optimizer, host).read
 
     @phase("train")
     def train_step(self, sequences: list[Sequence], loss_fn: LossFn) -> StepResult:
@@ -494,6 +498,7 @@ def _wrap(model: Qwen3VLModel) -> list[DistributedDataParallel]:
         grad_reduce_in_fp32=True,
         overlap_grad_reduce=overlap,
         use_distributed_optimizer=True,
+        fp8_param_gather=model.precision.param_gather,
     )
     wrapped = [
         DistributedDataParallel(chunk.config, settings, chunk, pg_collection=model.parallel.groups)

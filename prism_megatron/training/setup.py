@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 from checkpoint_tools.megatron_directory import hf_directory, load_model
 from model_providers import backend as backends
+from model_providers import fp8_weights
 from model_providers.backend import Backend
 from model_providers.config import Precision, Qwen3VLConfig, Recompute, TrainingOptions
 from model_providers.parallel import Layout, ParallelState
@@ -53,7 +54,9 @@ def options_of(
         aux_loss_coef,
         z_loss_coef,
         Recompute(**model.recompute.model_dump()),
-        Precision(model.fp8, model.bf16_first_layers, model.bf16_last_layers),
+        Precision(
+            model.fp8, model.bf16_first_layers, model.bf16_last_layers, model.fp8_param_gather
+        ),
         model.dispatcher,
         entropy,
         torch.bfloat16 if rounded else torch.float32,
@@ -112,6 +115,9 @@ def build_runner(
     options = options_of(section, aux_loss_coef, z_loss_coef, entropy)
     model = load_model(section.path, parallel, backend, head, options)
     model.freeze(**section.freeze.model_dump())
+    if optimizer is None:
+        # it is never exported, so that it needs no more than it computes with
+        fp8_weights.forget(model)
     return ModelRunner(
         model,
         micro_batch_tokens=train.micro_batch_tokens,

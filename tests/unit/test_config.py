@@ -151,6 +151,9 @@ def test_a_model_of_which_everything_is_frozen_is_refused(write: Write) -> None:
     freeze = [f"model.freeze.{part}=true" for part in ("language", "vision", "mergers")]
     assert "are all frozen, so nothing is trained" in message(write("sft.yaml", SFT), *freeze)
     assert load_sft(write("sft.yaml", SFT), *freeze[:2]).model.freeze.vision
+    held = "model.fp8_param_gather=true"
+    assert "has no main weights to export" in message(write("sft.yaml", SFT), freeze[0], held)
+    assert load_sft(write("sft.yaml", SFT), freeze[1], held).model.fp8_param_gather
 
 
 @pytest.mark.parametrize(

@@ -50,7 +50,7 @@ def by_vllm(routes: NDArray[Any]) -> Any:
         "finish_reason": "stop",
         "routed_experts": base64.b64encode(file.getvalue()).decode(),
     }
-    return engine._rollout(choice, 3, PROMPT, 2)
+    return engine._rollout(choice, 3, PROMPT)
 
 
 @pytest.mark.parametrize("engine", [by_sglang, by_vllm])

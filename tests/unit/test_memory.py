@@ -156,3 +156,28 @@ def test_a_schedule_holds_as_many_micro_batches_as_there_are_stages() -> None:
     found = training_bytes(config, chunks, 4, tokens=8192, score=True)
     # the first chunk has 4 layers beside the embedding, the second 5
     assert found.language == pytest.approx(none / 36 * (7 * 4 + 4 * 5))
+
+
+def test_weights_in_fp8_save_two_bytes_but_in_the_update() -> None:
+    ranks = Layout(tensor=2)
+    fp8 = training_bytes(DENSE, ranks, 8, tokens=7, fp8=True)
+    held = training_bytes(DENSE, ranks, 8, tokens=7, fp8=True, fp8_param_gather=True)
+    matrices = 36 * DENSE.token_weights / 2
+    saved = fp8.weights + fp8.fp8 - held.weights - held.fp8
+    assert saved == pytest.approx(2 * matrices, rel=1e-3)
+    assert held.fp8 == pytest.approx(matrices, rel=1e-3)
+    assert (held.gradients, held.optimizer) == (fp8.gradients, fp8.optimizer)
+    # of the main weights of a rank, of which there are four to share them
+    assert held.rounding == pytest.approx(2 * matrices / 4, rel=1e-3) and fp8.rounding == 0
+    assert held.passing(True) == held.optimizer + held.rounding
+    assert held.passing(False) == max(held.activations, held.rounding)
+
+
+def test_experts_in_fp8_are_shared_as_they_are() -> None:
+    ranks = Layout(expert=4)
+    fp8 = training_bytes(MOE, ranks, 8, tokens=7, fp8=True)
+    held = training_bytes(MOE, ranks, 8, tokens=7, fp8=True, fp8_param_gather=True)
+    count = parameters(MOE)
+    layer, experts = count.layers * count.layer, count.layers * count.experts
+    assert fp8.held(False) - held.held(False) == pytest.approx(2 * (layer + experts / 4))
+    assert held.rounding == pytest.approx(2 * (layer / 8 + experts / 8))

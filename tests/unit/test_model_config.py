@@ -354,6 +354,8 @@ FP8_BACKEND = replace(backends.create("cpu"), name="fp8", fp8=True)
         (Precision(None, 0, 2), Layout(), (), "bf16_last_layers mean something with fp8 only"),
         (Precision("delayed", 1, 0), Layout(), (), "can't leave some in BF16; choose tensorwise"),
         (Precision("delayed", 0, 1), Layout(), (), "can't leave some in BF16; choose tensorwise"),
+        (Precision(None, 0, 0, True), Layout(), (), "but fp8 is null; set fp8 to tensorwise"),
+        (Precision("delayed", 0, 0, True), Layout(), (), "knows no scale to round by before the"),
         (Precision("delayed"), Layout(pipeline=2), (), r"\(pipeline=2\) reach with different"),
         (Precision("delayed"), Layout(), ("layernorm",), "has layernorm, whose outputs fp8='del"),
         (Precision("delayed"), Layout(), ("moe_act", "layernorm"), "has layernorm, moe_act, whose"),
@@ -404,6 +406,8 @@ def test_precision_lands_in_the_decoders_configuration(configs: dict[str, Qwen3V
     assert decoder(Precision("blockwise")).fp8_recipe == "blockwise"
     assert decoder(Precision("delayed")).fp8_amax_history_len == 1024
     assert decoder(Precision()).fp8 is None
+    assert decoder(Precision("blockwise", param_gather=True)).fp8_param
+    assert not decoder(Precision("blockwise")).fp8_param
 
 
 @pytest.mark.parametrize(

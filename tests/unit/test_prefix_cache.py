@@ -5,21 +5,14 @@ from __future__ import annotations
 import asyncio
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
-from unittest import mock
-
-import pytest
 
 from prism_megatron.rollout.sampler import cache_shares
 from prism_megatron.rollout.sglang import SGLangEngine
-from prism_megatron.rollout.vllm import VLLMEngine
 from prism_megatron.rollout.vocabulary import Vocabulary
 from prism_megatron.types import Prompt, Rollout
 from tests.mock_sglang import KEY, MockSGLang, serve
 from tests.tiny_models import IMAGE
 from tests.unit.test_local_engine import prompts, sampling, save, tiny_model
-
-VOCABULARY = Vocabulary(stop=(13,), image=1, forbidden=(1, 2), size=20)
 
 
 def test_sglang_tells_it_of_every_sample(tmp_path: Path) -> None:
@@ -48,23 +41,6 @@ def test_sglang_tells_it_of_every_sample(tmp_path: Path) -> None:
     before_image = one.input_ids.index(IMAGE)
     most = len(two.input_ids) - 1
     assert found == [[0], [most] * 3, [len(one.input_ids)], [before_image], [0], [2], [0]]
-
-
-@pytest.mark.parametrize("details, cached", [({"cached_tokens": 3}, 3), (None, 0)])
-def test_vllm_tells_it_once_for_all_samples(details: Any, cached: int) -> None:
-    choice = {"token_ids": [13], "logprobs": {"content": [{"logprob": -1.0}]}, "finish_reason": "x"}
-    answer = {"choices": [choice] * 2, "usage": {"prompt_tokens_details": details}}
-    engine = VLLMEngine("http://localhost", "key", VOCABULARY)
-
-    async def answers(*arguments: Any) -> Any:
-        return answer
-
-    with (
-        mock.patch.object(VLLMEngine, "ask", answers),
-        mock.patch.object(VLLMEngine, "version", lambda self: 4),
-    ):
-        group = asyncio.run(engine.generate(Prompt("row", (5, 6, 7, 8), ()), sampling(n=2), "k"))
-    assert [rollout.cached for rollout in group] == [cached] * 2
 
 
 def test_a_step_has_shares_of_tokens_and_of_images() -> None:

@@ -1,0 +1,110 @@
+"""Main weights in the place of what the model computes with, whole and the same on every rank."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from checkpoint_tools import megatron_directory
+from model_providers import backend as backends
+from model_providers import fp8_weights
+from model_providers.parallel import Layout
+from model_providers.weight_plan import WeightPlan, iter_hf_weights
+from prism_megatron.config.schema import Optimizer
+from prism_megatron.training.main_weights import MainWeights
+from prism_megatron.training.runner import ModelRunner
+from tests.dist import checks
+from tests.dist.ranks import Ranks
+
+Worlds = Callable[[int], Ranks]
+
+LAYOUTS = {
+    "dp2": ("dense", 2, Layout()),
+    "tp2-sp-dp2": ("dense", 4, Layout(tensor=2, sequence_parallel=True)),
+    "cp2-pp2": ("dense", 4, Layout(context=2, pipeline=2)),
+    "ep2-dp2": ("moe", 4, Layout(expert=2)),
+    "tp2-ep2-sp": ("moe", 2, Layout(tensor=2, expert=2, sequence_parallel=True)),
+}
+
+
+def _doubled(path: Path, layout: Layout, offload: bool) -> tuple[ModelRunner, MainWeights]:
+    """A BF16 model, and twice its weights in the optimizer."""
+    settings = Optimizer(lr=1e-3, offload=offload)
+    runner = checks.make_runner(path, layout, optimizer=settings, dtype=torch.bfloat16)
+    with runner._state():
+        for part in runner.optimizer.chained_optimizers:
+            for shard in (s for group in part.shard_fp32_from_float16_groups for s in group):
+                shard.mul_(2)
+    main = runner.model.read_weight.__self__  # type: ignore[attr-defined]
+    assert isinstance(main, MainWeights)
+    return runner, main
+
+
+def _read(path: Path, layout: Layout, offload: bool) -> tuple[list[str], list[str]]:
+    runner, main = _doubled(path, layout, offload)
+    source = load_file(path / "model.safetensors")
+    # one receiver, so that most ranks read what nobody wants from them
+    found = dict(WeightPlan(runner.model, receivers=[0], bucket_bytes=1).weights(main.whole))
+    wrong = [n for n in found if not torch.equal(found[n], 2 * source[n].bfloat16())]
+    # what is not rounded is the parameter itself
+    plain = dict(iter_hf_weights(runner.model))
+    wrong += [n for n in plain if not torch.equal(plain[n], source[n].bfloat16())]
+    return wrong, sorted(found)
+
+
+@pytest.mark.parametrize("offload", [False, True], ids=["", "offload"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_main_weights_are_read_whole(
+    ranks: Worlds, hf_models: dict[str, Path], layout: str, offload: bool
+) -> None:
+    kind, world, split = LAYOUTS[layout]
+    results = ranks(world).run(_read, hf_models[kind], split, offload)
+    assert [wrong for wrong, _ in results] == [[]] * world
+    names = sorted(load_file(hf_models[kind] / "model.safetensors"))
+    assert [found for _, found in results] == [names] + [[]] * (world - 1)
+
+
+def _is_matrix(value: object) -> bool:
+    return isinstance(value, nn.Parameter) and value.dim() == 2
+
+
+def _checkpointed(path: Path, layout: Layout, ckpt: Path) -> dict[str, Tensor]:
+    runner, main = _doubled(path, layout, False)
+    runner.model.read_weight = main.whole
+    with mock.patch.object(megatron_directory, "is_rounded", _is_matrix):
+        runner.save(ckpt, path)
+    backend = backends.create("cpu")
+    parallel = checks.parallel_state(layout)
+    backend.seed(1, parallel)
+    loaded = dict(iter_hf_weights(megatron_directory.load_model(ckpt, parallel, backend)))
+    return {n: t.clone() for n, t in loaded.items()} if dist.get_rank() == 0 else {}
+
+
+@pytest.mark.parametrize("layout", ["dp2", "ep2-dp2"])
+def test_a_checkpoint_has_main_weights_of_what_is_rounded(
+    ranks: Worlds, hf_models: dict[str, Path], tmp_path: Path, layout: str
+) -> None:
+    kind, world, split = LAYOUTS[layout]
+    found = ranks(world).run(_checkpointed, hf_models[kind], split, tmp_path / "ckpt")[0]
+    source = {
+        n: t.bfloat16().float() for n, t in load_file(hf_models[kind] / "model.safetensors").items()
+    }
+    assert set(found) == set(source)
+    doubled = {n for n in found if torch.equal(found[n], 2 * source[n])}
+    assert {n for n in found if torch.equal(found[n], source[n])} == set(found) - doubled
+    assert doubled == {n for n in found if found[n].dim() > 1}
+
+
+def test_a_plain_weight_is_assigned_and_read_as_it_is() -> None:
+    parameter = nn.Parameter(torch.zeros(3, 5))
+    values = torch.arange(15.0).view(3, 5)
+    fp8_weights.assign(parameter, values)
+    assert parameter.requires_grad and torch.equal(fp8_weights.value(parameter), values)
+    assert not fp8_weights.is_rounded(parameter)
