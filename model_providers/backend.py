@@ -204,8 +204,13 @@ def _cuda() -> Backend:
             f"backend 'cuda' needs a Transformer Engine that loads: {error}. Install the pinned "
             "version (constraints-gpu.txt) and see `prism-megatron doctor`."
         ) from error
-    from model_providers.te_layers import TransformerEngineSpecProvider, cross_entropy
+    from model_providers.te_layers import (
+        TransformerEngineSpecProvider,
+        cross_entropy,
+        use_fused_norm,
+    )
 
+    use_fused_norm()
     return Backend(
         name="cuda",
         device=torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))),

@@ -10,11 +10,13 @@ from __future__ import annotations
 from typing import Any
 
 import transformer_engine.pytorch.attention.rope as rope
+import transformer_engine.pytorch.optimizers as optimizers
 from megatron.core.extensions.transformer_engine import (
     TEDotProductAttention,
     te_parallel_cross_entropy,
 )
 from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider
+from megatron.core.optimizer import clip_grads
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 from torch.distributed import ProcessGroup
@@ -51,8 +53,26 @@ def _rotate(states: Tensor, angles: Tensor) -> Tensor:
 
 def cross_entropy(logits: Tensor, labels: Tensor, group: ProcessGroup) -> Tensor:
     """-log p(labels) [T] in fp32 of logits [T, vocab / tensor], which are overwritten."""
-    loss: Tensor = te_parallel_cross_entropy(logits.unsqueeze(1), labels.unsqueeze(1), group)
+    loss: Tensor = te_parallel_cross_entropy(
+        logits.unsqueeze(1),
+        labels.unsqueeze(1),
+        group,
+        # otherwise the backward pass waits for the device to see whether its gradient is 1
+        is_cg_capturable=True,
+    )
     return loss.squeeze(1)
+
+
+def use_fused_norm() -> None:
+    """Have gradients' norm and clipping computed by Transformer Engine's kernels.
+
+    megatron.core 0.19 (optimizer/clip_grads.py) takes all of them or none, and one that it has no
+    use for here came with 2.13. Its own functions read one number a parameter from the device.
+    """
+    if clip_grads.multi_tensor_scale_tensor_impl is None:
+        clip_grads.multi_tensor_applier = optimizers.multi_tensor_applier
+        clip_grads.l2_norm_impl = optimizers.multi_tensor_l2norm
+        clip_grads.multi_tensor_scale_impl = optimizers.multi_tensor_scale
 
 
 class TransformerEngineSpecProvider(TESpecProvider):

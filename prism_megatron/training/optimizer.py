@@ -14,6 +14,7 @@ from megatron.core.optimizer import (
     get_megatron_optimizer,
     get_standard_config_overrides,
 )
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer.optimizer_config import ParamPredicate
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler, ParamGroupOverride
 from torch import Tensor
@@ -74,6 +75,24 @@ def _allocate_moments(optimizer: torch.optim.Optimizer) -> None:
                 "exp_avg": torch.zeros_like(parameter),
                 "exp_avg_sq": torch.zeros_like(parameter),
             }
+
+
+def update(optimizer: Any, grad_norm: float) -> bool:
+    """Clip the gradients, whose norm is known, and make the update; False if there was none.
+
+    Optimizer.step of megatron.core prepares them and finds their norm itself, a second time here.
+    """
+    for part in optimizer.chained_optimizers:
+        parameters = part.get_parameters()
+        if parameters and part.config.clip_grad > 0:
+            clip_grad_by_total_norm_fp32(
+                parameters,
+                part.config.clip_grad,
+                grad_norm,
+                use_decoupled_grad=part.config.use_precision_aware_optimizer_no_fp8_or_ds_fp8,
+            )
+    updated: bool = optimizer.step_with_ready_grads()
+    return updated
 
 
 _HALF_MOMENTS = dict(

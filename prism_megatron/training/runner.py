@@ -48,7 +48,12 @@ from prism_megatron.phases import count, phase
 from prism_megatron.training.gradient_overlap import reduce_in_order
 from prism_megatron.training.guard import Guard, Unsound
 from prism_megatron.training.main_weights import MainWeights
-from prism_megatron.training.optimizer import HostState, build_optimizer, build_scheduler
+from prism_megatron.training.optimizer import (
+    HostState,
+    build_optimizer,
+    build_scheduler,
+    update,
+)
 from prism_megatron.training.watchdog import reached
 from prism_megatron.types import ImageShare, PackedBatch, Sequence, VisualInputs
 
@@ -144,7 +149,7 @@ class ModelRunner:
         self.scheduler.step(increment=1)
         rate = float(self.optimizer.param_groups[0]["lr"])
         with self._state():
-            updated, _, _ = self.optimizer.step()
+            updated = update(self.optimizer, grad_norm)
         assert updated, "nothing but the guard leaves updates out"
         return StepResult(sums, grad_norm, rate)
 
