@@ -44,6 +44,8 @@ class Backend:
     """Whether gated activations and weight-gradient accumulation have kernels of their own."""
     recompute_modules: frozenset[str]
     """Modules of a decoder layer whose activations it can recompute one by one."""
+    activation_offload: bool
+    """Whether a decoder layer's activations can lie in host memory until its backward pass."""
     async_collectives: bool
     """Whether a collective can run beside the computation."""
     supports: dict[str, int]
@@ -189,6 +191,7 @@ def _cpu() -> Backend:
         fused_kernels=False,
         # megatron.core's recomputation of norms and activations wants Transformer Engine
         recompute_modules=frozenset({"core_attn", "mlp", "moe"}),
+        activation_offload=False,
         async_collectives=False,
         supports={},
     )
@@ -223,6 +226,7 @@ def _cuda() -> Backend:
         fp8=True,
         fused_kernels=True,
         recompute_modules=frozenset({"core_attn", "mlp", "moe", "layernorm", "moe_act"}),
+        activation_offload=True,
         async_collectives=True,
         supports={},
     )

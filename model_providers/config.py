@@ -241,6 +241,30 @@ class Qwen3VLConfig:
                 "not have; remove it"
             )
 
+    def check_offload(
+        self, layers: int, layout: Layout, recompute: Recompute, backend: Backend
+    ) -> None:
+        """ValueError if the activations of so many decoder layers can't lie in host memory."""
+        if not layers:
+            return
+        if not backend.activation_offload:
+            raise ValueError(
+                f"offload_layers={layers} moves activations from a GPU to the host, and backend "
+                f"{backend.name!r} has none; leave it out or choose backend=cuda"
+            )
+        if layout.pipeline > 1 or recompute.granularity != "none":
+            raise ValueError(
+                f"offload_layers={layers} with pipeline={layout.pipeline} and "
+                f"recompute.granularity={recompute.granularity}: Transformer Engine offloads one "
+                "micro-batch at a time, and nothing that is computed again; set pipeline to 1 and "
+                "granularity to none, or leave offload_layers out"
+            )
+        if layers >= self.num_layers:
+            raise ValueError(
+                f"offload_layers={layers}, but the last of {self.num_layers} decoder layers is "
+                f"needed again at once; set it to {self.num_layers - 1} or less"
+            )
+
     def check_dispatcher(self, dispatcher: Dispatcher, layout: Layout, backend: Backend) -> None:
         """ValueError if tokens can't be sent to this model's experts so."""
         if dispatcher == "alltoall":
@@ -451,6 +475,8 @@ class TrainingOptions:
     aux_loss_coef weighs the experts' load-balancing loss, averaged over layers, whose balanced
     value is top_k as in transformers' load_balancing_loss_func; z_loss_coef the squared logsumexp
     of the router's logits (ST-MoE, arXiv:2202.08906), averaged over tokens and layers.
+    offload_layers: decoder layers, the first ones, whose activations lie in host memory until their
+    backward pass.
     entropy: what the language head says in training beside log-probabilities: nothing, the entropy
     of each token's distribution as a number (metric), or with a gradient (loss). score_dtype: what
     the score head computes in.
@@ -459,6 +485,7 @@ class TrainingOptions:
     aux_loss_coef: float = 0.0
     z_loss_coef: float = 0.0
     recompute: Recompute = Recompute()
+    offload_layers: int = 0
     precision: Precision = Precision()
     dispatcher: Dispatcher = "alltoall"
     entropy: Literal["none", "metric", "loss"] = "none"
@@ -581,6 +608,9 @@ def text_transformer_config(
         sequence_parallel=layout.sequence_parallel,
         **experts,
         **_recompute(options.recompute),
+        # of Transformer Engine's, which knows layers and not micro-batches
+        cpu_offloading=bool(options.offload_layers),
+        cpu_offloading_num_layers=options.offload_layers,
         **options.precision.transformer_fields(config.num_experts),
         **_pipeline(layout),
         **_common(layout, backend),

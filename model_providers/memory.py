@@ -128,6 +128,7 @@ def training_bytes(
     patches: float = 0,
     micro_batches: int | None = None,
     recompute: Recompute = NO_RECOMPUTE,
+    offload_layers: int = 0,
     frozen: frozenset[str] = frozenset(),
     moment_bytes: int = 4,
     fp8: bool = False,
@@ -151,6 +152,7 @@ def training_bytes(
             patches=patches,
             micro_batches=micro_batches,
             recompute=recompute,
+            offload_layers=offload_layers,
             frozen=frozen,
             moment_bytes=moment_bytes,
             fp8=fp8,
@@ -178,6 +180,7 @@ def _stage_bytes(
     patches: float,
     micro_batches: int | None,
     recompute: Recompute,
+    offload_layers: int,
     frozen: frozenset[str],
     moment_bytes: int,
     fp8: bool,
@@ -216,7 +219,9 @@ def _stage_bytes(
         if recompute.granularity == "full":
             full = min(in_chunk, recompute.layers or in_chunk)
         recomputed |= bool(full)
-        language += here * held * ((in_chunk - full) * kept + full * whole)
+        # with layers in host memory there is a single stage with a single chunk
+        kept_here = in_chunk - full - offload_layers
+        language += here * held * (kept_here * kept + full * whole)
     # the layer that is being computed again
     language += here * kept * recomputed
     vision = 0.0

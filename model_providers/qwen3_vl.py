@@ -238,6 +238,7 @@ class Qwen3VLModel(nn.Module):
         backend.check(parallel.layout)
         config.check_layout(parallel.layout)
         config.check_recompute(options.recompute, backend)
+        config.check_offload(options.offload_layers, parallel.layout, options.recompute, backend)
         config.check_dispatcher(options.dispatcher, parallel.layout, backend)
         options.precision.check(backend, config, parallel.layout, options.recompute)
         super().__init__()

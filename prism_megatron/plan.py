@@ -118,6 +118,7 @@ def _need(config: Stage, name: str, model: Model, architecture: Qwen3VLConfig, g
         tokens=config.train.micro_batch_tokens,
         patches=_patches(config, architecture) / layout.context,
         recompute=Recompute(**model.recompute.model_dump()),
+        offload_layers=model.offload_layers,
         frozen=frozenset(part for part, value in model.freeze if value),
         moment_bytes=2 if optimizer.moments == "bfloat16" else 4,
         fp8=model.fp8 is not None,

@@ -51,6 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--fp8-param-gather", action="store_true", help="the decoder's weights in FP8 as well")
     add("--recompute", choices=("none", "full"), nargs="+", default=["none"])
     add("--recompute-vision", action="store_true")
+    add("--offload-layers", type=int, default=0, help="decoder layers' activations in host memory")
     add("--moments", choices=("float32", "bfloat16"), default="float32")
     add("--offload", action="store_true", help="optimizer state in host memory")
     add("--rows", type=int, default=4, help="rows a GPU and step; 4")
@@ -129,6 +130,7 @@ def _measure(
         "offload": options.offload,
         "recompute": options.recompute,
         "recompute_vision": options.recompute_vision,
+        "offload_layers": options.offload_layers,
         "rows_per_gpu": options.rows,
         "shape": asdict(shape),
         "micro_batch_tokens": options.micro_batch_tokens,
@@ -156,6 +158,7 @@ def _build(options: argparse.Namespace, config: Qwen3VLConfig, backend: Backend)
     backend.seed(1, parallel)
     training = TrainingOptions(
         recompute=Recompute(options.recompute, vision=options.recompute_vision),
+        offload_layers=options.offload_layers,
         precision=Precision(
             None if options.fp8 == "off" else options.fp8, param_gather=options.fp8_param_gather
         ),

@@ -14,8 +14,9 @@ NOT_SUPPORTED = {
         "has no deepstack; dispatcher=deepep is what is left"
     ),
     "fine_grained_activation_offloading": (
-        "megatron.core plans it once, for as many micro-batches in every step, which packing does "
-        "not give; use recompute, or optimizer.offload"
+        "megatron.core plans it in the first step, for as many micro-batches in all that follow, "
+        "and keeps pinned buffers for every shape that it meets, but packed micro-batches vary in "
+        "number and length; use offload_layers, recompute, or optimizer.offload"
     ),
 }
 """What megatron.core has under these names and this system has not, and why."""
@@ -149,6 +150,10 @@ class Model(Section):
     """Parts that are not trained."""
     recompute: Recompute = Recompute()
     """Trade of computation for memory."""
+    offload_layers: int = Field(0, ge=0)
+    """Decoder layers, the first ones, whose activations lie in host memory from their forward to
+    their backward pass, with backend=cuda, a single pipeline stage and no recomputation of the
+    decoder. Copies run beside the computation of the other layers."""
     fp8: Literal["delayed", "tensorwise", "blockwise"] | None = None
     """Scaling of the decoder's matrix products in FP8, with backend=cuda: by a history of maxima,
     by the tensor's own maximum, or by the maxima of blocks of 128; null computes in BF16."""

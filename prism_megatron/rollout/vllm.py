@@ -204,7 +204,7 @@ class VLLMEngine(HttpEngine):
 
 
 def request(prompt: Prompt, sampling: Sampling, vocabulary: Vocabulary) -> dict[str, Any]:
-    """What vLLM's /inference/v1/generate takes."""
+    """What vLLM's /inference/v1/generate takes; ValueError unless each image has its tokens."""
     body: dict[str, Any] = {
         "token_ids": list(prompt.input_ids),
         "sampling_params": {
@@ -232,6 +232,11 @@ def _features(prompt: Prompt, image_token: int) -> dict[str, Any]:
         if token == image_token:
             places.append({"offset": position, "length": length})
         position += length
+    if len(places) != len(prompt.images):
+        raise ValueError(
+            f"row {prompt.row_id}: {len(places)} runs of image tokens and {len(prompt.images)} "
+            "images"
+        )
     return {
         "mm_hashes": {"image": [image.key for image in prompt.images]},
         "mm_placeholders": {"image": places},

@@ -58,17 +58,26 @@ class Front:
         self._version, self._changes = None, self._changes + 1
 
     async def _generate(self, scope: Scope, receive: Receive, send: Send) -> None:
-        before = await self._weight_version(scope)
+        before, started = await self._weight_version(scope), False
 
         async def send_with_version(message: MutableMapping[str, Any]) -> None:
+            nonlocal started
             if message["type"] == "http.response.start":
+                started = True
                 after = await self._weight_version(scope)
                 versions = str(after) if after == before else f"{before} to {after}"
                 header = (VERSION.encode(), versions.encode())
                 message = {**message, "headers": [*message.get("headers", ()), header]}
             await send(message)
 
-        await self.app(scope, receive, send_with_version)
+        try:
+            await self.app(scope, receive, send_with_version)
+        except ValueError as error:
+            if started:
+                raise
+            # a prompt that is refused; answered further out, it would cost the connection, with
+            # which the next prompt may be on its way
+            await _answer(send_with_version, 400, {"error": {"message": str(error)}})
 
     async def _weight_version(self, scope: Scope) -> int:
         # one question for all who want to know
@@ -90,7 +99,11 @@ async def _refuse(scope: Scope, send: Send) -> None:
     if scope["type"] == "websocket":
         await send({"type": "websocket.close", "code": 1008})
         return
-    body = json.dumps({"error": "Unauthorized"}).encode()
+    await _answer(send, 401, {"error": "Unauthorized"})
+
+
+async def _answer(send: Send, status: int, content: Any) -> None:
+    body = json.dumps(content).encode()
     headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
-    await send({"type": "http.response.start", "status": 401, "headers": headers})
+    await send({"type": "http.response.start", "status": status, "headers": headers})
     await send({"type": "http.response.body", "body": body})

@@ -54,6 +54,7 @@ def options_of(
         aux_loss_coef,
         z_loss_coef,
         Recompute(**model.recompute.model_dump()),
+        model.offload_layers,
         Precision(
             model.fp8, model.bf16_first_layers, model.bf16_last_layers, model.fp8_param_gather
         ),
@@ -75,6 +76,7 @@ def start(backend_name: str, run: Run, *models: Model) -> Backend:
         architecture.check_layout(layout)
         options = options_of(model)
         architecture.check_recompute(options.recompute, backend)
+        architecture.check_offload(options.offload_layers, layout, options.recompute, backend)
         architecture.check_dispatcher(options.dispatcher, layout, backend)
         options.precision.check(backend, architecture, layout, options.recompute)
         if isinstance(model, Discriminator) and model.streams == "response":

@@ -3,7 +3,7 @@
 #
 #   bash tests/gpu/run.sh OUT [PART ...]
 #
-# Parts: logits parity resume fp8params curves dense fp8 moe baseline served sync rollouts; all of them by
+# Parts: logits parity resume fp8params offload curves dense fp8 moe baseline served sync rollouts; all by
 # default. A part that wants more GPUs than there are is skipped and says so, and so are `served`, `sync`
 # and `rollouts` where SGLang is not installed. Ends with a table, and with 1 if any part failed.
 # CPU_PYTHONPATH: packages without Transformer Engine, for the fp32 reference on a host where
@@ -12,7 +12,7 @@ set -uo pipefail
 out=${1:?usage: run.sh OUT [PART ...]}
 shift
 parts=("$@")
-((${#parts[@]})) || parts=(logits parity resume fp8params curves dense fp8 moe baseline served sync rollouts)
+((${#parts[@]})) || parts=(logits parity resume fp8params offload curves dense fp8 moe baseline served sync rollouts)
 mkdir -p "$out"
 out=$(cd "$out" && pwd)
 cd "$(dirname "${BASH_SOURCE[0]}")/../.." || exit 1
@@ -99,6 +99,13 @@ fp8params() {
         --moments bfloat16 &
     wait
     job fp8-params-ep2 0 2 check_fp8_params --recipe tensorwise --expert 2
+}
+
+offload() {
+    job offload-bf16 0 1 check_offload &
+    job offload-tensorwise "$(from 1 1)" 1 check_offload --fp8 tensorwise &
+    wait
+    job offload-ep2 0 2 check_offload --expert 2
 }
 
 curves() {
@@ -211,7 +218,7 @@ rollouts() {
 rm -f "$out/failed"
 for part in "${parts[@]}"; do
     case $part in
-        logits | parity | resume | fp8params | curves | dense | fp8 | moe | baseline | served | sync | rollouts)
+        logits | parity | resume | fp8params | offload | curves | dense | fp8 | moe | baseline | served | sync | rollouts)
             "$part"
             ;;
         *) echo "run.sh: unknown part $part" >&2; exit 2 ;;

@@ -181,3 +181,9 @@ def test_experts_in_fp8_are_shared_as_they_are() -> None:
     layer, experts = count.layers * count.layer, count.layers * count.experts
     assert fp8.held(False) - held.held(False) == pytest.approx(2 * (layer + experts / 4))
     assert held.rounding == pytest.approx(2 * (layer / 8 + experts / 8))
+
+
+def test_layers_in_host_memory_keep_nothing_on_the_device() -> None:
+    none, some = activations(Layout(tensor=2)), activations(Layout(tensor=2), offload_layers=9)
+    assert some.language == none.language * 27 / 36
+    assert (some.head, some.weights) == (none.head, none.weights)

@@ -344,6 +344,43 @@ def test_an_installed_dispatcher_reaches_megatron(configs: dict[str, Qwen3VLConf
     assert found.moe_flex_dispatcher_backend == "deepep"
 
 
+@pytest.mark.parametrize(
+    "layers, layout, recompute, message",
+    [
+        (1, Layout(pipeline=2), Recompute(), "offload_layers=1 with pipeline=2 and .*=none: Tr"),
+        (1, Layout(), Recompute("full"), "pipeline=1 and recompute.granularity=full: Transformer"),
+        (4, Layout(), Recompute(), "the last of 4 decoder layers .* set it to 3 or less"),
+    ],
+)
+def test_layers_that_can_not_be_offloaded_are_refused(
+    configs: dict[str, Qwen3VLConfig],
+    layers: int,
+    layout: Layout,
+    recompute: Recompute,
+    message: str,
+) -> None:
+    backend = replace(backends.create("cpu"), activation_offload=True)
+    with pytest.raises(ValueError, match=message):
+        configs["dense"].check_offload(layers, layout, recompute, backend)
+    configs["dense"].check_offload(0, layout, recompute, backend)
+
+
+def test_layers_are_offloaded_from_a_device_alone(configs: dict[str, Qwen3VLConfig]) -> None:
+    own = Layout(), Recompute(vision=True)
+    cpu = backends.create("cpu")
+    with pytest.raises(ValueError, match="offload_layers=3 moves .* backend 'cpu' has none"):
+        configs["dense"].check_offload(3, *own, cpu)
+    device = replace(cpu, activation_offload=True)
+    configs["dense"].check_offload(3, *own, device)
+    options = TrainingOptions(offload_layers=3)
+    found = text_transformer_config(configs["dense"], Layout(), device, options)
+    assert (found.cpu_offloading, found.cpu_offloading_num_layers) == (True, 3)
+    assert not found.cpu_offloading_weights
+    assert not text_transformer_config(
+        configs["dense"], Layout(), device, TrainingOptions()
+    ).cpu_offloading
+
+
 FP8_BACKEND = replace(backends.create("cpu"), name="fp8", fp8=True)
 
 

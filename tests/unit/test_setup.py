@@ -20,6 +20,8 @@ from tests import tiny_models
         ({"fp8": "blockwise"}, "fp8='blockwise' needs Transformer Engine"),
         ({"bf16_first_layers": 1}, "mean something with fp8 only"),
         ({"bf16_last_layers": 1}, "mean something with fp8 only"),
+        ({"fp8_param_gather": True}, "holds weights as fp8 computes with them, but fp8 is null"),
+        ({"offload_layers": 1}, "offload_layers=1 moves activations from a GPU to the host"),
         (
             {"recompute": {"granularity": "selective", "modules": ["layernorm"]}},
             "backend 'cpu' can't recompute layernorm",
@@ -52,12 +54,15 @@ def test_a_section_says_how_its_model_is_trained() -> None:
         fp8="tensorwise",
         bf16_first_layers=1,
         bf16_last_layers=2,
+        fp8_param_gather=True,
+        offload_layers=7,
     )
     assert setup.options_of(section, 0.25, 0.125) == TrainingOptions(
         aux_loss_coef=0.25,
         z_loss_coef=0.125,
         recompute=Recompute("full", (), 3, vision=True),
-        precision=Precision("tensorwise", bf16_first_layers=1, bf16_last_layers=2),
+        offload_layers=7,
+        precision=Precision("tensorwise", 1, 2, param_gather=True),
     )
     assert setup.options_of(schema.Model(path=Path("model"))) == TrainingOptions()
 

@@ -11,12 +11,13 @@ from typing import Any
 
 import httpx
 import pytest
+import torch
 
 from prism_megatron.config.schema import Sampling
-from prism_megatron.rollout.vllm import VLLMEngine, server_command
+from prism_megatron.rollout.vllm import VLLMEngine, request, server_command
 from prism_megatron.rollout.vllm_front import Front
 from prism_megatron.rollout.vocabulary import Vocabulary
-from prism_megatron.types import Prompt, Rollout
+from prism_megatron.types import Prompt, Rollout, VisualInputs
 
 VOCABULARY = Vocabulary(stop=(13,), image=1, forbidden=(1, 2), size=20)
 PROMPT = Prompt("row", (5, 6, 7), ())
@@ -30,6 +31,7 @@ class Server:
         monkeypatch.setenv("VLLM_API_KEY", "key")
         self.versions, self.asked, self.reached = [3] * workers, 0, []
         self.finish_reason, self.ids, self.meanwhile = "stop", [11, 13], lambda: None
+        self.refusal: Exception | None = None
         self.client = SimpleNamespace(collective_rpc=self.collective_rpc)
         self.front = Front(self.endpoints)
         self.engine = VLLMEngine("http://vllm", "key", VOCABULARY)
@@ -51,6 +53,8 @@ class Server:
         body = json.loads((await receive())["body"] or b"{}")
         answer: Any = {}
         if scope["path"] == "/inference/v1/generate":
+            if self.refusal is not None:
+                raise self.refusal
             answer = self.generate(body)
             self.meanwhile()
         if scope["path"] == "/collective_rpc":
@@ -183,6 +187,28 @@ def test_nothing_is_answered_without_the_key(monkeypatch: pytest.MonkeyPatch) ->
 
     assert asyncio.run(statuses("other")) == [401] * len(paths) and server.reached == []
     assert asyncio.run(statuses("key")) == [200] * len(paths)
+
+
+def test_a_prompt_that_the_engine_refuses_costs_no_connection(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """vLLM raises, its server answers and closes what the next prompt may be on."""
+    server = Server(monkeypatch)
+    server.refusal = ValueError("longer than the maximum model length")
+    with pytest.raises(ValueError, match=r"row row: .*longer than the maximum"):
+        asyncio.run(server.sample())
+    server.refusal = RuntimeError("the engine died")
+    with pytest.raises(RuntimeError, match="the engine died"):
+        asyncio.run(server.sample())
+
+
+def test_each_image_has_its_tokens() -> None:
+    image = VisualInputs("a", torch.zeros(16, 1536), (1, 4, 4))
+    sampling = Sampling(n=2, max_new_tokens=4)
+    body = request(Prompt("row", (5, 1, 1, 1, 1, 6), (image,)), sampling, VOCABULARY)
+    assert body["features"]["mm_placeholders"] == {"image": [{"offset": 1, "length": 4}]}
+    with pytest.raises(ValueError, match="row row: 2 runs of image tokens and 1 images"):
+        request(Prompt("row", (5, 1, 1, 1, 1, 6, 1), (image,)), sampling, VOCABULARY)
 
 
 def test_what_was_cut_off_before_its_prompt_was_read_has_no_experts(
