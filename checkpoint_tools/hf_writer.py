@@ -273,18 +273,20 @@ def copy_config(source: Path, target: Path) -> None:
 
 
 def in_dialect(raw: dict[str, Any], layout: TransformersLayout) -> dict[str, Any]:
-    """config.json as that transformers writes it; unchanged if it is so already."""
+    """config.json as that transformers writes it.
+
+    The text part says of tied embeddings what the whole does, which decides in transformers: vLLM
+    reads it there and would otherwise sample with a head of its own that no checkpoint has.
+    """
+    text = raw["text_config"] | {"tie_word_embeddings": raw.get("tie_word_embeddings", False)}
     if str(raw.get("transformers_version", "")).startswith(layout.partition(".")[0]):
-        return raw
-    text = dict(raw["text_config"])
+        return raw | {"text_config": text}
     if layout == "4.57":
         rope = dict(text.pop("rope_parameters"))
         text["rope_theta"] = rope.pop("rope_theta")
         text["rope_scaling"] = rope
         if "num_local_experts" in text:
             text["num_experts"] = text.pop("num_local_experts")
-        # from the text's own default, which the top level overrules
-        text.pop("tie_word_embeddings", None)
     else:
         rope = dict(text.pop("rope_scaling"))
         text["rope_parameters"] = rope | {"rope_theta": text.pop("rope_theta")}

@@ -110,8 +110,8 @@ class ServerProcess:
             routes=routes,
         )
         environment |= {"CUDA_VISIBLE_DEVICES": ",".join(gpus)}
-        # which would compile kernels first, for minutes
-        environment |= {"VLLM_DEEP_GEMM_WARMUP": "skip", "VLLM_USE_FLASHINFER_SAMPLER": "0"}
+        # which would compile kernels first, or at each new size, for minutes
+        environment |= {"VLLM_USE_DEEP_GEMM": "0", "VLLM_USE_FLASHINFER_SAMPLER": "0"}
         environment |= {"SGLANG_JIT_DEEPGEMM_PRECOMPILE": "0"}
         if packages := os.environ.get("ENGINE_PYTHONPATH"):
             environment["PYTHONPATH"] = packages

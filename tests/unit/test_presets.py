@@ -15,6 +15,7 @@ from transformers import (
     PreTrainedModel,
 )
 
+from checkpoint_tools.hf_writer import in_dialect
 from model_providers.config import Qwen3VLConfig
 from model_providers.presets import PRESETS, Dialect, hf_config
 
@@ -72,3 +73,21 @@ def test_transformers_model_of_the_file_has_the_released_size(name: str, tmp_pat
 def test_an_unknown_preset_is_named() -> None:
     with pytest.raises(ValueError, match=r"'qwen3-vl-9b' is no preset; there are qwen3-vl-2b, "):
         hf_config("qwen3-vl-9b")
+
+
+@pytest.mark.parametrize("name, tied", [("qwen3-vl-4b", True), ("qwen3-vl-30b-a3b", False)])
+@pytest.mark.parametrize("written", ["4.57", "5"])
+@pytest.mark.parametrize("exported", ["4.57", "5"])
+def test_both_parts_of_an_exported_configuration_say_whether_embeddings_are_tied(
+    name: str, tied: bool, written: Dialect, exported: Dialect
+) -> None:
+    raw = hf_config(name, written)
+    # as transformers 4.57 leaves it out, and 5 has its own default there
+    text = {key: v for key, v in raw["text_config"].items() if key != "tie_word_embeddings"}
+    if written == "5":
+        text["tie_word_embeddings"] = True
+    found = in_dialect(raw | {"text_config": text}, exported)
+    assert (found["tie_word_embeddings"], found["text_config"]["tie_word_embeddings"]) == (
+        tied,
+        tied,
+    )
