@@ -133,12 +133,14 @@ class ModelRunner:
             chunk.restore_grad_buffers(synchronize=False)
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
-        sums, problem = self._forward_backward(sequences, loss_fn)
+        read = self._forward_backward(sequences, loss_fn)
         reached("an update")
         # Without a loss scale, which BF16 has not, megatron.core's step checks nothing: a norm that
         # is not finite would make every weight and moment so.
         self.optimizer.prepare_grads()
         grad_norm = float(self.optimizer.get_grad_norm())
+        # after all that the device still has to do, so that it is waited for once
+        sums, problem = read()
         watched = {"grad_norm": grad_norm} | ({"loss": sums["loss"]} if "loss" in sums else {})
         problem = problem or self.guard.judge(watched)
         if self._on_any_rank(bool(problem)):
@@ -371,15 +373,16 @@ class ModelRunner:
 
         Raises Unsound if a loss is not finite.
         """
-        sums, problem = self._forward_backward(sequences, loss_fn)
+        sums, problem = self._forward_backward(sequences, loss_fn)()
         if problem:
             raise Unsound(problem)
         return sums
 
     def _forward_backward(
         self, sequences: list[Sequence], loss_fn: LossFn
-    ) -> tuple[dict[str, float], str]:
-        """The same; instead of raising it says what is wrong, on all ranks alike."""
+    ) -> Callable[[], tuple[dict[str, float], str]]:
+        """The same up to its result, for which one waits by a call; instead of raising it says what
+        is wrong, on all ranks alike."""
         plan = self._plan(sequences)
         # one for the process, whose entries have as many layers as the first model that recorded
         destroy_moe_metrics_tracker()
@@ -389,15 +392,19 @@ class ModelRunner:
         for part in collected:
             for name, value in part.items():
                 sums[name] = sums.get(name, 0.0) + value.double()
-        reduced = self._reduce(sums)
-        problem = ""
-        if broken := reduced.pop(NOT_FINITE):
-            count = len(plan[0]) * self.parallel.data_size
-            problem = (
-                f"the loss is NaN or infinite in {broken:.0f} of {count} micro-batches; its inputs "
-                "or the weights are broken"
-            )
-        return reduced | self._router_metrics(len(plan[0])) | self._load_entropy(), problem
+
+        def read() -> tuple[dict[str, float], str]:
+            reduced = self._reduce(sums)
+            problem = ""
+            if broken := reduced.pop(NOT_FINITE):
+                count = len(plan[0]) * self.parallel.data_size
+                problem = (
+                    f"the loss is NaN or infinite in {broken:.0f} of {count} micro-batches; its "
+                    "inputs or the weights are broken"
+                )
+            return reduced | self._router_metrics(len(plan[0])) | self._load_entropy(), problem
+
+        return read
 
     def _on_any_rank(self, mine: bool) -> bool:
         flag = torch.tensor(float(mine), device=self.model.backend.device)
