@@ -1,9 +1,10 @@
 """What each choice of the recipe changes: arms that differ in one of them, over several seeds.
 
-    python -m tests.ablations --dir DIR --out OUT [--arms FILE] [--seeds 3] [--jobs 1]
-                              [--backend cuda]
+    python -m tests.ablations --dir DIR --out OUT [--arms FILE] [--only ARM ...] [--seeds 3]
+                              [--jobs 1] [--backend cuda]
 
-The arms are in tests/ablations.yaml, as overrides of the quickstart's configurations. An arm:
+The arms are in tests/ablations.yaml, as overrides of the quickstart's configurations. An arm, which
+may end after alignment:
 
     digit-sums -> tiny-model -> convert -> SFT -> pairs, upcycle -> warm-up -> alignment -> RLVR
                                             `-> evaluate                       `-> evaluate ...
@@ -12,9 +13,12 @@ Each stage is a process of one rank and one thread, `--jobs` at once (with --bac
 GPU). Each has a folder, DIR/seed-N/STAGE-HASH with a log beside it, named after its resolved
 configuration and thereby its inputs, so that arms share what is the same to them. A run that was
 stopped goes on: stages with a record (STAGE-HASH.json) are finished, others go on from their
-checkpoints. If a record is removed, its stage runs again, and all that build on it.
+checkpoints. If a record is removed, its stage runs again, and all that build on it. With --only the
+arms named run, and the first one if OUT has none; what OUT has of the others, of the same sizes,
+seeds and backend, is kept, so that arms may be run at different times.
 
-OUT gets ablations.json, ablations.md, ablations.png and ablations_curves.png. Exit status 1 if a
+OUT gets ablations.json, ablations.md, ablations_align.png and ablations_rlvr.png with differences
+to the first arm, and ablations_curves.png. Exit status 1 if a
 stage failed; the arms that need it are shown as failed.
 """
 
@@ -104,6 +108,12 @@ METRICS = {
 CURVES = {"discriminator_accuracy": "discriminator accuracy", "score_gap": "score gap"}
 """Training metrics of alignment that are kept step by step."""
 
+SHOWN = {
+    "rlvr": ("RLVR", "rlvr", METRICS),
+    "align": ("alignment", "alignment", METRICS | CURVES),
+}
+"""Policy to its name, the arms that have it, and the metrics of its tables."""
+
 LOG_LINES = 15
 ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
@@ -127,6 +137,7 @@ class Arm:
     name: str
     group: str
     alignment: bool
+    rlvr: bool
     common: Mapping[str, list[str]]
     changes: Mapping[str, list[str]]
 
@@ -138,10 +149,12 @@ def read_arms(path: Path) -> tuple[list[str], list[Arm]]:
     common = content.get("common", {})
     arms = []
     for name, entry in content["arms"].items():
-        own = {key: entry[key] for key in entry if key in COMMANDS}
-        if unknown := {*entry, *common} - COMMANDS.keys() - {"group", "alignment"}:
+        left_out = [stage for stage in ("align", "rlvr") if entry.get(stage) is False]
+        own = {key: entry[key] for key in entry if key in COMMANDS and key not in left_out}
+        if unknown := {*entry, *common} - COMMANDS.keys() - {"group"}:
             raise ValueError(f"{path}: arm {name}: {sorted(unknown)} is no stage and no option")
-        arms.append(Arm(name, entry["group"], entry.get("alignment", True), common, own))
+        ends = {"alignment": "align" not in left_out, "rlvr": "rlvr" not in left_out}
+        arms.append(Arm(name, entry["group"], common=common, changes=own, **ends))
     return [f"vars.{name}={value}" for name, value in content["vars"].items()], arms
 
 
@@ -197,6 +210,8 @@ class Planner:
         jobs: dict[str, Job] = {}
         for stage in COMMANDS:
             if stage == "evaluate" or (stage in ALIGNMENT and not arm.alignment):
+                continue
+            if stage == "rlvr" and not arm.rlvr:
                 continue
             jobs[stage] = self._job(arm, seed, stage, jobs)
             if stage in POLICIES:
@@ -334,8 +349,11 @@ def _time_left(
     return f"{least}{seconds / at_once / 60:.0f} min left"
 
 
-def results(arms: Sequence[Arm], seeds: Sequence[int], plan: Plan) -> dict[str, Any]:
-    """Every arm's evaluations, curves and summaries, and the end of the log of what failed."""
+def results(
+    arms: Sequence[Arm], seeds: Sequence[int], plan: Plan, base: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """Every arm's evaluations, curves and summaries, and the end of the log of what failed; base:
+    runs of the first arm, if it is not among them."""
     entries: dict[str, dict[str, Any]] = {}
     commits = set()
     for arm in arms:
@@ -353,13 +371,14 @@ def results(arms: Sequence[Arm], seeds: Sequence[int], plan: Plan) -> dict[str, 
         entries[arm.name] = {
             "group": arm.group,
             "alignment": arm.alignment,
+            "rlvr": arm.rlvr,
             "changes": arm.changes,
             "runs": runs,
             "failures": failures,
         }
-    base = entries[arms[0].name]
+    base = base or entries[arms[0].name]["runs"]
     for entry in entries.values():
-        entry["summary"] = _summary(entry["runs"], base["runs"])
+        entry["summary"] = _summary(entry["runs"], base)
     return {
         "seeds": list(seeds),
         "common": arms[0].common,
@@ -424,41 +443,35 @@ def _summary(runs: Mapping[str, Any], base: Mapping[str, Any]) -> dict[str, Any]
     return summary
 
 
+def merged(result: dict[str, Any], before: Mapping[str, Any], order: Sequence[str]) -> Any:
+    """With what was there `before` of arms that did not run now, in `order`."""
+    arms = before["arms"] | result["arms"]
+    return result | {
+        "arms": {name: arms[name] for name in order if name in arms},
+        "commits": sorted({*before["commits"], *result["commits"]}),
+    }
+
+
 def markdown(result: Mapping[str, Any]) -> str:
     """The tables, what each arm changes, and what failed."""
     arms, seeds = result["arms"], result["seeds"]
     first = next(iter(arms))
     values, changes = ("mean", "std"), ("difference", "standard_error")
     lines = [
-        f"Held-out rows after each stage, greedy decoding, {len(seeds)} seeds; shares in percent.",
-        "",
-        "## After RLVR: mean and standard deviation over seeds",
-        "",
-        *_table(arms, [(f"rlvr/{name}", heading) for name, heading in METRICS.items()], values),
-        "",
-        f"## After RLVR: difference to `{first}`, of the same seed, and its standard error",
-        "",
-        *_table(arms, [(f"rlvr/{name}", heading) for name, heading in METRICS.items()], changes),
-        "",
-        "## After alignment; scores are means over its last tenth of steps",
-        "",
-        *_table(
-            {name: arm for name, arm in arms.items() if arm["alignment"]},
-            [(f"align/{name}", heading) for name, heading in (METRICS | CURVES).items()],
-            values,
-        ),
-        "",
-        "## After SFT",
-        "",
-        *_table({first: arms[first]}, [(f"sft/{n}", head) for n, head in METRICS.items()], values),
-        "",
-        "## What the arms change",
-        "",
+        f"Held-out rows after each stage, greedy decoding, {len(seeds)} seeds; shares in percent."
     ]
-    lines.append(f"All have: {_told(result['common'])}.")
-    lines.append("")
-    for name, arm in arms.items():
-        lines.append(f"- {name}: {_told(arm['changes'], arm['alignment'])}")
+    for stage, (title, ran, names) in SHOWN.items():
+        shown = {name: arm for name, arm in arms.items() if arm[ran]}
+        columns = [(f"{stage}/{name}", heading) for name, heading in names.items()]
+        lines += ["", f"## After {title}: mean and standard deviation over seeds", ""]
+        lines += _table(shown, columns, values)
+        about = f"difference to `{first}`, of the same seed, and its standard error"
+        lines += ["", f"## After {title}: {about}", "", *_table(shown, columns, changes)]
+    lines += ["", "Scores are means over the last tenth of alignment.", "", "## After SFT", ""]
+    lines += _table({first: arms[first]}, [(f"sft/{n}", h) for n, h in METRICS.items()], values)
+    lines += ["", "## What the arms change", ""]
+    lines += [f"All have: {_told({'changes': result['common']})}.", ""]
+    lines += [f"- {name}: {_told(arm)}" for name, arm in arms.items()]
     for name, arm in arms.items():
         for seed, failure in arm["failures"].items():
             lines += ["", f"## FAILED: {name}, seed {seed}, stage {failure['stage']}", "", "```"]
@@ -467,9 +480,10 @@ def markdown(result: Mapping[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _told(changes: Mapping[str, list[str]], alignment: bool = True) -> str:
-    told = [f"{stage} {' '.join(items)}" for stage, items in changes.items()]
-    return "; ".join(told + ["no alignment"] * (not alignment)) or "nothing"
+def _told(arm: Mapping[str, Any]) -> str:
+    told = [f"{stage} {' '.join(items)}" for stage, items in arm["changes"].items()]
+    told += ["no alignment"] * (not arm.get("alignment", True))
+    return "; ".join(told + ["no RLVR"] * (not arm.get("rlvr", True))) or "nothing"
 
 
 def _table(
@@ -504,18 +518,17 @@ def write_results(result: Mapping[str, Any], out: Path) -> None:
     write_atomically(out / "ablations.json", json.dumps(result, indent=1) + "\n")
     write_atomically(out / "ablations.md", markdown(result))
     arms = result["arms"]
-    rows = {
-        name: {
-            heading: (
-                arm["summary"][metric]["difference"],
-                arm["summary"][metric]["standard_error"],
-            )
-            for metric, heading in ((f"rlvr/{m}", plots.BARS[m]) for m in plots.BARS)
-            if metric in arm["summary"]
+    for stage, (_, ran, _) in SHOWN.items():
+        rows = {
+            name: {
+                heading: (summary["difference"], summary["standard_error"])
+                for metric, heading in plots.BARS.items()
+                if (summary := arm["summary"].get(f"{stage}/{metric}"))
+            }
+            for name, arm in arms.items()
+            if arm[ran]
         }
-        for name, arm in arms.items()
-    }
-    write_atomically(out / "ablations.png", plots.differences_png(rows))
+        write_atomically(out / f"ablations_{stage}.png", plots.differences_png(rows))
     curves = {
         name: {
             heading: [run["curves"][metric] for run in arm["runs"].values()]
@@ -536,12 +549,28 @@ def main() -> None:
     parser.add_argument("--dir", type=Path, required=True, help="folder of the stages")
     parser.add_argument("--out", type=Path, required=True, help="folder of the result files")
     parser.add_argument("--arms", type=Path, default=ROOT / "tests" / "ablations.yaml")
+    parser.add_argument("--only", nargs="+", metavar="ARM", help="run these and the first one")
     parser.add_argument("--seeds", type=int, default=3, help=f"how many, from {FIRST_SEED}")
     parser.add_argument("--jobs", type=int, default=1, help="stages that run at once")
     parser.add_argument("--backend", choices=("cpu", "cuda"), default="cpu")
     options = parser.parse_args()
     sizes, arms = read_arms(options.arms)
     seeds = range(FIRST_SEED, FIRST_SEED + options.seeds)
+    told = {"sizes": sizes, "backend": options.backend}
+    order, before, base = [arm.name for arm in arms], None, None
+    if options.only is not None:
+        if unknown := {*options.only} - {*order}:
+            parser.error(f"--only: {', '.join(sorted(unknown))} is not in {options.arms}")
+        chosen = {*options.only}
+        if (file := options.out / "ablations.json").exists():
+            before = json.loads(file.read_text())
+            now = told | {"seeds": [*seeds], "common": arms[0].common}
+            if other := [name for name in now if before[name] != now[name]]:
+                parser.error(f"{file} has other {', '.join(other)}; give another --out")
+            base = before["arms"][order[0]]["runs"]
+        if base is None or order[0] in chosen:
+            base, chosen = None, chosen | {order[0]}
+        arms = [arm for arm in arms if arm.name in chosen]
     directory = options.dir.resolve()
     planner = Planner(directory, sizes, options.backend)
     # all seeds of an arm before the next arm
@@ -565,7 +594,9 @@ def main() -> None:
             sys.exit(f"{directory}: stages are running already; wait for them or end them")
         forget_outdated(jobs)
         failed = execute(jobs, options.jobs)
-    result = results(arms, seeds, plan) | {"sizes": sizes, "backend": options.backend}
+    result = results(arms, seeds, plan, base) | told
+    if before is not None:
+        result = merged(result, before, order)
     write_results(result | provenance(), options.out)
     print(markdown(result))
     sys.exit(1 if failed else 0)

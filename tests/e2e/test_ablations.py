@@ -17,19 +17,19 @@ ARMS = (
     "vars: {train_rows: 32, heldout_rows: 4, sft_steps: 1, rlvr_steps: 1}",
     "common: {rlvr: [sampling.n=2, sampling.max_new_tokens=8], evaluate: [max_new_tokens=8]}",
     "arms:",
-    "  narrow: {group: recipe, alignment: false, rlvr: [prompts_per_step=2]}",
-    "  wide: {group: recipe, alignment: false, rlvr: [prompts_per_step=3]}",
-    "  broken: {group: recipe, alignment: false, rlvr: [data.path=nowhere.parquet]}",
+    "  narrow: {group: recipe, align: false, rlvr: [prompts_per_step=2]}",
+    "  wide: {group: recipe, align: false, rlvr: [prompts_per_step=3]}",
+    "  broken: {group: recipe, align: false, rlvr: [data.path=nowhere.parquet]}",
 )
 
 
-def start(directory: Path, arms: str) -> subprocess.Popen[str]:
+def start(directory: Path, arms: str, *more: str) -> subprocess.Popen[str]:
     """The experiment with one seed."""
     (directory / "arms.yaml").write_text(arms)
     folders = ["--dir", str(directory / "runs"), "--out", str(directory / "out")]
     options = [*folders, "--arms", str(directory / "arms.yaml"), "--seeds", "1"]
     return subprocess.Popen(
-        [sys.executable, "-m", "tests.ablations", *options],
+        [sys.executable, "-m", "tests.ablations", *options, *more],
         cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -67,7 +67,7 @@ def test_stopped_experiment_goes_on_and_one_arm_runs_again_by_itself(tmp_path: P
     tables = (tmp_path / "out" / "ablations.md").read_text()
     assert "## FAILED: broken, seed 1234, stage rlvr" in tables
     assert "| recipe | broken | n/a | n/a | n/a | n/a | n/a | 0, 1 FAILED |" in tables
-    assert (tmp_path / "out" / "ablations.png").stat().st_size > 10_000
+    assert (tmp_path / "out" / "ablations_rlvr.png").stat().st_size > 10_000
 
     folders = [arm["runs"]["1234"]["folders"] for arm in (narrow, wide)]
     assert folders[0]["sft"] == folders[1]["sft"] and folders[0]["rlvr"] != folders[1]["rlvr"]
@@ -81,3 +81,11 @@ def test_stopped_experiment_goes_on_and_one_arm_runs_again_by_itself(tmp_path: P
     again = json.loads((tmp_path / "out" / "ablations.json").read_text())["arms"]
     assert again["wide"]["runs"]["1234"]["metrics"] == wide["runs"]["1234"]["metrics"]
     assert "broken" not in (tmp_path / "out" / "ablations.md").read_text()
+
+    # what is not asked for stays as it is
+    (tmp_path / "runs" / f"{folders[1]['rlvr']}.json").unlink()
+    process = start(tmp_path, "\n".join(ARMS[:-1]), "--only", "narrow")
+    output, _ = process.communicate(timeout=600)
+    assert process.returncode == 0 and "] seed" not in output, output[-4000:]
+    kept = json.loads((tmp_path / "out" / "ablations.json").read_text())["arms"]
+    assert kept == again

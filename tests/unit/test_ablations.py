@@ -14,6 +14,7 @@ from tests.ablations import (
     Planner,
     forget_outdated,
     markdown,
+    merged,
     read_arms,
     results,
     write_results,
@@ -66,13 +67,17 @@ def test_all_arms_take_as_many_steps(tmp_path: Path) -> None:
     sizes = dict(size.removeprefix("vars.").split("=") for size in SIZES)
     longer = int(sizes["rlvr_steps"]) + int(sizes["align_steps"])
     for arm in ARMS:
-        told = planner.arm(arm, 3)["rlvr"].arguments
+        jobs = planner.arm(arm, 3)
+        assert ("rlvr" in jobs) == arm.rlvr and ("align" in jobs) == arm.alignment
+        if not arm.rlvr:
+            continue
+        told = jobs["rlvr"].arguments
         steps = [a for a in told if a.startswith("train.steps=")]
         assert steps == ([f"train.steps={longer}"] if arm.name.endswith("_longer") else [])
 
 
 def test_a_refused_arm_is_named_before_anything_runs(tmp_path: Path) -> None:
-    arm = Arm("x", "g", True, {}, {"align": ["pair_count=reference"]})
+    arm = Arm("x", "g", True, True, {}, {"align": ["pair_count=reference"]})
     with pytest.raises(ValueError, match="did you mean pair_counts"):
         Planner(tmp_path, SIZES, "cpu").arm(arm, 3)
     (tmp_path / "arms.yaml").write_text("vars: {}\narms: {x: {group: g, algn: [a=1]}}")
@@ -82,7 +87,7 @@ def test_a_refused_arm_is_named_before_anything_runs(tmp_path: Path) -> None:
 
 def test_what_is_built_on_an_unfinished_stage_is_forgotten(tmp_path: Path) -> None:
     planner = Planner(tmp_path, SIZES, "cpu")
-    jobs, other = (planner.arm(BY_NAME[name], 3) for name in ("dense", "dapo"))
+    jobs, other = (planner.arm(BY_NAME[name], 3) for name in ("reference", "dapo"))
     for job in planner.jobs.values():
         end(job)
     jobs["warmup"].record.unlink()
@@ -120,8 +125,27 @@ def test_differences_are_paired_by_seed_and_failures_shown(tmp_path: Path) -> No
     assert "| recipe | without_alignment | +15.0 ± 5.0 |" in text
     assert "| recipe | without_alignment | 75.0 ± 21.2 |" in text
     assert "All have: align train.micro_batch_tokens=512; rlvr" in text
-    assert "- without_alignment: no alignment\n- dense: upcycle architecture=dense\n" in text
+    assert "- without_alignment: no alignment\n- dense: upcycle architecture=dense; no RLVR" in text
+    after_rlvr, after_alignment = text.split("## After alignment: mean", 1)
+    assert "| dense |" in after_alignment and "| dense |" not in after_rlvr
     assert "## FAILED: dense, seed 4, stage warmup" in text and "ValueError: no room" in text
     assert "| 1, 1 FAILED |" in text
-    for name in ("ablations.png", "ablations_curves.png"):
+    for name in ("ablations_rlvr.png", "ablations_align.png", "ablations_curves.png"):
         assert (tmp_path / "out" / name).stat().st_size > 10_000
+
+
+def test_arms_that_run_later_are_compared_with_the_first_one_as_it_was(tmp_path: Path) -> None:
+    planner = Planner(tmp_path, SIZES, "cpu")
+    plan = {(arm.name, 3): planner.arm(arm, 3) for arm in ARMS}
+    finish(plan["corrected", 3], 0.5)
+    before = results([BY_NAME["corrected"]], [3], plan)
+    jobs = plan["gspo", 3]
+    finish({name: job for name, job in jobs.items() if not job.finished}, 0.6)
+    base = before["arms"]["corrected"]["runs"]
+    later = results([BY_NAME["gspo"]], [3], plan, base)
+    found = merged(later, before | {"commits": ["decade"]}, [arm.name for arm in ARMS])
+    assert list(found["arms"]) == ["corrected", "gspo"]
+    assert found["arms"]["gspo"]["summary"]["rlvr/answer_accuracy"]["difference"] == pytest.approx(
+        0.1
+    )
+    assert found["commits"] == ["c0ffee", "decade"]
