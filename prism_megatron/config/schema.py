@@ -196,8 +196,9 @@ class Warmup(Stage):
     batch_size: int = Field(ge=1)
     """Pairs an optimizer step, over all ranks."""
     aux_loss_coef: float = Field(0.01, ge=0)
-    """Weight of the router's load-balancing loss; in the reference 0.01, but without a gradient
-    (value_head.py, where activation checkpointing cuts it off), which is 0."""
+    """Weight of the router's load-balancing loss over all tokens of a step; in the reference 0.01,
+    but without a gradient (value_head.py, where activation checkpointing cuts it off), which is 0.
+    """
     z_loss_coef: float = Field(0.0, ge=0)
     """Weight of the router's z-loss, which keeps its logits small."""
     section_ends: Defect = "corrected"
@@ -250,7 +251,7 @@ class Align(Advantage, Sampled, Stage):
     score_reg_coef: float = Field(1e-3, ge=0)
     """Weight of the squared-score regulariser that keeps scores near zero."""
     aux_loss_coef: float = Field(0.01, ge=0)
-    """Weight of the router's load-balancing loss."""
+    """Weight of the router's load-balancing loss over all tokens of an update."""
     z_loss_coef: float = Field(0.0, ge=0)
     """Weight of the router's z-loss, which keeps its logits small."""
     rewards: Rewards = Rewards()

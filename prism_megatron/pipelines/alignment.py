@@ -365,7 +365,7 @@ class Game:
         if not valid.any() and config.fallback_loss == "corrected":
             return {}
         scores = torch.cat([stream.scores for stream in streams.values()])
-        count = len(scores)
+        count, loads = len(scores), self.judge.loads
 
         def objective(scores: Tensor) -> Tensor:
             scores, noisy = self._bounded(scores).split([count, len(scores) - count])
@@ -381,11 +381,13 @@ class Game:
             shown = self._shown(streams, number, update)
             if update or has_dropout:
                 scores = discriminator.score(self.judge, shown)
+                loads = self.judge.loads
             elif len(shown) > count:
                 scores = torch.cat([scores, discriminator.score(self.judge, shown[count:])])
+                loads = loads + self.judge.loads
             if not update:
                 metrics["discriminator_loss"] = float(objective(scores))
-            result = discriminator.update(self.judge, shown, scores, objective)
+            result = discriminator.update(self.judge, shown, scores, loads, objective)
         return metrics | {"discriminator_grad_norm": result.grad_norm, **result.sums}
 
     def _shown(self, streams: dict[str, Stream], number: int, update: int) -> list[Sequence]:

@@ -245,14 +245,14 @@ def _switched(root: Path, out: Path, responses: list[str]) -> tuple[Any, list[Up
     plans = []
     update, plan = discriminator.update, alignment.plan_micro_batches
 
-    def recorded(model: Any, sequences: Any, scores: Tensor, objective: Any) -> Any:
+    def recorded(model: Any, sequences: Any, scores: Tensor, loads: Tensor, objective: Any) -> Any:
         leaf = scores.clone().requires_grad_()
         loss = objective(leaf)
         loss.backward()
         ids = [s.input_ids[s.response_mask] for s in sequences]
         updates.append((ids, scores, float(loss), leaf.grad))
         assert all(s.dropout is not None and s.dropout.rate == 0.1 for s in sequences)
-        return update(model, sequences, scores, objective)
+        return update(model, sequences, scores, loads, objective)
 
     def planned(*args: Any, **kwargs: Any) -> Any:
         plans.append(plan(*args, **kwargs))
@@ -351,9 +351,9 @@ def _warmed_up(root: Path, out: Path) -> list[tuple[list[Any], Tensor]]:
     updates: list[tuple[list[Any], Tensor]] = []
     update = discriminator.update
 
-    def recorded(model: Any, sequences: Any, scores: Tensor, objective: Any) -> Any:
+    def recorded(model: Any, sequences: Any, scores: Tensor, loads: Tensor, objective: Any) -> Any:
         updates.append((sequences, scores))
-        return update(model, sequences, scores, objective)
+        return update(model, sequences, scores, loads, objective)
 
     switches = {"score_dropout": "reference", "score_precision": "reference"}
     config = schema.Warmup.model_validate(
