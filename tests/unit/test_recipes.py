@@ -132,6 +132,32 @@ def test_the_numbers_are_those_of_the_reference() -> None:
     assert (dapo.gen_batch_size, dapo.overlong_buffer, dapo.overlong_penalty) == (96, 4096, 1.0)
 
 
+def reference(name: str) -> Any:
+    """The recipe with the reference's overlay for it, as configs/README.md says."""
+    overlay = "rlvr" if name == "grpo" else name
+    paths = [*files(name), RECIPE.parent / "reference" / f"{overlay}.yaml"]
+    return configuration.load(STAGES[name], paths, ())
+
+
+@pytest.mark.parametrize("name", ["grpo", "dapo", "gspo"])
+def test_the_reference_overlays_change_nothing_but_switches(name: str) -> None:
+    plain, found = (config.model_dump() for config in (load(name), reference(name)))
+    changed = {key for key in plain if plain[key] != found[key]}
+    token_mean = {"token_mean"} if name != "gspo" else set()
+    assert changed == {"run", "policy", "data", "rewards"} | token_mean
+    assert found["data"] == plain["data"] | {"image_resize": "reference"}
+    assert found["rewards"] == plain["rewards"] | {"rules": "reference"}
+
+
+def test_stages_of_the_reference_build_on_each_other() -> None:
+    align, policies = reference("align"), [reference(name) for name in ("grpo", "dapo", "gspo")]
+    assert align.discriminator.path == reference("warmup").run.dir / "hf"
+    assert {policy.policy.path for policy in policies} == {align.run.dir / "hf"}
+    corrected = [load(name).run.dir for name in STAGES]
+    own = [reference(name).run.dir for name in STAGES if name != "sft"]
+    assert len({*corrected, *own}) == len(corrected) + len(own)
+
+
 def test_a_size_that_is_not_known_is_said(capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["rlvr", "--config", str(RECIPE / "grpo.yaml"), "--dry-run", "--gpus", "8"]
     assert cli.main(arguments) == 0
