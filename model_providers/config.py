@@ -435,8 +435,8 @@ class TrainingOptions:
     """What the modules themselves must know of how they are trained.
 
     aux_loss_coef weighs the experts' load-balancing loss of a step, averaged over layers, whose
-    balanced value is top_k as in transformers' load_balancing_loss_func; z_loss_coef the squared logsumexp
-    of the router's logits (ST-MoE, arXiv:2202.08906), averaged over tokens and layers.
+    balanced value is top_k as in transformers' load_balancing_loss_func; z_loss_coef the squared
+    logsumexp of the router's logits (ST-MoE, arXiv:2202.08906), averaged over tokens and layers.
     entropy: what the language head says in training beside log-probabilities: nothing, the entropy
     of each token's distribution as a number (metric), or with a gradient (loss). score_dtype: what
     the score head computes in.

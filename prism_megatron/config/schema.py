@@ -194,7 +194,8 @@ class Warmup(Stage):
     model: Discriminator
     optimizer: Optimizer
     batch_size: int = Field(ge=1)
-    """Pairs an optimizer step, over all ranks."""
+    """Rows an optimizer step, over all ranks; each has a caption pair and a reasoning pair, or with
+    streams=response one pair."""
     aux_loss_coef: float = Field(0.01, ge=0)
     """Weight of the router's load-balancing loss over all tokens of a step; in the reference 0.01,
     but without a gradient (value_head.py, where activation checkpointing cuts it off), which is 0.

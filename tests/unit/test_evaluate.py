@@ -114,12 +114,13 @@ def test_an_answer_that_was_cut_off_is_none_as_in_training(
     """All but the first are right and ended."""
     settings = config(tmp_path, model_dir, data)
 
-    def answer(model: object, encoder: PromptEncoder, examples: list[Any], config: object) -> Any:
+    def answers(model: object, encoder: PromptEncoder, examples: list[Any], config: object) -> Any:
         for number, example in enumerate(examples):
-            text = f"<caption>.</caption><think>.</think><answer>{example.row.ground_truth}</answer>"
+            answer = f"<answer>{example.row.ground_truth}</answer>"
+            text = f"<caption>.</caption><think>.</think>{answer}"
             yield example, encoder.encode_response(text)[: None if number else -1]
 
-    with mock.patch.object(evaluate, "greedy_responses", answer):
+    with mock.patch.object(evaluate, "greedy_responses", answers):
         evaluate.run(settings)
     _, rows = results(settings)
     assert [row["answer_correct"] for row in rows] == [False] + [True] * (NUM_ROWS - 1)

@@ -30,6 +30,16 @@ OVERLAYS = {
     ("8b", 80): ["8b", "8b-80gb"],
 }
 GPUS = 8
+BATCHES = {
+    "sft": "128 sequences, at most 1,310,720 tokens",
+    # two sides of 128 pairs
+    "warmup": "64 rows = 128 pairs, at most 2,097,152 tokens",
+    "align": "4 prompts x 16 responses = 64 responses, at most 524,288 tokens",
+    **dict.fromkeys(
+        ("grpo", "dapo", "gspo"),
+        "32 prompts x 16 responses = 512 responses, at most 5,242,880 tokens",
+    ),
+}
 
 
 def files(name: str, *overlays: str) -> list[Path]:
@@ -95,7 +105,7 @@ def test_a_stage_fits_its_gpus(
     assert cli.main(arguments) == 0
     printed = capsys.readouterr().out
     assert "# memory         about " in printed
-    assert "# step " in printed
+    assert f"# step           {BATCHES[name]}" in printed
 
 
 def test_the_numbers_are_those_of_the_reference() -> None:
