@@ -168,6 +168,22 @@ def test_stages_of_the_reference_build_on_each_other() -> None:
     assert len({*corrected, *own}) == len(corrected) + len(own)
 
 
+@pytest.mark.parametrize(("tool", "stage"), [("filter-difficulty", "grpo"), ("data-stats", "sft")])
+def test_data_is_looked_at_as_it_is_trained_on(tool: str, stage: str) -> None:
+    found = configuration.load(tool, [RECIPE.parent / "data" / f"{tool}.yaml"], ()).data
+    trained = load(stage).data
+    for name in (
+        "system_prompt",
+        "max_prompt_tokens",
+        "min_pixels",
+        "max_pixels",
+        "longest_side",
+        "image_resize",
+        "overlong",
+    ):
+        assert getattr(found, name) == getattr(trained, name), name
+
+
 def test_a_size_that_is_not_known_is_said(capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["rlvr", "--config", str(RECIPE / "grpo.yaml"), "--dry-run", "--gpus", "8"]
     assert cli.main(arguments) == 0
