@@ -220,6 +220,16 @@ class Sampled(PolicyUpdate):
     """Where responses are sampled."""
 
     @model_validator(mode="after")
+    def _the_policy_itself_is_sampled(self) -> Self:
+        if self.sampling.temperature != 1 or self.sampling.top_p != 1:
+            raise ValueError(
+                f"sampling.temperature={self.sampling.temperature}, top_p={self.sampling.top_p}: a "
+                "policy is trained by its probabilities at temperature 1 over all tokens, so these "
+                "would be responses of another one, for which nothing corrects; leave both at 1"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _the_engines_give_what_updates_need(self) -> Self:
         if self.rollout.ahead and self.rollout_is == "none":
             raise ValueError(

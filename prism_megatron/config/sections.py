@@ -334,9 +334,9 @@ class Sampling(Section):
     max_new_tokens: int = Field(6144, ge=1)
     """Longest response."""
     temperature: float = Field(1.0, gt=0)
-    """Softmax temperature; greedy decoding is not a policy that can be trained."""
+    """Softmax temperature; 1 where responses are trained on, which are the policy's own then."""
     top_p: float = Field(1.0, gt=0, le=1)
-    """Nucleus mass."""
+    """Nucleus mass; 1 where responses are trained on."""
     batch_size: int = Field(64, ge=1)
     """Responses that the embedded engine decodes at once."""
 

@@ -441,6 +441,8 @@ def test_an_option_wins_over_its_algorithm(write: Write) -> None:
         (("token_mean=reference", "algorithm=gspo"), "loss_agg_mode is seq-mean-token-mean"),
         (("rollout_is_high=0.9",), "greater than or equal to 1"),
         (("dual_clip=1.0",), "greater than 1"),
+        (("sampling.temperature=0.7",), r"temperature=0\.7, top_p=1\.0: a policy is trained by"),
+        (("sampling.top_p=0.9",), r"top_p=0\.9: a policy is trained by"),
     ],
 )
 def test_options_that_contradict_each_other_are_refused(
