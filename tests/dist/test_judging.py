@@ -199,7 +199,16 @@ OPTIONS = {
 
 
 def _align_with(root: Path, out: Path, name: str) -> None:
-    _align(root, out, root / "shared", "shared", **OPTIONS[name])
+    """Each update has to get the scores and expert loads of its own sequences and weights."""
+    update = discriminator.update
+
+    def checked(model: Any, sequences: Any, scores: Tensor, loads: Tensor, objective: Any) -> Any:
+        torch.testing.assert_close(discriminator.score(model, sequences), scores)
+        assert torch.equal(model.loads, loads)
+        return update(model, sequences, scores, loads, objective)
+
+    with mock.patch.object(discriminator, "update", checked):
+        _align(root, out, root / "shared", "shared", **OPTIONS[name])
 
 
 @pytest.mark.parametrize("name", OPTIONS)
