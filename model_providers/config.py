@@ -472,9 +472,9 @@ class Precision:
 class TrainingOptions:
     """What the modules themselves must know of how they are trained.
 
-    aux_loss_coef weighs the experts' load-balancing loss, averaged over layers, whose balanced
-    value is top_k as in transformers' load_balancing_loss_func; z_loss_coef the squared logsumexp
-    of the router's logits (ST-MoE, arXiv:2202.08906), averaged over tokens and layers.
+    aux_loss_coef weighs the experts' load-balancing loss of a step, averaged over layers, whose
+    balanced value is top_k as in transformers' load_balancing_loss_func; z_loss_coef the squared
+    logsumexp of the router's logits (ST-MoE, arXiv:2202.08906), averaged over tokens and layers.
     offload_layers: decoder layers, the first ones, whose activations lie in host memory until their
     backward pass.
     entropy: what the language head says in training beside log-probabilities: nothing, the entropy
@@ -582,7 +582,7 @@ def text_transformer_config(
             moe_ffn_hidden_size=config.moe_intermediate_size,
             moe_router_load_balancing_type="aux_loss" if options.aux_loss_coef else "none",
             moe_aux_loss_coeff=options.aux_loss_coef * config.top_k / config.num_layers,
-            moe_z_loss_coeff=_z_loss_coef(config, layout, options) or None,
+            moe_z_loss_coeff=options.z_loss_coef / config.num_layers or None,
             moe_router_dtype="fp32",
             **_dispatch(options.dispatcher, backend),
             moe_grouped_gemm=backend.grouped_gemm,
@@ -621,13 +621,6 @@ def text_transformer_config(
         # equal length by construction (data/packing.py pads them).
         transformer.variable_seq_lengths = True
     return transformer
-
-
-def _z_loss_coef(config: Qwen3VLConfig, layout: Layout, options: TrainingOptions) -> float:
-    """Per layer. The factor undoes the runner's division by the ranks that share a sequence
-    (ModelRunner._set_router_loss_scale), which is right for the load-balancing loss: that counts
-    all their tokens on each of them, the z-loss only a rank's own."""
-    return options.z_loss_coef / config.num_layers * layout.tensor * layout.context
 
 
 def _recompute(recompute: Recompute) -> dict[str, Any]:

@@ -275,14 +275,32 @@ class Qwen3VLModel(nn.Module):
                     part.requires_grad_(False)
 
     def take_expert_loads(self) -> Tensor:
-        """Tokens that each expert got from this rank in training since the last call, [routers, E]
-        float32."""
-        routers = [router for chunk in self.chunks for router in chunk.routers]
-        loads = torch.zeros(len(routers), self.architecture.num_experts, device=self.backend.device)
-        for row, router in zip(loads, routers, strict=True):
+        """Tokens that each expert got from this rank since the last call, [routers, E] float32."""
+        loads = torch.zeros(
+            len(self._routers), self.architecture.num_experts, device=self.backend.device
+        )
+        for row, router in zip(loads, self._routers, strict=True):
             row += router.load
             router.load = 0
         return loads
+
+    def set_step_loads(self, loads: Tensor) -> None:
+        """Tell the routers how many tokens of the step take each expert, [routers, E]."""
+        for row, router in zip(loads, self._routers, strict=True):
+            router.step_load = row
+
+    def take_balance(self) -> Tensor:
+        """Load-balancing losses of this rank's tokens since the last call, times the step's tokens,
+        [routers]."""
+        found = torch.zeros(len(self._routers), device=self.backend.device)
+        for place, router in enumerate(self._routers):
+            found[place] += router.balance
+            router.balance = 0
+        return found
+
+    @property
+    def _routers(self) -> list[SectionRouter]:
+        return [router for chunk in self.chunks for router in chunk.routers]
 
     @property
     def expert_layers(self) -> list[int]:

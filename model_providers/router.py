@@ -10,7 +10,7 @@ Routing replay does the same with all experts but those that the token took in a
 from __future__ import annotations
 
 import torch
-from megatron.core.transformer.moe.moe_utils import get_tokens_per_expert_and_token_count
+from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from megatron.core.transformer.moe.router import TopKRouter
 from torch import Tensor
 
@@ -38,8 +38,13 @@ class SectionRouter(TopKRouter):
     """See the top of the file; with config.expert_sections = 1 every token may take any expert."""
 
     load: Tensor | int = 0
-    """[E]: tokens that took each expert in training, padding left out; whoever reads it resets it.
-    """
+    """[E]: tokens that took each expert, padding left out; whoever reads it resets it."""
+    step_load: Tensor | None = None
+    """[E]: the same of the whole step on all ranks, which the load-balancing loss needs before its
+    first micro-batch."""
+    balance: Tensor | int = 0
+    """Load-balancing loss of this rank's tokens times the step's tokens; whoever reads it resets
+    it."""
     place = 0
     """Number of the layer among those of its chunk."""
     recording = False
@@ -61,7 +66,7 @@ class SectionRouter(TopKRouter):
             logits = logits.masked_fill(foreign[:, None], float("-inf"))
         probs, chosen = super().routing(logits, padding)
         # once a token where activations are recomputed: their first pass is without gradient
-        if self.training and torch.is_grad_enabled():
+        if not self.training or torch.is_grad_enabled():
             self.load = self.load + (chosen & ~padding[:, None]).sum(0)
         if self.recording:
             self.taken = chosen.byte().topk(self.topk).indices
@@ -76,35 +81,29 @@ class SectionRouter(TopKRouter):
     ) -> Tensor:
         """The load-balancing loss of each section, weighted by the section's share of the tokens.
 
-        With T_s tokens and E_s experts of section s, k choices a token, f_e the share of these
-        k T_s choices that fell on expert e, P_e the mean of its probability over the T_s tokens:
+        With T tokens in the step, T_s of section s, E_s experts of it, k choices a token, f_e the
+        share of the k T_s choices that fell on expert e, P_e the mean of its probability over the
+        T_s tokens:
 
             loss = coefficient * sum_s (T_s / T) E_s sum_{e of s} f_e P_e
 
         The inner sum is Switch Transformer's loss (equation 4) for one section: 1, its balanced
         value, when the section's tokens spread evenly over its own experts. However the tokens of a
-        row divide among sections, every token weighs the same and the balanced value is the same;
-        the loss over all experts at once would weigh a section by the square of its share. With one
-        section this is megatron.core's loss, and a row of padding alone has loss 0 instead of 0/0.
+        step divide among sections, every token weighs the same and the balanced value is the same;
+        the loss over all experts at once would weigh a section by the square of its share.
+
+        f_e has no gradient and is known before (step_load), which leaves a sum over tokens: neither
+        micro-batches nor ranks change it. megatron.core takes f_e within a micro-batch, so that few
+        tokens have to be balanced among themselves.
         """
         coefficient = self.get_aux_loss_coeff("aux_loss")
         if coefficient == 0:
             return probs
-        choices, tokens, _ = get_tokens_per_expert_and_token_count(
-            routing_map, self.tp_cp_group, self.topk, with_padding_mask
-        )
-        sections = self.config.expert_sections
-        chosen = choices.view(-1, sections).float()
-        probability = scores_for_aux_loss.sum(dim=0).view(-1, sections)
-        # [S]: T_s, and T_s times the loss of section s
-        counts = chosen.sum(dim=0) / self.topk
-        losses = (chosen * probability).sum(dim=0) * chosen.shape[0] / self.topk
-        loss = (losses / counts.clamp(min=1)).sum() / counts.sum().clamp(min=1)
-        return self.attach_and_log_load_balancing_loss(
-            probs,
-            coefficient,
-            coefficient * loss,
-            "load_balancing_loss",
-            self.tp_cp_group,
-            valid_token_count=tokens,
-        )
+        assert self.step_load is not None, "the runner counts the step's choices first"
+        chosen = self.step_load.view(-1, self.config.expert_sections)
+        shares = chosen.shape[0] * chosen / chosen.sum(dim=0).clamp(min=1)
+        loss = (shares.flatten() * scores_for_aux_loss.sum(dim=0)).sum()
+        self.balance = self.balance + loss.detach()
+        # divided by the step's tokens there, see ModelRunner._set_router_loss_scale
+        attached: Tensor = MoEAuxLossAutoScaler.apply(probs, coefficient * loss)
+        return attached

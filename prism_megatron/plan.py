@@ -23,6 +23,7 @@ from prism_megatron.config.schema import (
     Stage,
     Warmup,
 )
+from prism_megatron.objectives.sections import STREAMS
 from prism_megatron.training.setup import layout_of
 
 GB = 1e9
@@ -152,9 +153,10 @@ def _step(config: Stage) -> str:
             f"{prompts * n * longest:,} tokens; {config.updates_per_step} update(s) of the policy"
         )
     if isinstance(config, Warmup):
+        pairs = config.batch_size * len(STREAMS[config.model.streams])
         return (
-            f"{config.batch_size} pairs, at most "
-            f"{2 * config.batch_size * (prompt + response):,} tokens"
+            f"{config.batch_size} rows = {pairs} pairs, at most "
+            f"{2 * pairs * (prompt + response):,} tokens"
         )
     assert isinstance(config, SFT)
     return (

@@ -194,10 +194,12 @@ class Warmup(Stage):
     model: Discriminator
     optimizer: Optimizer
     batch_size: int = Field(ge=1)
-    """Pairs an optimizer step, over all ranks."""
+    """Rows an optimizer step, over all ranks; each has a caption pair and a reasoning pair, or with
+    streams=response one pair."""
     aux_loss_coef: float = Field(0.01, ge=0)
-    """Weight of the router's load-balancing loss; in the reference 0.01, but without a gradient
-    (value_head.py, where activation checkpointing cuts it off), which is 0."""
+    """Weight of the router's load-balancing loss over all tokens of a step; in the reference 0.01,
+    but without a gradient (value_head.py, where activation checkpointing cuts it off), which is 0.
+    """
     z_loss_coef: float = Field(0.0, ge=0)
     """Weight of the router's z-loss, which keeps its logits small."""
     section_ends: Defect = "corrected"
@@ -216,6 +218,16 @@ class Sampled(PolicyUpdate):
     sampling: Sampling
     rollout: Rollout = Rollout()
     """Where responses are sampled."""
+
+    @model_validator(mode="after")
+    def _the_policy_itself_is_sampled(self) -> Self:
+        if self.sampling.temperature != 1 or self.sampling.top_p != 1:
+            raise ValueError(
+                f"sampling.temperature={self.sampling.temperature}, top_p={self.sampling.top_p}: a "
+                "policy is trained by its probabilities at temperature 1 over all tokens, so these "
+                "would be responses of another one, for which nothing corrects; leave both at 1"
+            )
+        return self
 
     @model_validator(mode="after")
     def _the_engines_give_what_updates_need(self) -> Self:
@@ -250,7 +262,7 @@ class Align(Advantage, Sampled, Stage):
     score_reg_coef: float = Field(1e-3, ge=0)
     """Weight of the squared-score regulariser that keeps scores near zero."""
     aux_loss_coef: float = Field(0.01, ge=0)
-    """Weight of the router's load-balancing loss."""
+    """Weight of the router's load-balancing loss over all tokens of an update."""
     z_loss_coef: float = Field(0.0, ge=0)
     """Weight of the router's z-loss, which keeps its logits small."""
     rewards: Rewards = Rewards()

@@ -350,9 +350,9 @@ class Sampling(Section):
     max_new_tokens: int = Field(6144, ge=1)
     """Longest response."""
     temperature: float = Field(1.0, gt=0)
-    """Softmax temperature; greedy decoding is not a policy that can be trained."""
+    """Softmax temperature; 1 where responses are trained on, which are the policy's own then."""
     top_p: float = Field(1.0, gt=0, le=1)
-    """Nucleus mass."""
+    """Nucleus mass; 1 where responses are trained on."""
     batch_size: int = Field(64, ge=1)
     """Responses that the embedded engine decodes at once."""
 
@@ -565,9 +565,9 @@ class Alarms(Section):
     printed in capitals; null watches nothing."""
 
     accuracy_above: float | None = Field(0.99, gt=0.5, lt=1)
-    """discriminator_accuracy: above, the policy learns from little more than noise."""
+    """Accuracy on any section: above, the policy learns from little more than noise there."""
     accuracy_below: float | None = Field(None, gt=0, le=0.5)
-    """discriminator_accuracy: below, the discriminator has lost the game."""
+    """Accuracy on any section: below, the discriminator has lost the game there."""
     margin_above: float | None = Field(10.0, gt=0)
     """score_gap: above, the discriminator is far ahead."""
     load_entropy_below: float | None = Field(0.5, gt=0, lt=1)

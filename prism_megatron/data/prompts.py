@@ -160,6 +160,12 @@ class PromptEncoder:
             prompt = replace(prompt, input_ids=text, images=())
         return replace(rollout_sequence(prompt, ids, {}), section=section)
 
+    def hidden_ids(self, way: schema.Defect) -> frozenset[int]:
+        """Ids that are left out of a response's text. corrected: none, so that a control token
+        makes it ill-formed; reference: all control tokens, which its tokenizer skips (verl's reward
+        managers and dp_critic.py, skip_special_tokens)."""
+        return self.control_ids if way == "reference" else frozenset()
+
     def decode(self, ids: tuple[int, ...]) -> str:
         """Text of response ids, without the end-of-turn token."""
         text = ids[:-1] if ids and ids[-1] == self.end_id else ids

@@ -204,8 +204,7 @@ class Game:
         self.policy, self.frozen, self.judge, self.sampler = policy, frozen, judge, sampler
         self.alarms = Alarms(config.alarms)
         self.table = token_bytes(reader.encoder.tokenizer)
-        is_reference = config.response_format == "reference"
-        self.hidden_ids = reader.encoder.control_ids if is_reference else frozenset[int]()
+        self.hidden_ids = reader.encoder.hidden_ids(config.response_format)
         judges_answers = config.advantage_mode != "default"
         self.scorer = Scorer(config.rewards) if judges_answers else None
 
@@ -266,9 +265,9 @@ class Game:
             return None if CONTROL_TOKEN.search(text) else reference_sections(text)
         if rollout.finish_reason != "stop":
             return None
-        return split_sections(self._text(rollout))
+        return split_sections(self._text(rollout, self.hidden_ids))
 
-    def _text(self, rollout: Rollout, hidden: Collection[int] = ()) -> str:
+    def _text(self, rollout: Rollout, hidden: Collection[int]) -> str:
         return response_text(rollout.ids, self.table, (self.reader.encoder.end_id,), hidden)
 
     def _accuracy(self, tasks: list[Task], samples: list[tuple[Prompt, Rollout]]) -> Tensor | None:
@@ -277,8 +276,9 @@ class Game:
         if self.scorer is None:
             return None
         rows = [task.row for task in tasks for _ in range(self.config.sampling.n)]
+        hidden = self.reader.encoder.hidden_ids(self.config.rewards.rules)
         items = [
-            reward_item(row, self._text(rollout), finished=rollout.finish_reason == "stop")
+            reward_item(row, self._text(rollout, hidden), finished=rollout.finish_reason == "stop")
             for row, (_, rollout) in zip(rows, samples, strict=True)
         ]
         return torch.tensor([r.accuracy for r in share_out(items, self.scorer.score)])
@@ -365,7 +365,7 @@ class Game:
         if not valid.any() and config.fallback_loss == "corrected":
             return {}
         scores = torch.cat([stream.scores for stream in streams.values()])
-        count = len(scores)
+        count, loads = len(scores), self.judge.loads
 
         def objective(scores: Tensor) -> Tensor:
             scores, noisy = self._bounded(scores).split([count, len(scores) - count])
@@ -381,11 +381,13 @@ class Game:
             shown = self._shown(streams, number, update)
             if update or has_dropout:
                 scores = discriminator.score(self.judge, shown)
+                loads = self.judge.loads
             elif len(shown) > count:
                 scores = torch.cat([scores, discriminator.score(self.judge, shown[count:])])
+                loads = loads + self.judge.loads
             if not update:
                 metrics["discriminator_loss"] = float(objective(scores))
-            result = discriminator.update(self.judge, shown, scores, objective)
+            result = discriminator.update(self.judge, shown, scores, loads, objective)
         return metrics | {"discriminator_grad_norm": result.grad_norm, **result.sums}
 
     def _shown(self, streams: dict[str, Stream], number: int, update: int) -> list[Sequence]:

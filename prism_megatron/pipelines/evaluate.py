@@ -74,7 +74,10 @@ def run(config: schema.Evaluate) -> None:
     texts = [encoder.decode(ids) for _, ids in answered]
     scorer = Scorer(config.rewards)
     rewards = scorer.score(
-        [reward_item(example.row, text) for (example, _), text in zip(answered, texts, strict=True)]
+        [
+            reward_item(example.row, text, finished=ids[-1] == encoder.end_id)
+            for (example, ids), text in zip(answered, texts, strict=True)
+        ]
     )
     scorer.close()
     scored = [

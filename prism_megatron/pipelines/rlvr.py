@@ -121,6 +121,7 @@ class Trainer:
         self.policy, self.reference, self.sampler = policy, reference, sampler
         self.table = token_bytes(encoder.tokenizer)
         self.scorer = Scorer(config.rewards)
+        self.hidden_ids = encoder.hidden_ids(config.rewards.rules)
 
     @phase("score")
     def reward(self, answered: list[tuple[Task, list[Rollout]]]) -> list[Group[Task]]:
@@ -161,7 +162,7 @@ class Trainer:
         }
 
     def _item(self, task: Task, rollout: Rollout) -> RewardItem:
-        text = response_text(rollout.ids, self.table, (self.encoder.end_id,))
+        text = response_text(rollout.ids, self.table, (self.encoder.end_id,), self.hidden_ids)
         return reward_item(task.row, text, finished=rollout.finish_reason == "stop")
 
     def _totals(self, group: Group[Task]) -> Tensor:

@@ -104,7 +104,7 @@ def step(model: ModelRunner, pairs: list[Pair], config: schema.Warmup, number: i
         teacher, student = sides(scores)
         return bradley_terry_loss(teacher, student, num_pairs=len(teacher))[0]
 
-    result = discriminator.update(model, sequences, scores, objective)
+    result = discriminator.update(model, sequences, scores, model.loads, objective)
     gaps = sides(scores)[0] - sides(scores)[1]
     accuracy = {
         f"{name}_accuracy": discriminator.accuracy(list(teacher), list(student), gap)

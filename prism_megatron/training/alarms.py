@@ -6,15 +6,18 @@ import sys
 
 from checkpoint_tools.command import rank
 from prism_megatron.config import schema
+from prism_megatron.objectives.sections import STREAMS
 from prism_megatron.training.loop import Metrics
 
+ACCURACIES = tuple(f"{name}_accuracy" for streams in STREAMS.values() for name in streams)
 WATCHED = {
-    "accuracy_above": ("discriminator_accuracy", 1, "discriminator_optimizer.lr"),
-    "accuracy_below": ("discriminator_accuracy", -1, "policy_optimizer.lr"),
-    "margin_above": ("score_gap", 1, "discriminator_optimizer.lr"),
-    "load_entropy_below": ("load_entropy", -1, "discriminator_optimizer.lr"),
+    "accuracy_above": (ACCURACIES, 1, "discriminator_optimizer.lr"),
+    "accuracy_below": (ACCURACIES, -1, "policy_optimizer.lr"),
+    "margin_above": (("score_gap",), 1, "discriminator_optimizer.lr"),
+    "load_entropy_below": (("load_entropy",), -1, "discriminator_optimizer.lr"),
 }
-"""Threshold to its metric, the side that is bad, and what to lower first."""
+"""Threshold to its metrics, the side that is bad, and what to lower first. Each section's accuracy
+is watched: the mean of a saturated one and another looks sound."""
 
 
 class Alarms:
@@ -27,12 +30,15 @@ class Alarms:
     def check(self, metrics: Metrics, step: int) -> Metrics:
         """The number of active alarms, as a metric. Prints each when it begins.
 
-        Raises ValueError with action=stop. A metric that is absent in a step changes nothing.
+        Of a threshold's metrics the worst counts. Raises ValueError with action=stop. A metric that
+        is absent in a step changes nothing.
         """
-        for name, (metric, side, lower) in WATCHED.items():
+        for name, (watched, side, lower) in WATCHED.items():
             limit = getattr(self.config, name)
-            if limit is None or metric not in metrics:
+            found = [metric for metric in watched if metric in metrics]
+            if limit is None or not found:
                 continue
+            metric = max(found, key=lambda metric: metrics[metric] * side)
             value = metrics[metric]
             self.steps[name] = self.steps[name] + 1 if (value - limit) * side > 0 else 0
             if self.steps[name] == self.config.patience:

@@ -139,9 +139,14 @@ def _seeds(sequences: list[Sequence], seed: int) -> list[int]:
 
 
 def update(
-    model: ModelRunner, sequences: list[Sequence], scores: Tensor, objective: Objective
+    model: ModelRunner,
+    sequences: list[Sequence],
+    scores: Tensor,
+    loads: Tensor,
+    objective: Objective,
 ) -> StepResult:
-    """One optimizer step on objective(scores); `scores` are the model's current ones, [n]."""
+    """One optimizer step on objective(scores); `scores` are the model's current ones, [n], and
+    loads the ModelRunner.loads of computing them."""
     scores = scores.detach().requires_grad_()
     objective(scores).backward()
     assert scores.grad is not None
@@ -149,7 +154,7 @@ def update(
         replace(sequence, per_token={"coefficient": _at_the_end(sequence, coefficient)})
         for sequence, coefficient in zip(sequences, scores.grad, strict=True)
     ]
-    return model.train_step(weighted, _linear_loss)
+    return model.train_step(weighted, _linear_loss, loads)
 
 
 def accuracy(teachers: list[Sequence], students: list[Sequence], gaps: Tensor) -> float:

@@ -30,10 +30,7 @@ from megatron.core.distributed import (
 )
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
-from megatron.core.transformer.moe.moe_logging import (
-    destroy_moe_metrics_tracker,
-    get_moe_metrics_tracker,
-)
+from megatron.core.transformer.moe.moe_logging import destroy_moe_metrics_tracker
 from torch import Tensor
 
 from checkpoint_tools import megatron_directory
@@ -102,6 +99,7 @@ class ModelRunner:
         self.ddp: list[DistributedDataParallel] = []
         self._has_scales = False
         self._recorded: list[list[Tensor]] | None = None
+        self.loads = torch.zeros(0)
         if optimizer is None:
             model.requires_grad_(False)
             return
@@ -114,10 +112,12 @@ class ModelRunner:
         model.read_weight = MainWeights(self.optimizer, host).read
 
     @phase("train")
-    def train_step(self, sequences: list[Sequence], loss_fn: LossFn) -> StepResult:
+    def train_step(
+        self, sequences: list[Sequence], loss_fn: LossFn, loads: Tensor | None = None
+    ) -> StepResult:
         """One optimizer step over all sequences of the step, which every rank passes alike.
 
-        Raises Unsound, with nothing updated, where the guard says so.
+        loads: see forward_backward. Raises Unsound, with nothing updated, where the guard says so.
         """
         assert self.ddp, "this runner has no optimizer"
         self._count(sequences)
@@ -127,13 +127,13 @@ class ModelRunner:
             # lost. One pass finds the scales of the last products of attention and MLP, a second
             # those of the products before, which get no gradient until then.
             for _ in range(2 if self.model.lacks_gradient_scales() else 0):
-                self.forward_backward(sequences, loss_fn)
+                self.forward_backward(sequences, loss_fn, loads)
             self._has_scales = True
         for chunk in self.ddp:
             chunk.restore_grad_buffers(synchronize=False)
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
-        read = self._forward_backward(sequences, loss_fn)
+        read = self._forward_backward(sequences, loss_fn, loads)
         reached("an update")
         # Without a loss scale, which BF16 has not, megatron.core's step checks nothing: a norm that
         # is not finite would make every weight and moment so.
@@ -195,7 +195,9 @@ class ModelRunner:
 
     @torch.no_grad()
     def infer(self, sequences: list[Sequence], extract: ExtractFn) -> list[Tensor]:
-        """One result a sequence, in order, on every rank; nothing is trained or dropped out."""
+        """One result a sequence, in order, on every rank; nothing is trained or dropped out.
+
+        `loads` then has what forward_backward wants to know of the experts."""
         self.model.eval()
         plan = self._plan(sequences)
         found: dict[int, Tensor] = {}
@@ -206,6 +208,7 @@ class ModelRunner:
             return output.sum(), {}
 
         self._run(sequences, plan, collect, forward_only=True)
+        self.loads = self._take_loads()
         results = self._share(found, len(sequences))
         for index, result in enumerate(results):
             if not bool(result.isfinite().all()):
@@ -353,40 +356,39 @@ class ModelRunner:
         return shown
 
     def _set_router_loss_scale(self, tokens: int) -> None:
-        """The load-balancing loss of a micro-batch counts by its share of the step's tokens.
-
-        megatron.core multiplies it by the micro-batch's tokens and leaves the division to us. It
-        means each tensor- and context-parallel rank's own tokens times the number of ranks, but its
-        all-reduce of the counts works in place (get_tokens_per_expert_and_token_count), so that
-        every rank multiplies by all tokens times the number of ranks.
-        """
+        """Router losses are sums over tokens, of which megatron.core leaves the division to us."""
         if not self.model.architecture.num_experts:
             return
         # one element, as in the default that megatron.core copies into the same tensor
-        scale = torch.tensor(
-            [1.0 / (tokens * self.parallel.groups.tp_cp.size())], device=self.model.backend.device
-        )
+        scale = torch.tensor([1.0 / tokens], device=self.model.backend.device)
         self.model.config.moe_grad_scale_func = lambda: scale
 
-    def forward_backward(self, sequences: list[Sequence], loss_fn: LossFn) -> dict[str, float]:
+    def forward_backward(
+        self, sequences: list[Sequence], loss_fn: LossFn, loads: Tensor | None = None
+    ) -> dict[str, float]:
         """Add the step's gradients to the buffers, reduced over the ranks; metric sums.
 
-        Raises Unsound if a loss is not finite.
+        loads: `loads` of an inference over the same sequences with the same weights, for the
+        experts' load-balancing loss; where they are needed and not given it is made. Raises Unsound
+        if a loss is not finite.
         """
-        sums, problem = self._forward_backward(sequences, loss_fn)()
+        sums, problem = self._forward_backward(sequences, loss_fn, loads)()
         if problem:
             raise Unsound(problem)
         return sums
 
     def _forward_backward(
-        self, sequences: list[Sequence], loss_fn: LossFn
+        self, sequences: list[Sequence], loss_fn: LossFn, loads: Tensor | None
     ) -> Callable[[], tuple[dict[str, float], str]]:
         """The same up to its result, for which one waits by a call; instead of raising it says what
         is wrong, on all ranks alike."""
         plan = self._plan(sequences)
         # one for the process, whose entries have as many layers as the first model that recorded
         destroy_moe_metrics_tracker()
-        self._set_router_loss_scale(sum(map(len, sequences)))
+        tokens = sum(map(len, sequences))
+        self._set_router_loss_scale(tokens)
+        if self.model.config.moe_aux_loss_coeff:
+            self.model.set_step_loads(self._count_loads(sequences) if loads is None else loads)
         collected = self._run(sequences, plan, loss_fn, forward_only=False)
         sums: dict[str, Tensor] = {}
         for part in collected:
@@ -402,7 +404,7 @@ class ModelRunner:
                     f"the loss is NaN or infinite in {broken:.0f} of {count} micro-batches; its "
                     "inputs or the weights are broken"
                 )
-            return reduced | self._router_metrics(len(plan[0])) | self._load_entropy(), problem
+            return reduced | self._router_metrics(tokens) | self._load_entropy(), problem
 
         return read
 
@@ -424,18 +426,32 @@ class ModelRunner:
         dist.broadcast(values, src=self.parallel.last_stage_rank, group=self.parallel.groups.pp)
         return dict(zip(names, values.tolist(), strict=False))
 
-    def _router_metrics(self, micro_batches: int) -> dict[str, float]:
-        """Mean over layers and micro-batches of the load-balancing loss; top_k when balanced."""
+    def _count_loads(self, sequences: list[Sequence]) -> Tensor:
+        """What an update by a router's loss needs to know first; see forward_backward."""
+        self.infer(sequences, lambda output, batch: [output.new_zeros(())] * batch.num_sequences)
+        self.model.train()
+        return self.loads
+
+    def _take_loads(self) -> Tensor:
+        """Tokens of all ranks that took each expert since the last call, [routers, E]."""
+        loads = self.model.take_expert_loads()
+        # a stage with the embedding alone has no router
+        if loads.numel():
+            dist.all_reduce(loads, group=self.parallel.groups.tp_dp_cp)
+        return loads
+
+    def _router_metrics(self, tokens: int) -> dict[str, float]:
+        """Mean over layers of the load-balancing loss; top_k when balanced."""
         if not self.model.config.moe_aux_loss_coeff:
             return {}
-        entry = get_moe_metrics_tracker().metrics.get("load_balancing_loss")
-        # a stage with the embedding alone has no router
-        mean = entry.values.mean() if entry else torch.zeros((), device=self.model.backend.device)
-        value = mean / micro_batches * self.model.architecture.top_k
-        dist.all_reduce(value, group=self.parallel.groups.tp_cp)
-        dist.all_reduce(value, group=self.parallel.groups.dp)
-        dist.all_reduce(value, group=self.parallel.groups.pp)
-        return {"aux_loss": float(value) / self.parallel.data_size}
+        found = self.model.take_balance()
+        if len(found):
+            dist.all_reduce(found, group=self.parallel.groups.tp_dp_cp)
+        total = found.sum()
+        dist.all_reduce(total, group=self.parallel.groups.pp)
+        architecture = self.model.architecture
+        mean = total / (tokens * architecture.num_layers)
+        return {"aux_loss": float(mean) * architecture.top_k}
 
     def _load_entropy(self) -> dict[str, float]:
         """How evenly the step's tokens spread over the experts: the entropy of their shares, mean
@@ -443,10 +459,7 @@ class ModelRunner:
         experts, groups = self.model.architecture.num_experts, self.parallel.groups
         if not experts:
             return {}
-        loads = self.model.take_expert_loads()
-        # a stage with the embedding alone has no router
-        if len(loads):
-            dist.all_reduce(loads, group=groups.tp_dp_cp)
+        loads = self._take_loads()
         shares = loads / loads.sum(-1, keepdim=True).clamp(min=1)
         entropy = -torch.special.xlogy(shares, shares).sum() / math.log(experts)
         total = torch.stack([entropy, entropy.new_tensor(len(loads))])

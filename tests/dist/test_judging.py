@@ -199,7 +199,16 @@ OPTIONS = {
 
 
 def _align_with(root: Path, out: Path, name: str) -> None:
-    _align(root, out, root / "shared", "shared", **OPTIONS[name])
+    """Each update has to get the scores and expert loads of its own sequences and weights."""
+    update = discriminator.update
+
+    def checked(model: Any, sequences: Any, scores: Tensor, loads: Tensor, objective: Any) -> Any:
+        torch.testing.assert_close(discriminator.score(model, sequences), scores)
+        assert torch.equal(model.loads, loads)
+        return update(model, sequences, scores, loads, objective)
+
+    with mock.patch.object(discriminator, "update", checked):
+        _align(root, out, root / "shared", "shared", **OPTIONS[name])
 
 
 @pytest.mark.parametrize("name", OPTIONS)
@@ -245,14 +254,14 @@ def _switched(root: Path, out: Path, responses: list[str]) -> tuple[Any, list[Up
     plans = []
     update, plan = discriminator.update, alignment.plan_micro_batches
 
-    def recorded(model: Any, sequences: Any, scores: Tensor, objective: Any) -> Any:
+    def recorded(model: Any, sequences: Any, scores: Tensor, loads: Tensor, objective: Any) -> Any:
         leaf = scores.clone().requires_grad_()
         loss = objective(leaf)
         loss.backward()
         ids = [s.input_ids[s.response_mask] for s in sequences]
         updates.append((ids, scores, float(loss), leaf.grad))
         assert all(s.dropout is not None and s.dropout.rate == 0.1 for s in sequences)
-        return update(model, sequences, scores, objective)
+        return update(model, sequences, scores, loads, objective)
 
     def planned(*args: Any, **kwargs: Any) -> Any:
         plans.append(plan(*args, **kwargs))
@@ -351,9 +360,9 @@ def _warmed_up(root: Path, out: Path) -> list[tuple[list[Any], Tensor]]:
     updates: list[tuple[list[Any], Tensor]] = []
     update = discriminator.update
 
-    def recorded(model: Any, sequences: Any, scores: Tensor, objective: Any) -> Any:
+    def recorded(model: Any, sequences: Any, scores: Tensor, loads: Tensor, objective: Any) -> Any:
         updates.append((sequences, scores))
-        return update(model, sequences, scores, objective)
+        return update(model, sequences, scores, loads, objective)
 
     switches = {"score_dropout": "reference", "score_precision": "reference"}
     config = schema.Warmup.model_validate(

@@ -184,14 +184,10 @@ def test_stages_of_experts_equal_one_rank(
     ranks: Worlds, hf_models: dict[str, Path], one_rank: OneRank, layout: str
 ) -> None:
     world, split = DEEP[layout]
-    # the router's loss is not linear in a micro-batch, so one rank has to have the same ones
-    aux = TrainingOptions(aux_loss_coef=500.0)
-    options: dict[str, Any] = {"training": aux, "micro_batch_tokens": 28}
-    wanted = one_rank("deep-moe", "score", options)
-    if split.data(world) > 1:
-        options, wanted = {"micro_batch_tokens": 24}, one_rank("deep-moe", "score", {})
+    aux = TrainingOptions(aux_loss_coef=100.0)
+    options: dict[str, Any] = {"training": aux, "micro_batch_tokens": 24}
     found = ranks(world).run(_gradients, hf_models["deep-moe"], split, "score", options)
-    _compare(found, wanted)
+    _compare(found, one_rank("deep-moe", "score", options))
 
 
 @pytest.mark.parametrize("layout", ["tp2-sp", "pp2", "dp2", "cp2"])
@@ -213,9 +209,11 @@ def test_discriminator_layouts_equal_one_rank(
     _compare(found, one_rank("moe", "score", {}))
 
 
+@pytest.mark.parametrize("tokens", [24, 33])
 @pytest.mark.parametrize(
     "layout",
     [
+        "dp1",
         "ep2",
         "tp2-sp",
         "dp2",
@@ -228,19 +226,15 @@ def test_discriminator_layouts_equal_one_rank(
         "cp2-tp2-sp",
     ],
 )
-def test_router_loss_does_not_depend_on_the_layout(
-    ranks: Worlds, hf_models: dict[str, Path], one_rank: OneRank, layout: str
+def test_router_loss_does_not_depend_on_layout_or_micro_batches(
+    ranks: Worlds, hf_models: dict[str, Path], one_rank: OneRank, layout: str, tokens: int
 ) -> None:
-    world, split = EXPERTS[layout]
-    # the router's loss is not linear in a micro-batch, so one rank gets the same ones: three with
-    # padding against one rank, two without any against two data-parallel ranks with one each
-    on_one, on_all = (33, 33) if split.data(world) == 1 else (64, 4096)
-    aux = {"training": TrainingOptions(aux_loss_coef=500.0)}
-    wanted = one_rank("moe", "score", aux | {"micro_batch_tokens": on_one})
-    found = ranks(world).run(
-        _gradients, hf_models["moe"], split, "score", aux | {"micro_batch_tokens": on_all}
-    )
-    _compare(found, wanted)
+    """One rank has all tokens in one micro-batch, these up to six of them."""
+    world, split = (EXPERTS | {"dp1": (1, DP)})[layout]
+    aux: dict[str, Any] = {"training": TrainingOptions(aux_loss_coef=500.0)}
+    wanted = one_rank("moe", "score", aux | {"micro_batch_tokens": 4096})
+    small = aux | {"micro_batch_tokens": tokens}
+    _compare(ranks(world).run(_gradients, hf_models["moe"], split, "score", small), wanted)
     without = one_rank("moe", "score", {})[2]
     routers = [name for name in without if name.endswith("mlp.gate.weight")]
     assert min(distance(without[name], wanted[2][name]) for name in routers) > 1e-2

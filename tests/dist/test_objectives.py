@@ -261,6 +261,7 @@ def _penalty(path: Path, layout: Layout, tokens: int) -> tuple[Tensor, Tensor, f
         runner,
         [*plain, *noisy],
         scores,
+        runner.loads,
         lambda s: (s[:6] - s[6:]).square().mean(),
     )
     for hook in hooks:

@@ -54,7 +54,7 @@ def _update(path: Path, layout: Layout, tokens: int, kind: str) -> tuple[Tensor,
     )
     batch = batch_of(kind)
     scores = discriminator.score(runner, batch)
-    return scores, discriminator.update(runner, batch, scores, _objective).grad_norm
+    return scores, discriminator.update(runner, batch, scores, runner.loads, _objective).grad_norm
 
 
 def _by_hand(path: Path, kind: str) -> tuple[Tensor, float, Tensor, Tensor]:

@@ -38,6 +38,7 @@ class AnsweringEngine:
     """An engine that gives some prompts right and wrong answers, the others wrong ones alone."""
 
     asked: ClassVar[list[str]] = []
+    before_the_end = ""
 
     def __init__(self, path: Path, **options: Any) -> None:
         self.tokenizer = AutoProcessor.from_pretrained(path).tokenizer
@@ -54,7 +55,8 @@ class AnsweringEngine:
     def _rollout(self, prompt: Prompt, number: int, right: bool) -> Rollout:
         row = int(prompt.row_id.split(":")[1])
         answer = TRUTHS[row] if right and row % 2 else "99"
-        text = f"<caption>{number}</caption><think>.</think><answer>{answer}</answer><|im_end|>"
+        text = f"<caption>{number}</caption><think>.</think><answer>{answer}</answer>"
+        text += f"{self.before_the_end}<|im_end|>"
         ids = tuple(self.tokenizer(text, add_special_tokens=False).input_ids)
         return Rollout(ids, (-1.0,) * len(ids), "stop", self.weight_version)
 
@@ -142,6 +144,21 @@ def test_every_algorithm_trains(ranks: Worlds, root: Path, tmp_path: Path) -> No
         assert (tmp_path / name / "hf" / "config.json").exists()
     # what they sample is the same but for DAPO, what they make of it is not
     assert len(losses) == len(schema.ALGORITHMS)
+
+
+def _with_a_control_token(root: Path, out: Path, rules: str) -> None:
+    with mock.patch.object(AnsweringEngine, "before_the_end", "<|endoftext|>"):
+        _run(root, out, 1, rewards={"rules": rules})
+
+
+@pytest.mark.parametrize(("rules", "rate"), [("corrected", 0), ("reference", 1)])
+def test_the_references_rewards_do_not_see_control_tokens(
+    ranks: Worlds, root: Path, tmp_path: Path, rules: str, rate: float
+) -> None:
+    ranks(1).run(_with_a_control_token, root, tmp_path, rules)
+    [step] = _metrics(tmp_path)
+    assert step["format_rate"] == rate
+    assert (step["accuracy"] > 0) == (rate > 0)
 
 
 DAPO = {"algorithm": "dapo", "gen_batch_size": 7}

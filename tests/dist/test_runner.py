@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from model_providers.config import Precision
+from model_providers.config import Precision, TrainingOptions
 from model_providers.parallel import Layout
 from model_providers.qwen3_vl import Qwen3VLModel
 from model_providers.weight_plan import iter_hf_weights
@@ -288,6 +288,7 @@ def test_infer_works_with_fewer_sequences_than_ranks(
 
 
 ADAM = Optimizer(lr=1e-2, eps=1e-4)
+BALANCE = TrainingOptions(aux_loss_coef=20.0)
 Outcome = tuple[float, float, Weights]
 """Loss, gradient norm, weights after the step; the norm sees what Adam's scaling hides."""
 
@@ -299,16 +300,20 @@ def _pairs(scores: Tensor) -> Tensor:
 
 
 def _two_passes(path: Path, layout: Layout, tokens: int) -> Outcome:
-    runner = checks.make_runner(path, layout, "score", micro_batch_tokens=tokens, optimizer=ADAM)
+    runner = checks.make_runner(
+        path, layout, "score", micro_batch_tokens=tokens, optimizer=ADAM, training=BALANCE
+    )
     batch = checks.mixed_batch()
     scores = discriminator.score(runner, batch)
-    result = discriminator.update(runner, batch, scores, _pairs)
+    result = discriminator.update(runner, batch, scores, runner.loads, _pairs)
     return float(_pairs(scores)), result.grad_norm, _weights(runner)
 
 
 def _directly(path: Path) -> Outcome:
     """The objective inside one micro-batch that holds all sequences."""
-    runner = checks.make_runner(path, Layout(), "score", micro_batch_tokens=4096, optimizer=ADAM)
+    runner = checks.make_runner(
+        path, Layout(), "score", micro_batch_tokens=4096, optimizer=ADAM, training=BALANCE
+    )
 
     def loss(output: Tensor, batch: PackedBatch) -> tuple[Tensor, dict[str, Tensor]]:
         assert batch.num_sequences == 6
@@ -338,10 +343,11 @@ def _same(found: Outcome, wanted: Outcome) -> None:
         (1, Layout(), 24),
         (2, Layout(expert=2), 24),
         (2, Layout(), 33),
+        (2, TP2SP, 40),
         (2, Layout(context=2, expert=2), 33),
         (2, Layout(pipeline=2, virtual_pipeline=2), 33),
     ],
-    ids=["one-micro-batch", "many", "ep2", "dp2", "cp2-ep2", "pp2-vpp2"],
+    ids=["one-micro-batch", "many", "ep2", "dp2", "tp2-sp", "cp2-ep2", "pp2-vpp2"],
 )
 def test_discriminator_update_in_two_passes_is_exact(
     ranks: Worlds,

@@ -14,19 +14,21 @@ def test_an_alarm_begins_after_the_steps_and_ends_with_the_value(
     alarms = Alarms(schema.Alarms(accuracy_above=0.9, patience=3))
     values = [0.95, 0.95, 0.8, 0.95, 0.95, 0.95, 0.95, 0.9]
     active = [
-        alarms.check({"discriminator_accuracy": v}, i)["alarms"] for i, v in enumerate(values)
+        alarms.check({"caption_accuracy": v, "reasoning_accuracy": 0.6}, i)["alarms"]
+        for i, v in enumerate(values)
     ]
     assert active == [0, 0, 0, 0, 0, 1, 1, 0]
     [line] = capsys.readouterr().err.splitlines()
-    assert line.startswith("ALARM at step 5: discriminator_accuracy=0.95 is beyond")
+    assert line.startswith("ALARM at step 5: caption_accuracy=0.95 is beyond")
     assert "alarms.accuracy_above=0.9 for 3 steps; lower discriminator_optimizer.lr" in line
 
 
 @pytest.mark.parametrize(
     ("threshold", "metric", "bad", "good"),
     [
-        ("accuracy_above", "discriminator_accuracy", 0.8, 0.7),
-        ("accuracy_below", "discriminator_accuracy", 0.2, 0.5),
+        ("accuracy_above", "reasoning_accuracy", 0.8, 0.7),
+        ("accuracy_below", "caption_accuracy", 0.2, 0.5),
+        ("accuracy_above", "response_accuracy", 0.8, 0.7),
         ("margin_above", "score_gap", 3.5, -4.0),
         ("load_entropy_below", "load_entropy", 0.3, 0.9),
     ],

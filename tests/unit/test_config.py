@@ -375,7 +375,7 @@ def stage_of(path: Path) -> str:
 def test_every_shipped_configuration_loads_for_its_stage(path: Path) -> None:
     files = [path]
     if path.parent.name == "reference":  # an overlay of the others
-        files.insert(0, ROOT / "configs" / "quickstart" / path.name)
+        files.insert(0, ROOT / "configs" / "quickstart" / f"{stage_of(path)}.yaml")
     config = configuration.load(stage_of(path), files, [])
     assert isinstance(config, configuration.STAGES[stage_of(path)])
 
@@ -444,6 +444,8 @@ def test_an_option_wins_over_its_algorithm(write: Write) -> None:
         (("token_mean=reference", "algorithm=gspo"), "loss_agg_mode is seq-mean-token-mean"),
         (("rollout_is_high=0.9",), "greater than or equal to 1"),
         (("dual_clip=1.0",), "greater than 1"),
+        (("sampling.temperature=0.7",), r"temperature=0\.7, top_p=1\.0: a policy is trained by"),
+        (("sampling.top_p=0.9",), r"top_p=0\.9: a policy is trained by"),
     ],
 )
 def test_options_that_contradict_each_other_are_refused(
@@ -480,6 +482,20 @@ def test_the_reference_configuration_sets_every_option_to_reference() -> None:
     }  # fmt: skip
     assert found["align"] >= {"discriminator.score_dropout", "fallback_loss", "rewards.rules"}
     assert found["rlvr"] == {"data.image_resize", "rewards.rules", "token_mean"}
+
+
+def test_the_table_of_switches_has_every_one() -> None:
+    section = (ROOT / "configs/README.md").read_text().partition("## Switches")[2]
+    table = section.partition("Others have no switch")[0]
+    quickstart = ROOT / "configs/quickstart"
+    for stage in ("warmup", "align", "rlvr"):
+        config = configuration.load(stage, quickstart / f"{stage}.yaml", [])
+        for name, _ in switches(config):
+            known = [f"`{name}`", f"`{name.rpartition('.')[2]}`"]
+            lines = [line for line in table.splitlines() if any(name in line for name in known)]
+            # the warm-up of the reference resizes images in a way of its own
+            missing = [line for line in lines if stage not in line.rpartition("| ")[2]]
+            assert lines and (len(missing) < len(lines) or name == "data.image_resize"), name
 
 
 def test_the_first_keys_of_a_stage_are_those_of_every_stage() -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import pyarrow.parquet as pq
 import pytest
@@ -104,6 +106,25 @@ def test_the_batch_size_changes_nothing(tmp_path: Path, model_dir: Path, data: P
         evaluate.run(settings)
         found.append(results(settings)[1])
     assert found[0] == found[1]
+
+
+def test_an_answer_that_was_cut_off_is_none_as_in_training(
+    tmp_path: Path, model_dir: Path, data: Path
+) -> None:
+    """All but the first are right and ended."""
+    settings = config(tmp_path, model_dir, data)
+
+    def answers(model: object, encoder: PromptEncoder, examples: list[Any], config: object) -> Any:
+        for number, example in enumerate(examples):
+            answer = f"<answer>{example.row.ground_truth}</answer>"
+            text = f"<caption>.</caption><think>.</think>{answer}"
+            yield example, encoder.encode_response(text)[: None if number else -1]
+
+    with mock.patch.object(evaluate, "greedy_responses", answers):
+        evaluate.run(settings)
+    _, rows = results(settings)
+    assert [row["answer_correct"] for row in rows] == [False] + [True] * (NUM_ROWS - 1)
+    assert [row["format_correct"] for row in rows] == [row["finished"] for row in rows]
 
 
 def spoil_image(data: Path, folder: Path) -> Path:

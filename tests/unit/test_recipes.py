@@ -30,6 +30,16 @@ OVERLAYS = {
     ("8b", 80): ["8b", "8b-80gb"],
 }
 GPUS = 8
+BATCHES = {
+    "sft": "128 sequences, at most 1,310,720 tokens",
+    # two sides of 128 pairs
+    "warmup": "64 rows = 128 pairs, at most 2,097,152 tokens",
+    "align": "4 prompts x 16 responses = 64 responses, at most 524,288 tokens",
+    **dict.fromkeys(
+        ("grpo", "dapo", "gspo"),
+        "32 prompts x 16 responses = 512 responses, at most 5,242,880 tokens",
+    ),
+}
 
 
 def files(name: str, *overlays: str) -> list[Path]:
@@ -95,7 +105,7 @@ def test_a_stage_fits_its_gpus(
     assert cli.main(arguments) == 0
     printed = capsys.readouterr().out
     assert "# memory         about " in printed
-    assert "# step " in printed
+    assert f"# step           {BATCHES[name]}" in printed
 
 
 def test_the_numbers_are_those_of_the_reference() -> None:
@@ -130,6 +140,48 @@ def test_the_numbers_are_those_of_the_reference() -> None:
         assert (config.prompts_per_step, config.sampling.n, config.train.steps) == (32, 16, 1500)
     dapo = load("dapo")
     assert (dapo.gen_batch_size, dapo.overlong_buffer, dapo.overlong_penalty) == (96, 4096, 1.0)
+
+
+def reference(name: str) -> Any:
+    """The recipe with the reference's overlay for it, as configs/README.md says."""
+    overlay = "rlvr" if name == "grpo" else name
+    paths = [*files(name), RECIPE.parent / "reference" / f"{overlay}.yaml"]
+    return configuration.load(STAGES[name], paths, ())
+
+
+@pytest.mark.parametrize("name", ["grpo", "dapo", "gspo"])
+def test_the_reference_overlays_change_nothing_but_switches(name: str) -> None:
+    plain, found = (config.model_dump() for config in (load(name), reference(name)))
+    changed = {key for key in plain if plain[key] != found[key]}
+    token_mean = {"token_mean"} if name != "gspo" else set()
+    assert changed == {"run", "policy", "data", "rewards"} | token_mean
+    assert found["data"] == plain["data"] | {"image_resize": "reference"}
+    assert found["rewards"] == plain["rewards"] | {"rules": "reference"}
+
+
+def test_stages_of_the_reference_build_on_each_other() -> None:
+    align, policies = reference("align"), [reference(name) for name in ("grpo", "dapo", "gspo")]
+    assert align.discriminator.path == reference("warmup").run.dir / "hf"
+    assert {policy.policy.path for policy in policies} == {align.run.dir / "hf"}
+    corrected = [load(name).run.dir for name in STAGES]
+    own = [reference(name).run.dir for name in STAGES if name != "sft"]
+    assert len({*corrected, *own}) == len(corrected) + len(own)
+
+
+@pytest.mark.parametrize(("tool", "stage"), [("filter-difficulty", "grpo"), ("data-stats", "sft")])
+def test_data_is_looked_at_as_it_is_trained_on(tool: str, stage: str) -> None:
+    found = configuration.load(tool, [RECIPE.parent / "data" / f"{tool}.yaml"], ()).data
+    trained = load(stage).data
+    for name in (
+        "system_prompt",
+        "max_prompt_tokens",
+        "min_pixels",
+        "max_pixels",
+        "longest_side",
+        "image_resize",
+        "overlong",
+    ):
+        assert getattr(found, name) == getattr(trained, name), name
 
 
 def test_a_size_that_is_not_known_is_said(capsys: pytest.CaptureFixture[str]) -> None:
