@@ -46,7 +46,7 @@ from prism_megatron.data.packing import pack, packed_length, plan_micro_batches
 from prism_megatron.flops import training_flops
 from prism_megatron.phases import count, phase
 from prism_megatron.training.gradient_overlap import reduce_in_order
-from prism_megatron.training.guard import Guard, Unsound
+from prism_megatron.training.guard import Guard, Unsound, UnsoundInference
 from prism_megatron.training.optimizer import HostState, build_optimizer, build_scheduler
 from prism_megatron.training.watchdog import reached
 from prism_megatron.types import ImageShare, PackedBatch, Sequence, VisualInputs
@@ -184,7 +184,10 @@ class ModelRunner:
 
     @torch.no_grad()
     def infer(self, sequences: list[Sequence], extract: ExtractFn) -> list[Tensor]:
-        """One result a sequence, in order, on every rank; nothing is trained or dropped out."""
+        """One result a sequence, in order, on every rank; nothing is trained or dropped out.
+
+        Raises UnsoundInference, on all ranks alike, if one is not finite.
+        """
         self.model.eval()
         plan = self._plan(sequences)
         found: dict[int, Tensor] = {}
@@ -198,7 +201,7 @@ class ModelRunner:
         results = self._share(found, len(sequences))
         for index, result in enumerate(results):
             if not bool(result.isfinite().all()):
-                raise Unsound(
+                raise UnsoundInference(
                     f"sequence {index} of {len(sequences)} ({len(sequences[index])} tokens) gives "
                     "NaN or infinity; its input or the weights are broken"
                 )
@@ -211,9 +214,11 @@ class ModelRunner:
         of the expert layers of this rank's pipeline stage, for Sequence.routes."""
         self._recorded = [[] for _ in self.model.chunks]
         self.model.record_routes(True)
-        results = self.infer(sequences, extract)
-        self.model.record_routes(False)
-        recorded, self._recorded = self._recorded, None
+        try:
+            results = self.infer(sequences, extract)
+        finally:
+            self.model.record_routes(False)
+            recorded, self._recorded = self._recorded, None
         rows = self._plan(sequences)[self.parallel.data_rank]
         found: dict[int, Tensor] = {}
         for members, parts in zip(rows, zip(*recorded, strict=True), strict=True):
