@@ -227,19 +227,22 @@ class Optimizer(Section):
 
 
 class Guard(Section):
-    """What becomes of an update whose loss or gradient norm is not finite or a spike."""
+    """What becomes of an update whose loss or gradient norm is not finite or a spike, or whose
+    scores or log-probabilities are not finite."""
 
     action: Literal["stop", "skip", "rewind"] = "stop"
     """stop: the run ends before the update; skip: the update is not made, weights, moments and
-    learning rate stay as they are; rewind: models go back to the last checkpoint, and on with the
-    data after the offending batch."""
+    learning rate stay as they are, and without scores or log-probabilities the rest of the step is
+    left out; rewind: models go back to the last checkpoint, and on with the data after the
+    offending batch."""
     spike: float | None = Field(None, gt=1)
     """Gradient norms, and the loss of sft, above so many times their running median are spikes;
     null: only what is not finite counts."""
     window: int = Field(50, ge=1)
     """Updates that the median is of; nothing is a spike before there were as many."""
     limit: int = Field(5, ge=1)
-    """Skipped updates in a row, or returns to the same checkpoint, after which the run stops."""
+    """Skipped updates or steps in a row, or returns to the same checkpoint, after which the run
+    stops."""
 
 
 class Best(Section):

@@ -45,7 +45,11 @@ class Quarantine:
         # rows are added by the thread that makes batches
         self._lock = Lock()
         if path.exists():
-            for line in path.read_text().splitlines():
+            if write:
+                drop_half_line(path)
+            for line in path.read_text().splitlines(keepends=True):
+                if not line.endswith("\n"):
+                    continue
                 entry = json.loads(line)
                 self._count(entry["row"], entry["source"], entry["reason"])
 
@@ -99,6 +103,13 @@ def append_line(path: Path, entry: object) -> None:
         os.write(handle, f"{json.dumps(entry)}\n".encode())
     finally:
         os.close(handle)
+
+
+def drop_half_line(path: Path) -> None:
+    """Cut off what a disk that was full has left of a last line."""
+    with path.open("rb+") as file:
+        content = file.read()
+        file.truncate(content.rfind(b"\n") + 1)
 
 
 def _reasons(counts: Counter[str]) -> str:

@@ -150,6 +150,7 @@ def run(config: schema.Align) -> None:
         shown="score_gap",
         carried=game.state_dict,
         restore=restore,
+        skipped=sampler.sync,
     )
     loop.resume()
     if loop.run(lambda: game.step(loop.step)):

@@ -100,6 +100,7 @@ def run(config: schema.RLVR) -> None:
         shown="reward",
         carried=groups.state_dict,
         restore=restore,
+        skipped=sampler.sync,
     )
     loop.resume()
     if loop.run(lambda: trainer.step(groups.next_batch(loop.step), loop.step)):

@@ -23,7 +23,7 @@ from prism_megatron.data.files import JSONItems, scan_lines
 from prism_megatron.data.prompts import PromptEncoder
 from prism_megatron.data.rows import PromptRow, RowError
 from prism_megatron.data.sources import Source
-from prism_megatron.data.stream import Quarantine, append_line
+from prism_megatron.data.stream import Quarantine, append_line, drop_half_line
 from prism_megatron.objectives.sections import response_text, token_bytes
 from prism_megatron.rollout.engine import RolloutEngine
 from prism_megatron.types import Prompt
@@ -133,7 +133,7 @@ class _Journal:
         self._path = path
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists():
-            _drop_half_line(path)
+            drop_half_line(path)
         if not path.exists() or not path.stat().st_size:
             append_line(path, {"job": job})
         stored = JSONItems(path, scan_lines(path))
@@ -158,9 +158,3 @@ class _Journal:
         source, row = key
         stored = [asdict(response) for response in responses]
         append_line(self._path, {"source": source, "row": row, "responses": stored})
-
-
-def _drop_half_line(path: Path) -> None:
-    with path.open("rb+") as file:
-        content = file.read()
-        file.truncate(content.rfind(b"\n") + 1)

@@ -103,15 +103,22 @@ class Manager:
     async def confirm(self) -> None:
         """Ask the refitted engines for their version; those that have the expected one serve.
 
-        One that answers with another is left to the next sync, one that does not answer to its
-        supervisor.
+        One that answers with an older version is left to the next sync, one that does not answer to
+        its supervisor. One with a newer version, from before the run went back to a checkpoint, is
+        started again: its number will come once more, for other weights.
         """
         # without asking for their health, which takes SGLang a second
         versions = await asyncio.gather(
             *(self._check(lease, ask_health=False) for lease in self._leases)
         )
         for lease, version in zip(self._leases, versions, strict=True):
-            if version not in (None, self.router.expected):
+            if version is not None and version > self.router.expected:
+                self.router.died(
+                    lease.engine,
+                    f"it kept weights of version {version}, which are none of this run any more, "
+                    f"when those of version {self.router.expected} were sent",
+                )
+            elif version not in (None, self.router.expected):
                 self._event(
                     lease.engine,
                     f"answers with version {version} after weights of version "

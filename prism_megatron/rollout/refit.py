@@ -117,7 +117,12 @@ class ServerRefit:
                 "rollout.sleep lends the engines' GPU memory to trainers, but none of them runs on "
                 f"rollout.gpus={list(config.gpus)}; leave it out, or give engines trainers' GPUs"
             )
-        return BroadcastSync(self.model, config.tensor, quantization=config.quantization)
+        return BroadcastSync(
+            self.model,
+            config.tensor,
+            host=address_of(config.interface),
+            quantization=config.quantization,
+        )
 
 
 def engine_ranks(

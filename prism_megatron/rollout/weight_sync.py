@@ -23,6 +23,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
+from itertools import count
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from typing import Any, Protocol
@@ -39,6 +40,8 @@ from prism_megatron.rollout import outer_group
 from prism_megatron.rollout.engine import RolloutEngine
 
 BUCKET_BYTES = 2**30
+_groups = count(1)
+"""Of this process, which must not give a group the name of an earlier one."""
 
 
 class Server(Protocol):
@@ -278,11 +281,13 @@ class BroadcastSync:
         model: Qwen3VLModel,
         engine_ranks: int,
         *,
+        host: str = "127.0.0.1",
         quantization: Quantization | None = None,
         bucket_bytes: int = BUCKET_BYTES,
     ) -> None:
-        """engine_ranks: GPUs of each engine. Every rank calls this."""
-        self.backend, self.engine_ranks = model.backend, engine_ranks
+        """engine_ranks: GPUs of each engine; host: address of rank 0's host as engines reach it.
+        Every rank calls this."""
+        self.backend, self.engine_ranks, self.host = model.backend, engine_ranks, host
         self.plan = WeightPlan(
             model,
             receivers=[0],
@@ -292,16 +297,16 @@ class BroadcastSync:
         )
         self._joined: list[str] = []
         self._group: dist.ProcessGroup | None = None
-        self._name, self._groups = "", 0
+        self._name = ""
 
     def _join(self, servers: Sequence[Server]) -> None:
         """Make a group with these servers, which a restarted one is not in yet."""
         if self._joined == (urls := [server.url for server in servers]):
             return
-        host, port = socket.gethostbyname(socket.gethostname()), _free_port()
+        # not what the host's own name leads to, which is loopback on many hosts
+        host, port = self.host, _free_port()
         world = 1 + self.engine_ranks * len(servers)
-        self._groups += 1
-        self._name = f"prism_megatron_{self._groups}"
+        self._name = f"prism_megatron_{next(_groups)}"
         with ThreadPoolExecutor(len(servers)) as pool:
             joining = [
                 pool.submit(

@@ -26,6 +26,7 @@ class Alarms:
     def __init__(self, config: schema.Alarms) -> None:
         self.config = config
         self.steps = dict.fromkeys(WATCHED, 0)
+        self._last = 0
 
     def check(self, metrics: Metrics, step: int) -> Metrics:
         """The number of active alarms, as a metric. Prints each when it begins.
@@ -33,6 +34,10 @@ class Alarms:
         Of a threshold's metrics the worst counts. Raises ValueError with action=stop. A metric that
         is absent in a step changes nothing.
         """
+        if step <= self._last:
+            # the run went back to a checkpoint, and these steps are taken again
+            self.steps = dict.fromkeys(WATCHED, 0)
+        self._last = step
         for name, (watched, side, lower) in WATCHED.items():
             limit = getattr(self.config, name)
             found = [metric for metric in watched if metric in metrics]

@@ -20,8 +20,12 @@ class Unsound(FloatingPointError):
     """An update that was not made, for which the run stops or goes back."""
 
 
+class UnsoundInference(Unsound):
+    """A model infers what is not finite, so that there is nothing to make the step's updates of."""
+
+
 class Guard:
-    """Judges every update of one model before it is made."""
+    """Judges every update of one model before it is made, or every step."""
 
     def __init__(self, config: schema.Guard) -> None:
         self.config = config

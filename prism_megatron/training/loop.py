@@ -31,7 +31,7 @@ from model_providers.weight_plan import iter_hf_weights
 from prism_megatron import phases
 from prism_megatron.config.schema import Stage
 from prism_megatron.data.stream import BatchStream, Quarantine
-from prism_megatron.training.guard import Unsound
+from prism_megatron.training.guard import Guard, Unsound, UnsoundInference
 from prism_megatron.training.preemption import Preemption
 from prism_megatron.training.runner import ModelRunner
 from prism_megatron.training.saving import Checkpoints
@@ -57,14 +57,17 @@ class TrainingLoop:
         shown: str,
         carried: Callable[[], dict[str, Any]] = dict,
         restore: Callable[[dict[str, Any] | None, int], object] = lambda found, step: None,
+        skipped: Callable[[int], object] = lambda step: None,
     ) -> None:
         """runners: each model by its name in checkpoints, with the path it was loaded from;
         shown: the metric beside the progress bar; carried: what else of the stage a checkpoint
         holds, in JSON; restore: gets that and the step once the models have their weights; None at
-        the start of a run, and where what is carried must be forgotten."""
+        the start of a run, and where what is carried must be forgotten; skipped: gets the number of
+        updates so far where a step broke off and the run goes on with the next one."""
         self.config, self.runners, self.stream = config, runners, stream
         self.quarantine, self.shown = quarantine, shown
-        self.carried, self.restore = carried, restore
+        self.carried, self.restore, self.skipped = carried, restore, skipped
+        self.guard = Guard(config.train.guard)
         self.dir = config.run.dir
         self.checkpoints = Checkpoints(self.dir / "checkpoints", runners, config.train)
         self.is_writer = dist.get_rank() == 0
@@ -78,6 +81,7 @@ class TrainingLoop:
         found = self._load_newest()
         if found:
             self.stream.restore(found["data"])
+            self.guard.load_state_dict(found["guard"])
         self.restore(found["carried"] if found else None, self.step)
         return self.step
 
@@ -91,6 +95,14 @@ class TrainingLoop:
             self._drop_metrics_after(self.step)
         dist.barrier()
         return state
+
+    def _skip(self, error: Unsound) -> None:
+        """Leave the rest of the step out for what a model inferred; Unsound if train.guard has it
+        otherwise."""
+        if not isinstance(error, UnsoundInference):
+            raise error
+        self.guard.refuse(str(error))
+        self.skipped(self.step + 1)
 
     def _rewind(self, error: Unsound) -> None:
         """Go back to the last checkpoint, and on with the data after that which the error came of;
@@ -137,8 +149,14 @@ class TrainingLoop:
                     ended = f"{self.dir.name} ends after step {self.step} of {train.steps}: {end}"
                     break
                 except Unsound as error:
-                    self._rewind(error)
-                    continue
+                    try:
+                        self._skip(error)
+                    except Unsound as final:
+                        self._rewind(final)
+                        continue
+                    metrics = Metrics()
+                else:
+                    self.guard.accept({})
                 self.step += 1
                 seconds = time.monotonic() - started
                 metrics |= {"step": self.step, "time": seconds, **phases.take(seconds)}
@@ -191,13 +209,20 @@ class TrainingLoop:
     def _save(self, metrics: Metrics) -> None:
         self._rewinds = 0
         self.checkpoints.save(
-            self.step, lambda: {"data": self.stream.state, "carried": self.carried()}, metrics
+            self.step,
+            lambda: {
+                "data": self.stream.state,
+                "carried": self.carried(),
+                "guard": self.guard.state_dict(),
+            },
+            metrics,
         )
 
     def _skipped(self) -> Metrics:
         if self.config.train.guard.action != "skip":
             return {}
-        return {"skipped_updates": sum(r.guard.take_skipped() for r, _ in self.runners.values())}
+        guards = [self.guard, *(runner.guard for runner, _ in self.runners.values())]
+        return {"skipped_updates": sum(guard.take_skipped() for guard in guards)}
 
     def _log(self, metrics: Metrics, writer: SummaryWriter) -> None:
         # those of a skipped update may not be finite, which JSON does not know

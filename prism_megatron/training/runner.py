@@ -43,7 +43,7 @@ from prism_megatron.data.packing import pack, packed_length, plan_micro_batches
 from prism_megatron.flops import training_flops
 from prism_megatron.phases import count, phase
 from prism_megatron.training.gradient_overlap import reduce_in_order
-from prism_megatron.training.guard import Guard, Unsound
+from prism_megatron.training.guard import Guard, Unsound, UnsoundInference
 from prism_megatron.training.main_weights import MainWeights
 from prism_megatron.training.optimizer import (
     HostState,
@@ -197,7 +197,9 @@ class ModelRunner:
     def infer(self, sequences: list[Sequence], extract: ExtractFn) -> list[Tensor]:
         """One result a sequence, in order, on every rank; nothing is trained or dropped out.
 
-        `loads` then has what forward_backward wants to know of the experts."""
+        `loads` then has what forward_backward wants to know of the experts. Raises
+        UnsoundInference, on all ranks alike, if a result is not finite.
+        """
         self.model.eval()
         plan = self._plan(sequences)
         found: dict[int, Tensor] = {}
@@ -212,7 +214,7 @@ class ModelRunner:
         results = self._share(found, len(sequences))
         for index, result in enumerate(results):
             if not bool(result.isfinite().all()):
-                raise Unsound(
+                raise UnsoundInference(
                     f"sequence {index} of {len(sequences)} ({len(sequences[index])} tokens) gives "
                     "NaN or infinity; its input or the weights are broken"
                 )
@@ -225,9 +227,11 @@ class ModelRunner:
         of the expert layers of this rank's pipeline stage, for Sequence.routes."""
         self._recorded = [[] for _ in self.model.chunks]
         self.model.record_routes(True)
-        results = self.infer(sequences, extract)
-        self.model.record_routes(False)
-        recorded, self._recorded = self._recorded, None
+        try:
+            results = self.infer(sequences, extract)
+        finally:
+            self.model.record_routes(False)
+            recorded, self._recorded = self._recorded, None
         rows = self._plan(sequences)[self.parallel.data_rank]
         found: dict[int, Tensor] = {}
         for members, parts in zip(rows, zip(*recorded, strict=True), strict=True):

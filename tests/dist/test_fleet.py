@@ -354,6 +354,25 @@ def test_old_weights_never_serve_and_waiting_for_new_ones_ends(fleet: Ranks) -> 
         assert "no engine has weights of version 5 after 10 syncs in a row" in error
 
 
+def _go_back_without_weights(step: int) -> list[list[Rollout]]:
+    """The run goes back to an earlier version, whose weights reach no engine at first."""
+    _sync(9)
+    refit, _fleet._refit = _fleet._refit, lambda leases, version: {}
+    _sync(6)
+    _fleet._refit = refit
+    return _generate(step)
+
+
+def test_an_engine_that_keeps_weights_of_a_run_that_went_back_is_started_again(
+    fleet: Ranks,
+) -> None:
+    [before, _] = fleet.run(_states)
+    for found in fleet.run(_go_back_without_weights, 9):
+        assert versions_with_their_logprobs(found) == {6}
+    [after, _] = fleet.run(_states)
+    assert all(new[1] > old[1] for old, new in zip(before, after, strict=True))
+
+
 @pytest.mark.parametrize("case", [*CASES, *SEEDED], ids=lambda case: case.__name__)
 def test_contract_of_the_client_of_an_actor(
     fleet: Ranks, case: Callable[[EngineClient], Awaitable[None]]

@@ -48,6 +48,8 @@ STAGES: dict[str, Any] = {
         "policy": {"path": "tiny", "parallel": {"tensor": 2}},
         "discriminator": {"path": "judge", "parallel": {"expert": 2}},
         "discriminator_optimizer": {"lr": 1e-3},
+        # rings after steps that come before and after a kill
+        "alarms": {"load_entropy_below": 0.999, "patience": 7},
         # invalid responses train the discriminator, too
         "fallback_loss": "reference",
         "regularised_scores": "reference",
@@ -110,16 +112,19 @@ def _being_written(out: Path) -> int:
 
 
 class Killer(threading.Thread):
-    """Kills a rank at a random moment after a random step, or of a checkpoint's writing."""
+    """Kills a rank at a random moment after a random step or, with saving, of a checkpoint's
+    writing."""
 
-    def __init__(self, world: Ranks, out: Path, chance: random.Random, active: bool) -> None:
+    def __init__(
+        self, world: Ranks, out: Path, chance: random.Random, active: bool, saving: bool
+    ) -> None:
         super().__init__()
         self.active = active
         self.world, self.out, self.over, self.killed = world, out, threading.Event(), False
         # two saves further on the first of them is complete
         self.target = _newest(out) + chance.randint(1, 6)
-        self.reached = chance.choice([_steps, _being_written])
-        self.delay = chance.choice([0, chance.uniform(0, 0.1)])
+        self.reached = _being_written if saving else _steps
+        self.delay = chance.choice([0, chance.uniform(0, 0.01 if saving else 0.1)])
         self.rank = chance.randrange(world.world)
 
     def run(self) -> None:
@@ -149,12 +154,15 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been(stage: str, root: Path, tmp_
         wanted, kills = _lines(whole), 0
         norms = {line.get("grad_norm", line.get("policy_grad_norm")) for line in wanted}
         assert len(norms) == len(wanted) == STAGES[stage]["train"]["steps"]
-        is_over, resumed = False, set[int]()
+        if stage == "align":
+            assert wanted[0]["alarms"] == 0 and wanted[-1]["alarms"] == 1
+        is_over, resumed, half_written = False, set[int](), 0
         while kills < KILLS[stage] or not is_over:
             if is_over:
                 # it had come to its end before all kills
                 shutil.rmtree(out)
-            killer = Killer(world, out, chance, active=kills < KILLS[stage])
+            active, saving = kills < KILLS[stage], kills % 2 == 1
+            killer = Killer(world, out, chance, active, saving)
             killer.start()
             try:
                 world.run(_train, root, out, stage)
@@ -168,6 +176,7 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been(stage: str, root: Path, tmp_
                 # too late: the next run needs other ranks
                 world.restart()
             kills += killer.killed
+            half_written += bool(_being_written(out))
             _check_complete(out)
             resumed.add(_newest(out))
             if is_over:
@@ -175,5 +184,6 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been(stage: str, root: Path, tmp_
     finally:
         world.close()
     assert (out / "hf" / "config.json").exists()
+    assert half_written
     # from the start and the end, and from checkpoints in between
     assert len(resumed - {0, STAGES[stage]["train"]["steps"]}) > 1

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 from unittest import mock
 
 import pytest
+import torch
 import torch.distributed as dist
 from torch import Tensor
 from transformers import AutoProcessor
@@ -18,6 +20,7 @@ from prism_megatron.config import schema
 from prism_megatron.data import digit_sums
 from prism_megatron.pipelines import rlvr, tiny_model
 from prism_megatron.rollout import fleet
+from prism_megatron.training.guard import Unsound
 from prism_megatron.types import Prompt, Rollout
 from tests.dist.ranks import Ranks
 
@@ -233,6 +236,60 @@ def test_a_rewound_run_forgets_what_was_sampled_with_the_weights_that_are_gone(
     assert [step["stale_share"] for step in steps] == [0, 1, 0, 1]
     # batches of two rows: two trained, two forgotten, two trained
     assert len(asked) == 12 == len(set(asked))
+
+
+def _broken(root: Path, out: Path, what: str, broken: Collection[int], limit: int) -> str:
+    """Six steps of two updates each, in some of which gradients, or the images from which old
+    log-probabilities are inferred, are broken; what the run ends with."""
+    steps = 0
+
+    def update(model: Any, samples: Any, *args: Any, **options: Any) -> dict[str, float]:
+        nonlocal steps
+        steps += 1
+        if steps in broken and what == "images":
+            samples = [(_without_image(prompt), rollout) for prompt, rollout in samples]
+        factor = float("nan") if steps in broken else 1.0
+        hook = next(model.model.parameters()).register_hook(lambda grad: grad * factor)
+        try:
+            return real(model, samples, *args, **options)
+        finally:
+            hook.remove()
+
+    real = rlvr.policy_update
+    guard = {"action": "skip", "limit": limit}
+    train = {"steps": 6, "micro_batch_tokens": 1024, "guard": guard}
+    try:
+        with mock.patch.object(rlvr, "policy_update", update):
+            _run(root, out, 6, mini_batches=2, train=train)
+    except Unsound as error:
+        return str(error)
+    return ""
+
+
+def _without_image(prompt: Prompt) -> Prompt:
+    """The prompt with an image that is not a number."""
+    [image] = prompt.images
+    return replace(
+        prompt, images=(replace(image, patches=torch.full_like(image.pixel_values, torch.nan)),)
+    )
+
+
+def test_a_step_that_breaks_off_where_nothing_can_be_inferred_is_one_without_updates(
+    ranks: Worlds, root: Path, tmp_path: Path
+) -> None:
+    refused, inferred = tmp_path / "refused", tmp_path / "inferred"
+    [words, _] = ranks(2).run(_broken, root, refused, "gradients", (2, 4, 5), 2)
+    assert words.startswith("step 5 of refused: grad_norm is nan"), words
+    [words, _] = ranks(2).run(_broken, root, inferred, "images", (2, 4, 5), 1)
+    assert words.startswith("step 5 of inferred: sequence 0 of ") and "NaN or infinity" in words
+    assert "1 updates in a row were skipped before (train.guard.limit)" in words
+    by_update, by_step = _metrics(refused), _metrics(inferred)
+    assert [step["skipped_updates"] for step in by_update] == [0, 2, 0, 2]
+    assert [step["skipped_updates"] for step in by_step] == [0, 1, 0, 1]
+    assert "reward" in by_update[1] and "reward" not in by_step[1]
+    # the engine has the next version nevertheless, and samples the same
+    for step in (0, 2):
+        assert clockless(by_update[step]) == clockless(by_step[step])
 
 
 def _to_the_end(root: Path, out: Path) -> None:

@@ -17,8 +17,9 @@ from model_providers.parallel import Layout
 from model_providers.router import SectionRouter
 from model_providers.weight_plan import iter_hf_weights
 from prism_megatron.config.schema import Optimizer, PolicyUpdate
+from prism_megatron.training.guard import UnsoundInference
 from prism_megatron.training.policy import engine_routes, policy_update, response_logprobs
-from prism_megatron.types import Prompt, Rollout
+from prism_megatron.types import PackedBatch, Prompt, Rollout
 from tests.dist import checks
 from tests.dist.ranks import Ranks
 from tests.dist.test_objectives import samples
@@ -134,6 +135,24 @@ def test_experts_that_the_engine_does_not_tell_are_an_error(
 def _routes(path: Path, layout: Layout, tokens: int) -> list[Tensor]:
     runner = checks.make_runner(path, layout, micro_batch_tokens=tokens)
     return runner.infer_with_routes(checks.mixed_batch(), response_logprobs)[1]
+
+
+def _recorded_after_nan(path: Path) -> Any:
+    runner = checks.make_runner(path, Layout())
+
+    def broken(output: Tensor, batch: PackedBatch) -> list[Tensor]:
+        return [values / 0 for values in response_logprobs(output, batch)]
+
+    with pytest.raises(UnsoundInference):
+        runner.infer_with_routes(checks.mixed_batch(), broken)
+    runner.infer(checks.mixed_batch(), response_logprobs)
+    return runner._recorded
+
+
+def test_a_pass_that_gives_nan_is_the_last_that_is_recorded(
+    ranks: Worlds, hf_models: dict[str, Path]
+) -> None:
+    assert ranks(1).run(_recorded_after_nan, hf_models["moe"]) == [None]
 
 
 @pytest.fixture(scope="module")

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -102,6 +104,8 @@ def _broadcast(path: Path, layout: Layout) -> Any:
     """What a server in another process got changed or not at all, with what it was asked."""
     model = _model(path, layout)
     with ExitStack() as stack:
+        # a host whose own name leads nowhere
+        stack.enter_context(patch.object(socket, "gethostbyname", side_effect=OSError("no name")))
         mock, box = None, [""]
         # the first rank sends, so the server lives with the last one
         if dist.get_rank() == dist.get_world_size() - 1:

@@ -150,20 +150,68 @@ def kill_a_rank(launcher: subprocess.Popen[str], folder: Path) -> None:
     rank.kill()
 
 
-def test_torchrun_trains_a_model_that_is_split_over_two_hosts_also_when_a_rank_dies(
+def on_one_host(cluster: dict[str, str], stage: list[str]) -> None:
+    statuses, said = outputs(on_hosts(cluster, 1, *stage))
+    assert statuses == [0], said[-6000:]
+
+
+def submit(cluster: dict[str, str], nodes: int, stage: list[str], **variables: str) -> None:
+    """A Slurm job to its end."""
+    done = subprocess.run(
+        ["sbatch", "--nodes", str(nodes), "launch/slurm.sbatch", *stage],
+        cwd=ROOT,
+        env=cluster | {"NPROC_PER_NODE": "1"} | variables,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=700,
+    )
+    assert done.returncode == 0, done.stdout[-6000:]
+
+
+def test_the_pipeline_over_hosts_each_stage_with_what_the_one_before_wrote(
     cluster: dict[str, str], quickstart: Path
 ) -> None:
-    small = [f"model.path={quickstart}/tiny", "batch_size=8", "model.parallel.tensor=2"]
-    length = ["vars.sft_steps=8", "vars.save_every=4"]
-    job = arguments("sft", quickstart, *small, *length)
-    nodes = on_hosts(cluster, 2, *job, MAX_RESTARTS="1")
+    """Models are split over two hosts, a rank of the second dies once; engines are on a third host,
+    then beside the ranks."""
+    steps = [f"vars.{stage}_steps=2" for stage in ("warmup", "align", "rlvr")]
+
+    def stage(name: str, *overrides: str) -> list[str]:
+        return arguments(name, quickstart, *steps, *overrides)
+
+    statuses, said = outputs(on_hosts(cluster, 2, *stage("convert")))
+    assert statuses == [0, 0], said[-6000:]
+
+    # enough for well-formed answers
+    sft = stage("sft", "batch_size=16", "optimizer.lr=2e-3", "vars.sft_steps=40")
+    nodes = on_hosts(cluster, 2, *sft, MAX_RESTARTS="1")
     kill_a_rank(nodes[1], quickstart / "sft")
     statuses, said = outputs(nodes)
     assert statuses == [0, 0], said[-6000:]
     assert "starting again, 1 of 1 times" in said
-    assert [entry["step"] for entry in metrics(quickstart / "sft")] == list(range(1, 9))
-    assert said.count("sft step 1/8 ") == 1, "it began anew instead of going on"
-    assert (quickstart / "sft" / "hf" / "model.safetensors").exists()
+    assert [entry["step"] for entry in metrics(quickstart / "sft")] == list(range(1, 41))
+    assert said.count("sft step 2/40 ") == 1, "it began anew instead of going on"
+
+    on_one_host(cluster, stage("pairs"))
+    on_one_host(cluster, stage("upcycle"))
+    submit(cluster, 2, stage("warmup", "batch_size=8"))
+    assert all(entry["grad_norm"] > 0 for entry in metrics(quickstart / "warmup"))
+
+    small = ["prompts_per_step=8", "sampling.n=2", "rollout.kind=local"]
+    submit(cluster, 3, stage("align", *small), ENGINE_NODES="1")
+    beside = ["rollout.engines=2", "rollout.nodes=2"]
+    submit(cluster, 2, stage("rlvr", *small, *beside))
+    for name in ("align", "rlvr"):
+        entries = metrics(quickstart / name)
+        assert [entry["weight_version"] for entry in entries] == [1, 2]
+        assert all(entry["logprob_mismatch"] < 1e-4 for entry in entries)
+        assert all(entry["format_rate"] > 0 for entry in entries)
+    assert all(entry["discriminator_grad_norm"] > 0 for entry in metrics(quickstart / "align"))
+
+    on_one_host(cluster, stage("evaluate", "vars.stage=rlvr"))
+    result = json.loads((quickstart / "rlvr" / "eval.json").read_text())
+    assert (result["model"], result["rows"]) == (f"{quickstart}/rlvr/hf", 24)
+    assert result["metrics"]["format_rate"]["value"] > 0
 
 
 def test_a_host_that_is_cut_off_ends_the_job_and_a_restart_ends_as_if_it_had_not_been(
@@ -210,33 +258,6 @@ def test_doctor_has_a_row_for_each_host(cluster: dict[str, str], quickstart: Pat
     ]
     assert [node["shared"] for node in printed["nodes"]] == [True, True]
     assert all(abs(node["clock"]) < 60 for node in printed["nodes"])
-
-
-def test_slurm_runs_rlvr_with_trainers_and_engine_on_hosts_of_their_own(
-    cluster: dict[str, str], quickstart: Path
-) -> None:
-    job = arguments(
-        "rlvr",
-        quickstart,
-        f"policy.path={quickstart}/tiny",
-        "vars.rlvr_steps=2",
-        "prompts_per_step=4",
-        "sampling.n=2",
-        "rollout.kind=local",
-    )
-    done = subprocess.run(
-        ["sbatch", "--nodes", "3", "launch/slurm.sbatch", *job],
-        cwd=ROOT,
-        env=cluster | {"ENGINE_NODES": "1", "NPROC_PER_NODE": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=700,
-    )
-    assert done.returncode == 0, done.stdout[-6000:]
-    entries = metrics(quickstart / "rlvr")
-    assert [entry["weight_version"] for entry in entries] == [1, 2]
-    assert all(entry["logprob_mismatch"] < 1e-4 for entry in entries)
 
 
 def test_a_slurm_job_that_is_asked_to_end_saves_on_all_hosts_and_goes_on_when_requeued(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import signal
+import time
 from pathlib import Path
 
 import psutil
@@ -52,6 +53,7 @@ def test_dead_engines_do_not_stop_training_and_a_dead_ray_only_for_a_restart(
 
     job = Job.launched(stage)
     job.wait_for(lambda: len(metrics(out)) >= 2)
+    time.sleep(chance.uniform(0, 1))
     ranks = job.ranks()
     chance.choice(job.others("ray::AsyncLocalEngine")).kill()
     job.wait_for(lambda: len(metrics(out)) >= 5)
@@ -68,6 +70,7 @@ def test_dead_engines_do_not_stop_training_and_a_dead_ray_only_for_a_restart(
     done = len(metrics(out))
     job.wait_for(lambda: len(metrics(out)) > done)
     ranks = job.ranks()
+    time.sleep(chance.uniform(0, 1))
     job.others("gcs_server")[0].kill()
     job.wait_for(lambda: job.ranks() and not set(job.ranks()) & set(ranks))
     status, output = job.end()

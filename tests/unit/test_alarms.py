@@ -15,11 +15,11 @@ def test_an_alarm_begins_after_the_steps_and_ends_with_the_value(
     values = [0.95, 0.95, 0.8, 0.95, 0.95, 0.95, 0.95, 0.9]
     active = [
         alarms.check({"caption_accuracy": v, "reasoning_accuracy": 0.6}, i)["alarms"]
-        for i, v in enumerate(values)
+        for i, v in enumerate(values, 1)
     ]
     assert active == [0, 0, 0, 0, 0, 1, 1, 0]
     [line] = capsys.readouterr().err.splitlines()
-    assert line.startswith("ALARM at step 5: caption_accuracy=0.95 is beyond")
+    assert line.startswith("ALARM at step 6: caption_accuracy=0.95 is beyond")
     assert "alarms.accuracy_above=0.9 for 3 steps; lower discriminator_optimizer.lr" in line
 
 
@@ -38,13 +38,19 @@ def test_every_threshold_has_its_side(threshold: str, metric: str, bad: float, g
               "load_entropy_below": 0.6}  # fmt: skip
     off = dict.fromkeys(limits, None)
     config = schema.Alarms(**(off | {threshold: limits[threshold]}), patience=1, action="stop")
-    Alarms(config).check({metric: good}, 0)
+    Alarms(config).check({metric: good}, 1)
     with pytest.raises(ValueError, match=f"{metric}=.* beyond alarms.{threshold}"):
-        Alarms(config).check({metric: bad}, 0)
-    Alarms(schema.Alarms(**off, patience=1, action="stop")).check({metric: bad}, 0)
+        Alarms(config).check({metric: bad}, 1)
+    Alarms(schema.Alarms(**off, patience=1, action="stop")).check({metric: bad}, 1)
 
 
 def test_a_step_without_the_metric_changes_nothing() -> None:
     alarms = Alarms(schema.Alarms(margin_above=1.0, patience=2))
-    found = [alarms.check(m, 0)["alarms"] for m in ({"score_gap": 2.0}, {}, {"score_gap": 2.0})]
-    assert found == [0, 0, 1]
+    steps: list[dict[str, float]] = [{"score_gap": 2.0}, {}, {"score_gap": 2.0}]
+    assert [alarms.check(step, i)["alarms"] for i, step in enumerate(steps, 1)] == [0, 0, 1]
+
+
+def test_steps_that_are_taken_again_are_counted_once() -> None:
+    alarms = Alarms(schema.Alarms(margin_above=1.0, patience=3))
+    found = [alarms.check({"score_gap": 2.0}, step)["alarms"] for step in (1, 2, 1, 2, 3, 4)]
+    assert found == [0, 0, 0, 0, 1, 1]

@@ -152,7 +152,11 @@ def machine(tmp_path: Path) -> Path:
             f'if [[ $1 != */ranks.py ]]; then exec {sys.executable} "$@"; fi\n'
             f'echo "ranks ${{*:2}}" >>{tmp_path}/log\nexit $STATUS',
         ),
-        ("srun", f'echo "srun $*" >>{tmp_path}/log\nSLURM_NODEID=0 "${{@:2}}"'),
+        (
+            "srun",
+            f'echo "srun $*" >>{tmp_path}/log\nwhile [[ $1 == --* ]]; do shift; done\n'
+            'SLURM_NODEID=0 "$@"',
+        ),
         (
             "scontrol",
             f'echo "scontrol $*" >>{tmp_path}/log\n'
@@ -164,8 +168,20 @@ def machine(tmp_path: Path) -> Path:
     return tmp_path
 
 
-@pytest.mark.parametrize("status", [0, 1, 75])
-def test_a_slurm_job_that_saved_is_queued_again(machine: Path, status: int) -> None:
+@pytest.mark.parametrize(
+    ("status", "requeues", "restarted", "again"),
+    [
+        (0, 2, 0, False),
+        (1, 0, 0, False),
+        (1, 2, 1, True),
+        (1, 2, 2, False),
+        (2, 2, 0, False),
+        (75, 0, 9, True),
+    ],
+)
+def test_a_slurm_job_that_saved_is_queued_again_and_if_asked_one_that_failed(
+    machine: Path, status: int, requeues: int, restarted: int, again: bool
+) -> None:
     ran = shell(
         # Slurm runs a copy
         f"cp launch/slurm.sbatch {machine}/script && bash {machine}/script {SFT}",
@@ -175,14 +191,17 @@ def test_a_slurm_job_that_saved_is_queued_again(machine: Path, status: int) -> N
         SLURM_NNODES="1",
         SLURM_JOB_ID="7",
         SLURM_JOB_NODELIST="node-[a-b]",
+        SLURM_CPUS_PER_TASK="64",
+        SLURM_RESTART_COUNT=str(restarted),
+        MAX_REQUEUES=str(requeues),
     )
     assert ran.returncode == status, ran.stderr
     log = (machine / "log").read_text().splitlines()
     assert log == [
         "scontrol show hostnames node-[a-b]",
-        f"srun --kill-on-bad-exit=1 bash launch/torchrun.sh {SFT}",
+        f"srun --kill-on-bad-exit=1 --cpus-per-task=64 bash launch/torchrun.sh {SFT}",
         f"ranks {ALONE_AT} --nproc-per-node gpu -m prism_megatron {SFT}",
-        *(["scontrol requeue 7"] if status == 75 else []),
+        *(["scontrol requeue 7"] if again else []),
     ]
 
 

@@ -75,6 +75,19 @@ def test_quarantine_writes_counts_and_goes_on(tmp_path: Path) -> None:
     assert "3 rows quarantined (a: overlong prompt: 2; b: missing image: 1)" in again.summary()
 
 
+def test_quarantine_goes_on_after_a_line_that_a_full_disk_cut(tmp_path: Path) -> None:
+    path = tmp_path / "quarantine.jsonl"
+    rows = Numbers(8, name="a")
+    Quarantine(path, 0.5).add(rows, 1, "missing image: x.png")
+    with path.open("a") as file:
+        file.write('{"row": "a:2", "sou')
+    assert Quarantine(path, 0.5, write=False).total == 1
+    again = Quarantine(path, 0.5)
+    again.add(rows, 2, "missing image: y.png")
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [line["row"] for line in lines] == ["a:1", "a:2"]
+
+
 def test_quarantine_stops_a_run_with_too_many_bad_rows_of_one_source(tmp_path: Path) -> None:
     quarantine = Quarantine(tmp_path / "q.jsonl", 0.1, write=False)
     quarantine.add(Numbers(10, name="a"), 1, "missing image: x.png")
