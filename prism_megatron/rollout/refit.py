@@ -81,7 +81,7 @@ class ServerRefit:
         self.config, self.model, self.hf_dir = config, model, hf_dir
         self._sync: WeightSync | None = None
         self._placed: set[int] = set()
-        self._clients: dict[str, Any] = {}
+        self._clients: dict[Endpoint, Any] = {}
 
     def __call__(self, leases: Sequence[Lease], version: int) -> dict[str, float]:
         """Seconds by phase; an engine that fails is left out, and asked for its version later."""
@@ -99,9 +99,10 @@ class ServerRefit:
             return {}
 
     def _client(self, endpoint: Endpoint) -> Any:
-        if endpoint.url not in self._clients:
-            self._clients[endpoint.url] = connect(self.config.kind, self.hf_dir, endpoint)
-        return self._clients[endpoint.url]
+        # a restarted server may get the same port, and has another key
+        if endpoint not in self._clients:
+            self._clients[endpoint] = connect(self.config.kind, self.hf_dir, endpoint)
+        return self._clients[endpoint]
 
     def _way(self, leases: Sequence[Lease]) -> WeightSync:
         config = self.config

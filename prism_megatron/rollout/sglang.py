@@ -42,8 +42,8 @@ def server_command(
     python: of the environment that has SGLang. hf_dir needs no weights: they come by a weight sync.
     routes: it shall tell the experts that tokens take. options go to SGLang as they are.
     """
-    command = [python, "-m", "sglang.launch_server", "--model-path", str(hf_dir)]
-    command += ["--host", host, "--port", str(port), "--api-key", api_key]
+    command = [python, "-m", "prism_megatron.rollout.sglang_server", "--model-path", str(hf_dir)]
+    command += ["--host", host, "--port", str(port)]
     command += ["--tp-size", str(tensor), "--weight-version", "-1", "--skip-tokenizer-init"]
     command += ["--enable-memory-saver", "--log-level", "warning", *options]
     if routes:
@@ -52,6 +52,7 @@ def server_command(
     if not any(Path(hf_dir).glob("*.safetensors")):
         command += ["--load-format", "dummy"]
     environment = {
+        "SGLANG_API_KEY": api_key,
         "SGLANG_EXTERNAL_MM_PROCESSOR_PACKAGE": "prism_megatron.rollout.sglang_server",
         # image features of the weights before last are of no use, and are not cleared by a sync
         "SGLANG_VLM_CACHE_SIZE_MB": "0",

@@ -139,7 +139,7 @@ class IpcSync:
             turned_experts=True,
             quantization=quantization,
         )
-        self._settled: set[str] = set()
+        self._settled: list[Server] = []
 
     def sync(self, servers: Mapping[int, Server], version: int) -> dict[str, float]:
         """See WeightSync."""
@@ -168,9 +168,9 @@ class IpcSync:
         return phase.result()
 
     def _pause(self, server: Server) -> None:
-        if server.url not in self._settled:
+        if server not in self._settled:
             server.settle()
-            self._settled.add(server.url)
+            self._settled.append(server)
         server.pause()
 
     def _run(self, lender: _Lender | None, phase: _Phases) -> None:
@@ -295,13 +295,14 @@ class BroadcastSync:
             turned_experts=True,
             quantization=quantization,
         )
-        self._joined: list[str] = []
+        self._joined: list[Server] = []
         self._group: dist.ProcessGroup | None = None
         self._name = ""
 
     def _join(self, servers: Sequence[Server]) -> None:
-        """Make a group with these servers, which a restarted one is not in yet."""
-        if self._joined == (urls := [server.url for server in servers]):
+        """Make a group with these servers, which a restarted one is not in yet, also where it got
+        its predecessor's port."""
+        if self._joined == servers:
             return
         # not what the host's own name leads to, which is loopback on many hosts
         host, port = self.host, _free_port()
@@ -325,7 +326,7 @@ class BroadcastSync:
             )
             for future in joining:
                 future.result()
-        self._joined = urls
+        self._joined = list(servers)
 
     def sync(self, servers: Mapping[int, Server], version: int) -> dict[str, float]:
         """See WeightSync."""

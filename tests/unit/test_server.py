@@ -12,15 +12,18 @@ import urllib.error
 import urllib.request
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
 import pytest
 
+from prism_megatron.config import schema
 from prism_megatron.config.schema import Sampling
-from prism_megatron.rollout import guard
+from prism_megatron.rollout import guard, outer_group, refit, sglang, vllm
 from prism_megatron.rollout.engine import EngineDied
 from prism_megatron.rollout.server import Endpoint, Server, ServerKind, address_of
+from prism_megatron.rollout.weight_sync import BroadcastSync
 from prism_megatron.types import Prompt, Rollout
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -72,6 +75,55 @@ def command(mode: str, endpoint: Endpoint) -> tuple[list[str], dict[str, str]]:
 def server(log: Path, mode: str = "serve", gpus: tuple[int, ...] = ()) -> Server:
     kind = ServerKind(partial(command, mode), Client)
     return Server(kind, log=log, gpus=gpus, health_timeout=5)
+
+
+@pytest.mark.parametrize("program", [sglang, vllm])
+def test_a_key_is_told_by_the_environment_alone(program: Any) -> None:
+    """Every user of the host sees command lines."""
+    told, environment = program.server_command(Path("none"), host="h", port=1, api_key="the-key")
+    assert not any("the-key" in word for word in told)
+    assert "the-key" in environment.values()
+
+
+def test_sglang_gets_its_key_as_the_argument_that_it_takes_it_by(tmp_path: Path) -> None:
+    """From a stand-in for SGLang, which says what it was given and what others see of that."""
+    package = tmp_path / "sglang"
+    package.mkdir()
+    (package / "__init__.py").touch()
+    says = "import json, pathlib, sys\n"
+    says += "seen = pathlib.Path('/proc/self/cmdline').read_text()\n"
+    says += "assert __name__ == '__main__'\n"
+    (package / "launch_server.py").write_text(says + "print(json.dumps([sys.argv[1:], seen]))")
+    told, environment = sglang.server_command(tmp_path, host="h", port=7, api_key="the-key")
+    path = os.pathsep.join([str(tmp_path), str(ROOT)])
+    environment = os.environ | environment | {"PYTHONPATH": path}
+    output = subprocess.check_output(told, env=environment, cwd=tmp_path, text=True)
+    given, seen = json.loads(output)
+    assert given == [*told[3:], "--api-key", "the-key"] and "the-key" not in seen
+
+
+def test_a_server_that_gets_the_port_of_its_predecessor_is_another(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It has another key, and is in no group yet."""
+    monkeypatch.setattr(
+        refit, "connect", lambda kind, hf_dir, endpoint: SimpleNamespace(to=endpoint)
+    )
+    engines = refit.ServerRefit(schema.Rollout(kind="sglang", gpus=(0,)), None, Path())  # type: ignore[arg-type]
+    old, new = (engines._client(Endpoint("127.0.0.1", 7, key)) for key in ("old", "new"))
+    assert (old.to.api_key, new.to.api_key) == ("old", "new")
+    assert engines._client(Endpoint("127.0.0.1", 7, "new")) is new
+
+    asked = []
+    monkeypatch.setattr(outer_group, "join", lambda *arguments: None)
+    sync = object.__new__(BroadcastSync)
+    sync.engine_ranks, sync._groups, sync._joined = 1, 0, [old]
+    sync.backend = SimpleNamespace(process_group_backend="gloo")  # type: ignore[assignment]
+    for client in (old, new):
+        client.join_group = lambda *arguments, client=client: asked.append(client)
+    for servers in ([old], [new], [new]):
+        sync._join(servers)
+    assert asked == [new]
 
 
 def gone(pids: list[int], within: float = 10) -> bool:

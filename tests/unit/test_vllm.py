@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Callable
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,7 +12,7 @@ import pytest
 import torch
 
 from prism_megatron.config.schema import Sampling
-from prism_megatron.rollout.vllm import VLLMEngine, request, server_command
+from prism_megatron.rollout.vllm import VLLMEngine, request
 from prism_megatron.rollout.vllm_front import Front
 from prism_megatron.rollout.vocabulary import Vocabulary
 from prism_megatron.types import Prompt, Rollout, VisualInputs
@@ -218,10 +216,3 @@ def test_what_was_cut_off_before_its_prompt_was_read_has_no_experts(
     server.engine.routes, server.ids, server.finish_reason = True, [], "abort"
     [group] = asyncio.run(server.sample())
     assert group == [Rollout((), (), "abort", 3)] * 2
-
-
-@pytest.mark.parametrize("command_of", [server_command])
-def test_the_key_is_not_on_the_command_line(command_of: Callable[..., Any]) -> None:
-    command, environment = command_of(Path("none"), host="h", port=1, api_key="secret-key")
-    assert "secret-key" not in " ".join(command)
-    assert environment["VLLM_API_KEY"] == "secret-key"
