@@ -54,7 +54,7 @@ class MockSGLang:
         """A path that is answered with status 400."""
         self.forget_version = False
 
-    def answer(self, path: str, body: Any) -> tuple[int, Any]:
+    def answer(self, path: str, body: Any) -> tuple[int, Any] | tuple[int, Any, dict[str, str]]:
         """Status and JSON."""
         self.paths.append(path)
         if path == self.refuse:
@@ -218,11 +218,13 @@ def serve(mock: MockSGLang) -> Iterator[str]:
             self._respond(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
 
         def _respond(self, body: Any) -> None:
-            status, content = 401, {"error": "Unauthorized"}
+            status, content, more = 401, {"error": "Unauthorized"}, {}
             if self.headers.get("Authorization") == f"Bearer {KEY}":
-                status, content = mock.answer(self.path, body)
+                status, content, more, *_ = (*mock.answer(self.path, body), {})
             data = json.dumps(content).encode()
             self.send_response(status)
+            for name in more.keys() - {"content-type", "content-length"}:
+                self.send_header(name, more[name])
             self.send_header("Content-Type", "application/json")
             self.send_header("Content-Length", str(len(data)))
             self.end_headers()

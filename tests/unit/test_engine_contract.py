@@ -1,5 +1,5 @@
-"""The embedded engine beside an event loop, and the client of SGLang servers, keep the contract of
-EngineClient."""
+"""The embedded engine beside an event loop, and the clients of SGLang and vLLM servers, keep the
+contract of EngineClient."""
 
 from __future__ import annotations
 
@@ -12,9 +12,11 @@ import pytest
 from prism_megatron.rollout.actors import AsyncLocalEngine
 from prism_megatron.rollout.engine import EngineClient
 from prism_megatron.rollout.sglang import SGLangEngine
+from prism_megatron.rollout.vllm import VLLMEngine
 from prism_megatron.rollout.vocabulary import Vocabulary
 from tests.engine_contract import CASES, SEEDED, VERSION, WEIGHTS_SEED
 from tests.mock_sglang import KEY, MockSGLang, serve
+from tests.mock_vllm import MockVLLM
 from tests.unit.test_local_engine import save, tiny_model
 
 
@@ -35,14 +37,20 @@ def test_contract(hf_dir: Path, case: Callable[[EngineClient], Awaitable[None]])
     asyncio.run(run())
 
 
+@pytest.mark.parametrize(("client", "server"), [(SGLangEngine, MockSGLang), (VLLMEngine, MockVLLM)])
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.__name__)
-def test_contract_over_http(hf_dir: Path, case: Callable[[EngineClient], Awaitable[None]]) -> None:
+def test_contract_over_http(
+    hf_dir: Path,
+    client: type[SGLangEngine | VLLMEngine],
+    server: type[MockSGLang],
+    case: Callable[[EngineClient], Awaitable[None]],
+) -> None:
     async def run(url: str) -> None:
-        engine = SGLangEngine(url, KEY, Vocabulary.of(hf_dir))
+        engine = client(url, KEY, Vocabulary.of(hf_dir))
         await case(engine)
         await engine.close()
 
-    mock = MockSGLang(hf_dir)
+    mock = server(hf_dir)
     mock.load(dict(tiny_model(seed=WEIGHTS_SEED).named_parameters()), VERSION)
     with serve(mock) as url:
         asyncio.run(run(url))

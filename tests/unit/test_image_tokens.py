@@ -6,11 +6,9 @@ import base64
 import io
 import json
 import random
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-import msgpack
 import numpy as np
 import pytest
 import torch
@@ -25,6 +23,7 @@ from prism_megatron.rollout.vocabulary import Vocabulary
 from prism_megatron.types import Prompt, VisualInputs
 from tests import tiny_models
 from tests.mock_sglang import prompt_of
+from tests.mock_vllm import vllm_prompt_of
 
 PROMPTS = 2000
 WORDS = ("3+8=", "sum", "\n", " \t", "<caption>", "</image>", "image >", "<", "é", "数", "🙂", "  ")
@@ -89,8 +88,10 @@ def test_ids_are_those_of_transformers_and_of_the_engines(folder: Path) -> None:
         assert seen.input_ids == prompt.input_ids
         assert_same_images(prompt, [(i.grid_thw, i.pixel_values) for i in seen.images])
         for_vllm = json.loads(json.dumps(vllm.request(prompt, sampling, vocabulary)))
-        assert tuple(for_vllm["token_ids"]) == prompt.input_ids
-        assert_same_images(prompt, vllm_images(for_vllm, processor))
+        seen = vllm_prompt_of(for_vllm)
+        assert seen.input_ids == prompt.input_ids
+        assert_same_images(prompt, [(i.grid_thw, i.pixel_values) for i in seen.images])
+        assert_images_have_their_places(for_vllm.get("features"), prompt, processor)
         shown += len(prompt.images)
     assert shown > PROMPTS / 2
 
@@ -122,29 +123,12 @@ def assert_same_images(
         assert torch.equal(patches, image.pixel_values.to(torch.bfloat16).float())
 
 
-def vllm_images(
-    body: dict[str, Any], processor: Any
-) -> list[tuple[tuple[int, int, int], torch.Tensor]]:
-    """What the request's features hold; their places are the runs of image tokens, each as long as
-    its image."""
-    if "features" not in body:
-        return []
-    found, features = [], body["features"]
-    for encoded in features["kwargs_data"]["image"]:
-        message = msgpack.unpackb(base64.b64decode(encoded))
-        (_, shape, patches), (_, _, grid) = (
-            message[key]["data"] for key in ("pixel_values", "image_grid_thw")
-        )
-        values = torch.frombuffer(bytearray(patches.data), dtype=torch.bfloat16).view(shape).float()
-        sizes = np.frombuffer(grid.data, dtype=np.int64).tolist()
-        found.append(((sizes[0], sizes[1], sizes[2]), values))
-    ids, start, runs = body["token_ids"], 0, []
-    for token, run in groupby(ids):
-        length = len(list(run))
-        if token == processor.image_token_id:
-            runs.append({"offset": start, "length": length})
-        start += length
-    assert features["mm_placeholders"]["image"] == runs
+def assert_images_have_their_places(features: Any, prompt: Prompt, processor: Any) -> None:
+    """All runs of image tokens, each as long as its image."""
+    places = features["mm_placeholders"]["image"] if features else []
     merged = processor.image_processor.merge_size**2
-    assert [run["length"] for run in runs] == [len(values) // merged for _, values in found]
-    return found
+    lengths = [len(image.pixel_values) // merged for image in prompt.images]
+    assert [place["length"] for place in places] == lengths
+    shown = [i for place in places for i in range(place["offset"], sum(place.values()))]
+    tokens = enumerate(prompt.input_ids)
+    assert shown == [i for i, token in tokens if token == processor.image_token_id]
