@@ -216,6 +216,8 @@ def _save(
     started = time.perf_counter()
     saving = runner.begin_save(folder / "checkpoint", source, in_background=True)
     stall = time.perf_counter() - started
+    if dist.get_rank() == 0:
+        print(f"training waited {stall:.2f} s; writing goes on beside it", flush=True)
     steps = []
     writing = torch.ones((), device=runner.model.backend.device)
     while bool(writing):
