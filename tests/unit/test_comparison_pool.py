@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -53,6 +54,18 @@ def test_verdicts_come_in_order_of_the_questions(pool: ComparisonPool) -> None:
     questions: list[Question] = [("corrected", str(n % 3), ["1"]) for n in range(40)]
     assert [v.correct for v in pool.compare(questions)] == [n % 3 == 1 for n in range(40)]
     assert pool.compare([]) == []
+
+
+def test_a_process_with_many_open_files_compares_too(pool: ComparisonPool) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, 4096), hard))
+    held = [os.dup(0) for _ in range(1100)]
+    try:
+        assert pool.compare([EASY]) == [RIGHT]
+    finally:
+        for file in held:
+            os.close(file)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 def test_an_endless_answer_costs_its_own_time_alone(

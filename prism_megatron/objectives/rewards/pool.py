@@ -126,9 +126,8 @@ class _Worker:
         if self._is_ready:
             return
         _, stdout = self._pipes()
-        ready, _, _ = select.select([stdout], [], [], _STARTUP_SECONDS)
         # a library may print while it is imported
-        if not ready or "ready\n" not in iter(stdout.readline, ""):
+        if not _has_words(stdout, _STARTUP_SECONDS) or "ready\n" not in iter(stdout.readline, ""):
             self.stop()
             raise RuntimeError(
                 "a process that compares answers did not start; its error is printed above, "
@@ -146,7 +145,7 @@ class _Worker:
         _, stdout = self._pipes()
         assert self._process is not None
         deadline = time.monotonic() + self._timeout
-        while not select.select([stdout], [], [], _SECONDS_BETWEEN_LOOKS)[0]:
+        while not _has_words(stdout, _SECONDS_BETWEEN_LOOKS):
             if time.monotonic() > deadline:
                 return "timeout"
             if _resident(self._process.pid) > self._memory:
@@ -157,6 +156,14 @@ class _Worker:
         process = self._process
         assert process is not None and process.stdin is not None and process.stdout is not None
         return process.stdin, process.stdout
+
+
+def _has_words(pipe: IO[str], seconds: float) -> bool:
+    """Whether there is something to read, or the end, within so many seconds."""
+    # select() refuses file descriptors from 1024 on, and a rank among a thousand has more
+    poll = select.poll()
+    poll.register(pipe, select.POLLIN)
+    return bool(poll.poll(seconds * 1000))
 
 
 def _resident(pid: int) -> int:
