@@ -180,7 +180,7 @@ class TrainingLoop:
             self._save(metrics)
             if self.is_writer:
                 print(ended, flush=True)
-        self.checkpoints.finish()
+        self.checkpoints.close()
         if writer is not None:
             for name, seconds in self.checkpoints.take_times().items():
                 writer.add_scalar(name, seconds, self.step)

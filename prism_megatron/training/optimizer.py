@@ -149,6 +149,9 @@ class HostState:
         """All but main weights that are the model's own, as a discriminator's fp32 head is."""
         found: list[Tensor] = []
         for part in self._optimizer.chained_optimizers:
+            # of a rank that has nothing to train
+            if part.is_stub_optimizer:
+                continue
             for group in part.shard_fp32_from_float16_groups:
                 found += group
             for moments in part.optimizer.state.values():

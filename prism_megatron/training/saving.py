@@ -2,7 +2,7 @@
 
 save -> .step_NNNNNN.partial/{MODEL/, ...} --all ranks have written--> state.json -> step_NNNNNN
         async_save: a copy in host memory is written while training goes on
-then older ones go, but the last `keep_checkpoints` and the best
+then older ones go, but the last `keep_checkpoints` and the best, while training goes on
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import math
 import os
 import shutil
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -41,6 +42,7 @@ class Checkpoints:
         self._publish: Callable[[], None] | None = None
         self._models: list[megatron_directory.Saving] = []
         self._times: dict[str, float] = {}
+        self._remover = threading.Thread()
 
     def newest(self) -> Path | None:
         """The one to go on from."""
@@ -57,6 +59,7 @@ class Checkpoints:
     def remove_leftovers(self) -> None:
         """What a killed process was writing, or removing."""
         if self._is_writer:
+            self._wait_for_remover()
             for path in self.folder.glob(".step_*"):
                 shutil.rmtree(path)
 
@@ -124,6 +127,15 @@ class Checkpoints:
             self._models = []
             self._count("time/save", started)
 
+    def close(self) -> None:
+        """Wait for the checkpoint at hand, and until older ones are gone."""
+        self.finish()
+        self._wait_for_remover()
+
+    def _wait_for_remover(self) -> None:
+        if self._remover.ident is not None:
+            self._remover.join()
+
     def take_times(self) -> dict[str, float]:
         """Seconds since the last call: time/save, that training waited, and save_s, from
         beginning to name, of what got one."""
@@ -136,12 +148,20 @@ class Checkpoints:
     def _remove_old(self) -> None:
         found = sorted(self.folder.glob("step_*"))
         kept = {*found[-self.config.keep_checkpoints :], self._best(found)}
+        going = []
         for path in found:
             if path not in kept:
                 # a half-removed one has no name either
-                going = path.with_name(f".{path.name}.removed")
-                os.replace(path, going)
-                shutil.rmtree(going)
+                going.append(path.with_name(f".{path.name}.removed"))
+                os.replace(path, going[-1])
+
+        def remove() -> None:
+            for path in going:
+                shutil.rmtree(path)
+
+        # which takes minutes with terabytes, and all ranks wait for this one
+        self._remover = threading.Thread(target=remove, name="remover", daemon=True)
+        self._remover.start()
 
     def _best(self, found: list[Path]) -> Path | None:
         best = self.config.keep_best

@@ -101,6 +101,35 @@ def test_what_is_written_beside_training_is_the_state_of_its_step(
     assert _names(beside) == ["step_000006"]
 
 
+def _removing(root: Path, out: Path) -> list[list[str]]:
+    """Train with a slow removal of checkpoints; those that there are before each step."""
+    seen, go_on = [], threading.Event()
+    remove, step = shutil.rmtree, sft.step
+
+    def waiting(path: Path, *args: Any, **kwargs: Any) -> None:
+        if path.name.endswith(".removed"):
+            assert go_on.wait(300)
+        remove(path, *args, **kwargs)
+
+    def counted(*args: Any) -> dict[str, float]:
+        seen.append(_names(out) if (out / "checkpoints").exists() else [])
+        if len(seen) == 6:
+            go_on.set()
+        return step(*args)
+
+    with mock.patch.object(shutil, "rmtree", waiting), mock.patch.object(sft, "step", counted):
+        _train(root, out, {})
+    return seen
+
+
+def test_training_does_not_wait_until_an_older_checkpoint_is_gone(
+    ranks: Worlds, root: Path, tmp_path: Path
+) -> None:
+    seen = ranks(2).run(_removing, root, tmp_path)[0]
+    assert seen[4] == seen[5] == [".step_000002.removed", "step_000004"]
+    assert _names(tmp_path) == ["step_000006"]
+
+
 def _refused(root: Path, out: Path, is_async: bool, reason: str) -> str:
     """Two steps and their checkpoint, then no room for that of the next two."""
     _train(root, out, {"stop_at": 2})
