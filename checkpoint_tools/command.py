@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import sys
@@ -14,6 +15,11 @@ from typing import Any
 OUR_PACKAGES = ("prism_megatron", "checkpoint_tools", "model_providers")
 REQUEUE = os.EX_TEMPFAIL
 """Exit status of a process that was asked to end before it had finished: start it again."""
+DISK_ERRORS = {
+    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS),
+    *(errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG),
+}
+"""What a file system refuses for reasons that whoever runs the command can do something about."""
 REQUEUE_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 """What schedulers ask with."""
 
@@ -22,7 +28,7 @@ def exit_status(command: Callable[..., int | None], *args: Any) -> int:
     """Run a command; its exit status, 2 if the user has to mend something."""
     try:
         return int(command(*args) or 0)
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         if not _is_mistake_of_user(error):
             raise
         _report(error)
@@ -48,7 +54,9 @@ def requeued_when_asked() -> Iterator[None]:
 
 def _is_mistake_of_user(error: Exception) -> bool:
     """Whether our own code raised it on purpose, rather than a library because of a defect."""
-    return isinstance(error, FileNotFoundError) or _raised_in(error).startswith(OUR_PACKAGES)
+    if isinstance(error, OSError):
+        return isinstance(error, FileNotFoundError) or error.errno in DISK_ERRORS
+    return _raised_in(error).startswith(OUR_PACKAGES)
 
 
 def _raised_in(error: Exception) -> str:

@@ -3,20 +3,32 @@
 from __future__ import annotations
 
 import argparse
+import errno
+import fcntl
 import json
 import os
 import shutil
+import sys
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
+
+JOB, LOCK = "job.json", "job.lock"
+"""What a staging folder holds beside what it is made for."""
+_locks: dict[Path, IO[str]] = {}
+"""Of the staging folders that this process writes; the system frees them when it ends."""
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
-    """Write under a temporary name and rename, so that a killed run leaves no half file."""
+    """Write under a temporary name and rename, so that a killed run leaves no half file; ValueError
+    if the disk refuses it."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_bytes(content.encode() if isinstance(content, str) else content)
-    os.replace(temporary, path)
+    try:
+        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+        os.replace(temporary, path)
+    except OSError as error:
+        raise ValueError(f"{path} could not be written: {error}") from error
 
 
 def sync(file: Path) -> None:
@@ -87,34 +99,93 @@ def replace_folder(staging: Path, out: Path) -> None:
 
 def prepare_staging(out: Path, job: dict[str, Any], nbytes: int) -> Path:
     """The staging folder for `job`: the one that an equal job left when it was killed, with what it
-    had finished, else an empty one.
+    had finished, else an empty one. Until `publish`, or its end, it is this process's alone.
+
+    job: under "from" the `identity` of its sources, beside it what is made of them.
 
     Raises:
-        ValueError: the disk has no room for `nbytes` more.
+        ValueError: another process writes `out`, or the disk has no room for `nbytes` more.
     """
     staging, record = staging_of(out), json.dumps(job, sort_keys=True)
-    if not (staging / "job.json").exists() or (staging / "job.json").read_text() != record:
-        shutil.rmtree(staging, ignore_errors=True)
-        staging.mkdir(parents=True)
-        write_atomically(staging / "job.json", record)
+    staging.mkdir(parents=True, exist_ok=True)
+    _lock(staging, out)
+    if not (staging / JOB).exists() or (staging / JOB).read_text() != record:
+        for path in staging.iterdir():
+            if path.is_dir():
+                shutil.rmtree(path)
+            elif path.name != LOCK:
+                path.unlink()
+        write_atomically(staging / JOB, record)
     done = sum(file.stat().st_size for file in staging.rglob("*") if file.is_file())
-    free = shutil.disk_usage(staging).free
-    if nbytes - done > free:
-        raise ValueError(
-            f"{out} needs {(nbytes - done) / 2**30:.1f} GiB more and its disk has "
-            f"{free / 2**30:.1f} GiB free; make room or choose another folder"
-        )
+    check_room(out, nbytes - done)
     return staging
 
 
+def check_room(out: Path, nbytes: int) -> None:
+    """ValueError if the disk of `out`, whose parent exists, has no room for `nbytes` more."""
+    free = shutil.disk_usage(out.parent).free
+    if nbytes > free:
+        raise ValueError(
+            f"{out} needs {nbytes / 2**30:.3g} GiB more and its disk has {free / 2**30:.3g} GiB "
+            "free; make room or choose another folder"
+        )
+
+
+def _lock(staging: Path, out: Path) -> None:
+    """ValueError if another process writes the folder."""
+    if staging in _locks:
+        # an earlier attempt of this process
+        _locks.pop(staging).close()
+    stream = (staging / LOCK).open("a")
+    try:
+        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        # whoever had it may have given the folder its final name since it was opened
+        is_free = os.path.samestat(os.fstat(stream.fileno()), os.stat(staging / LOCK))
+    except (BlockingIOError, FileNotFoundError):
+        is_free = False
+    except OSError as error:
+        if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
+            raise
+        print(
+            f"{staging} can't be locked ({error.strerror}); let no other process write {out}",
+            file=sys.stderr,
+        )
+        is_free = True
+    if not is_free:
+        stream.close()
+        raise ValueError(
+            f"{out} is being written by another process; wait for it or choose another folder"
+        )
+    _locks[staging] = stream
+
+
 def publish(staging: Path, out: Path) -> None:
-    """Give a finished staging folder its final name; killed before that, all of it is kept."""
+    """Give a finished staging folder its final name; killed before that, all of it is kept.
+
+    Raises ValueError if a source was changed since `prepare_staging`, so that one part may be of
+    the old and one of the new. One that was removed since was read to its end before.
+    """
+    job = json.loads((staging / JOB).read_text())
+    for name, was in job["from"].items():
+        if Path(name).exists() and _size_and_time(Path(name)) != was:
+            raise ValueError(
+                f"{name} was changed while {out} was made of it; {out} is not written, start again"
+            )
     replace_folder(staging, out)
-    (out / "job.json").unlink()
+    (out / JOB).unlink()
+    (out / LOCK).unlink()
+    _locks.pop(staging).close()
 
 
-def identity(path: Path) -> dict[str, Any]:
-    """Path, size and time of every file under `path`, by which a changed source is told."""
-    files = [path] if path.is_file() else sorted(f for f in path.rglob("*") if f.is_file())
-    stats = {str(file): file.stat() for file in files}
-    return {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()}
+def identity(*paths: Path) -> dict[str, list[int]]:
+    """Size and time of every file under the paths, by which a changed source is told."""
+    found = {}
+    for path in paths:
+        files = [path] if path.is_file() else sorted(f for f in path.rglob("*") if f.is_file())
+        found |= {str(file.absolute()): _size_and_time(file) for file in files}
+    return found
+
+
+def _size_and_time(file: Path) -> list[int]:
+    stat = file.stat()
+    return [stat.st_size, stat.st_mtime_ns]

@@ -105,7 +105,12 @@ class SafetensorsDirectory(StoredWeights):
         index = self.path / INDEX
         if not index.exists():
             return self._read_shards([self.path / SINGLE])
-        listed = json.loads(index.read_text())["weight_map"]
+        if (self.path / SINGLE).exists():
+            raise ValueError(
+                f"{self.path} has {SINGLE} and {INDEX}, of which readers take one or the other; "
+                "remove the one that is not of this model"
+            )
+        listed = _read_listed(index)
         found = self._read_shards([self.path / file for file in sorted(set(listed.values()))])
         if wrong := sorted(set(listed) ^ set(found)):
             raise ValueError(f"{index} and its shards disagree on {len(wrong)} names: {wrong[:5]}")
@@ -204,6 +209,19 @@ class HFDirectory(SafetensorsDirectory):
                 )
             fits = [version[0]]
         return fits[0] == "4"
+
+
+def _read_listed(index: Path) -> dict[str, str]:
+    """File of each tensor as the index says; ValueError if it is damaged, or names files that are
+    not beside it."""
+    try:
+        listed: dict[str, str] = json.loads(index.read_text())["weight_map"]
+        outside = sorted({file for file in listed.values() if Path(file).name != file})
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{index} is truncated or no index of shards: {error!r}") from error
+    if outside:
+        raise ValueError(f"{index} names {outside[:3]}; shards lie beside their index")
+    return listed
 
 
 def _why_missing(path: Path) -> str:

@@ -1,7 +1,8 @@
 """Convert a Hugging Face Qwen3-VL directory to a Megatron torch_dist checkpoint.
 
-    prism-megatron checkpoint hf-to-megatron --hf models/Qwen3-VL-4B-Instruct --out ckpt/qwen3vl-4b
-    torchrun --nproc-per-node 8 -m checkpoint_tools.hf_to_megatron --hf ... --out ...
+    prism-megatron checkpoint hf-to-megatron --hf Qwen/Qwen3-VL-4B-Instruct --out ckpt/qwen3vl-4b
+    torchrun --nproc-per-node 8 -m checkpoint_tools.hf_to_megatron \\
+        --hf Qwen/Qwen3-VL-32B-Instruct --out ckpt/qwen3vl-32b
 
 The result loads at any parallel layout. A layer passes through memory at a time; ranks share the
 layers. Each is read back and compared with the source bit by bit as soon as it is written, and a
@@ -25,10 +26,9 @@ from checkpoint_tools.hf_directory import HFDirectory
 from checkpoint_tools.hf_writer import check_finite, copy_config
 from checkpoint_tools.megatron_weights import (
     Entry,
-    Structure,
     TorchDistWeights,
-    head_of,
     ignored_names,
+    structure_of,
 )
 from checkpoint_tools.torch_dist import (
     COMMON,
@@ -50,13 +50,12 @@ def convert(hf: Path, out: Path, value_head: Path | None = None, verify: bool = 
             written checkpoint differs from the source.
     """
     source = HFDirectory(hf, value_head)
-    structure = Structure(source.config, head_of(source))
-    structure.check(source, str(hf))
+    structure = structure_of(source)
     unused = ignored_names(source, hf)
     layers = structure.layers()
     rank, size = world.rank_and_size()
-    head = identity(value_head) if value_head else None
-    job = {"from": identity(hf), "head": head, "verify": verify}
+    sources = identity(hf, value_head) if value_head else identity(hf)
+    job = {"from": sources, "head": str(value_head), "verify": verify}
     nbytes = sum(source.like(name).nbytes for name in structure.by_name)
     world.first(lambda: prepare_staging(out, job, nbytes))
     staging = staging_of(out)
@@ -77,7 +76,7 @@ def convert(hf: Path, out: Path, value_head: Path | None = None, verify: bool = 
         for name in names:
             source.forget(name)
     writer.wait()
-    dist.barrier()
+    world.barrier()
 
     def finish() -> None:
         if not writer.has(len(layers)):

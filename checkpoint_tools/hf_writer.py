@@ -14,7 +14,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,7 +25,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from checkpoint_tools.files import (
+    JOB,
+    LOCK,
     WriteBehind,
+    check_room,
     forget,
     prepare_staging,
     publish,
@@ -54,23 +57,50 @@ SHARD_BYTES = 2**30
 def write(
     out: Path,
     tensors: Iterable[tuple[str, Tensor]],
+    nbytes: int,
     config_from: Path,
-    writer: bool,
     layout: TransformersLayout = "4.57",
 ) -> None:
     """Write what a model in training yields; `out` appears when complete, over an older one.
 
-    config_from: directory whose config, processor and tokenizer files go with the weights.
-    Every rank calls this, since producing tensors may need all of them; only the one with
-    writer=True touches the disk. Expert tensors come in the layout of transformers 5.
+    nbytes: of all tensors. config_from: directory whose config, processor and tokenizer files go
+    with the weights. Every rank calls this, since producing tensors may need all of them; only the
+    first touches the disk. Expert tensors come in the layout of transformers 5.
+
+    Raises:
+        ValueError: on all ranks; no room, or a weight that is NaN or infinite.
     """
-    if not writer:
-        for _ in tensors:
-            pass
-        return
+    produced = iter(tensors)
+
+    def write_all() -> None:
+        try:
+            _write(out, produced, nbytes, config_from, layout)
+        except (ValueError, OSError):
+            _exhaust(produced)
+            raise
+
+    if rank_and_size()[0]:
+        _exhaust(produced)
+    first(write_all)
+
+
+def _exhaust(produced: Iterator[object]) -> None:
+    """Take part in making the rest, which other ranks do too."""
+    for _ in produced:
+        pass
+
+
+def _write(
+    out: Path,
+    tensors: Iterator[tuple[str, Tensor]],
+    nbytes: int,
+    config_from: Path,
+    layout: TransformersLayout,
+) -> None:
     staging = staging_of(out)
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir(parents=True)
+    check_room(out, nbytes)
     files: list[Path] = []
     pending: dict[str, Tensor] = {}
     held = 0
@@ -85,6 +115,7 @@ def write(
         if pending and held + tensor.nbytes > SHARD_BYTES:
             save()
             held = 0
+        check_finite(tensor, name, out)
         pending[name], held = _copied(name, tensor.detach(), layout), held + tensor.nbytes
     save()
     write_config(staging, config_from, layout)
@@ -214,7 +245,7 @@ def check_finite(tensor: Tensor, name: str, file: Path) -> None:
         bad = int((~torch.isfinite(tensor)).sum())
         raise ValueError(
             f"{file}: {name} has {bad} of {tensor.numel()} elements that are NaN or infinite; the "
-            "checkpoint is spoilt, go back to an earlier one"
+            "weights are spoilt, go back to an earlier checkpoint"
         )
 
 
@@ -268,7 +299,7 @@ def copy_config(source: Path, target: Path) -> None:
     target.mkdir(parents=True, exist_ok=True)
     for file in source.iterdir():
         weights = file.suffix in (".safetensors", ".pt", ".bin")
-        if file.is_file() and not weights and file.name not in (INDEX, "job.json"):
+        if file.is_file() and not weights and file.name not in (INDEX, JOB, LOCK):
             shutil.copyfile(file, target / file.name)
 
 

@@ -243,12 +243,18 @@ def _drop_extra_state(weights: dict[int, Any], path: Path) -> None:
 
 
 def _check_architecture(path: Path, model: Qwen3VLModel) -> None:
-    saved, wanted = vars(Qwen3VLConfig.from_hf(path / "hf")), vars(model.architecture)
-    differing = [
-        f"{name} {saved[name]}, not {wanted[name]}" for name in saved if saved[name] != wanted[name]
-    ]
-    if differing:
-        raise ValueError(f"{path} does not fit the model: it has {'; '.join(differing)}")
+    if different := differences(Qwen3VLConfig.from_hf(path / "hf"), model.architecture):
+        raise ValueError(f"{path} does not fit the model: it has {different}")
+
+
+def differences(found: Qwen3VLConfig, wanted: Qwen3VLConfig) -> str:
+    """What of two architectures is not alike; empty if they are."""
+    values = vars(wanted)
+    return "; ".join(
+        f"{name} {value}, not {values[name]}"
+        for name, value in vars(found).items()
+        if value != values[name]
+    )
 
 
 def _optimizer_state(

@@ -167,6 +167,27 @@ def head_of(names: Weights | dict[str, Any]) -> Head:
     )
 
 
+def structure_of(weights: HFDirectory) -> Structure:
+    """The model that a Hugging Face directory holds, all of it; every rank calls this.
+
+    Raises:
+        ValueError: config.json and weights disagree, or a discriminator's head would be left out.
+    """
+    path, head = weights.path, head_of(weights)
+    if head == "language":
+        if "prism_discriminator" in weights.raw_config:
+            raise ValueError(f"{path} has no value head, but its config.json is a discriminator's")
+        if (path / "value_head.pt").exists():
+            raise ValueError(
+                f"{path} has a value_head.pt, a pickle that is read on request only, and no head "
+                "in its shards; hf-to-megatron --value-head reads it. Remove it if this is no "
+                "discriminator"
+            )
+    structure = Structure(weights.config, head)
+    structure.check(weights, str(path))
+    return structure
+
+
 def ignored_names(weights: HFDirectory | TorchDistWeights, path: Path) -> set[str]:
     """What one side may have alone: a language head that is tied, or that a discriminator has not.
 

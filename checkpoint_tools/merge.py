@@ -11,17 +11,18 @@ from __future__ import annotations
 import argparse
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from checkpoint_tools import hf_writer, world
+from checkpoint_tools import hf_writer, hub, world
 from checkpoint_tools.command import exit_status
 from checkpoint_tools.files import identity, new_folder
+from checkpoint_tools.hf_directory import HFDirectory
 from checkpoint_tools.hf_writer import TransformersLayout
-from checkpoint_tools.megatron_directory import hf_directory
+from checkpoint_tools.megatron_directory import differences, hf_directory
+from checkpoint_tools.megatron_weights import structure_of
 from checkpoint_tools.verify import open_weights
 from checkpoint_tools.weights import StoredWeights
 from model_providers.config import Qwen3VLConfig
@@ -73,13 +74,14 @@ def merge(
         raise ValueError(f"the weights {shares} add up to {sum(shares):g}, not to 1")
     weights = [open_weights(path) for path in inputs]
     first = Qwen3VLConfig.from_hf(hf_directory(inputs[0]))
-    for path, other in zip(inputs[1:], weights[1:], strict=True):
-        config = Qwen3VLConfig.from_hf(hf_directory(path))
-        if asdict(config) != asdict(first):
-            raise ValueError(f"{path} is of another architecture than {inputs[0]}")
+    for path, other in zip(inputs, weights, strict=True):
+        if different := differences(Qwen3VLConfig.from_hf(hf_directory(path)), first):
+            raise ValueError(f"{path} is of another architecture than {inputs[0]}: {different}")
+        if isinstance(other, HFDirectory):
+            structure_of(other)
         if different := sorted(set(other) ^ set(weights[0])):
             raise ValueError(f"{path} and {inputs[0]} differ in {different[:5]}")
-    job = {"merged": [identity(path) for path in inputs], "shares": shares}
+    job = {"from": identity(*inputs), "merged": [str(path) for path in inputs], "shares": shares}
     hf_writer.export(out, _Merged(weights, shares), hf_directory(inputs[0]), job, layout)
 
 
@@ -88,15 +90,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--inputs", type=Path, nargs="+", required=True, help="checkpoints")
+    parser.add_argument(
+        "--inputs",
+        nargs="+",
+        required=True,
+        help="Megatron checkpoints, Hugging Face directories or hub ids",
+    )
     parser.add_argument("--weights", type=float, nargs="+", help="share of each (default: equal)")
     parser.add_argument("--out", type=new_folder, required=True, help="directory to write")
     hf_writer.add_layout(parser)
     options = parser.parse_args(argv)
     world.join()
-    count = len(options.inputs)
+    inputs = [hub.local(source) for source in options.inputs]
+    count = len(inputs)
     shares = options.weights or [1 / count] * count
-    merge(options.inputs, options.out, shares, options.transformers_layout)
+    merge(inputs, options.out, shares, options.transformers_layout)
     if world.rank_and_size()[0] == 0:
         print(f"{options.out}: {count} checkpoints in shares {shares}")
     return 0

@@ -47,6 +47,7 @@ from checkpoint_tools.files import (
     write_atomically,
 )
 from checkpoint_tools.hf_directory import HFDirectory, SafetensorsDirectory
+from checkpoint_tools.megatron_weights import structure_of
 from checkpoint_tools.weights import StoredWeights
 from model_providers import backend as backends
 from model_providers.fp8_blocks import (
@@ -302,7 +303,8 @@ def _write_modelopt(
     export_hf_checkpoint(model, export_dir=staging, extra_state_dict=heads)
     quantization = json.loads((staging / "config.json").read_text())["quantization_config"]
     hf_writer.copy_config(source.path, staging)
-    config = source.raw_config | {"quantization_config": quantization}
+    marked = source.raw_config | {"quantization_config": quantization}
+    config = hf_writer.in_dialect(marked, "4.57")
     write_atomically(staging / "config.json", json.dumps(config, indent=2))
     _report(staging, form, _errors(source, SafetensorsDirectory(staging)))
     publish(staging, out)
@@ -369,6 +371,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(argv)
     world.join()
     source = hub.local(options.hf)
+    structure_of(HFDirectory(source))
     calibration = (options.calibration, options.samples, options.backend)
     errors = quantize(source, options.out, options.format, *calibration)
     if world.rank_and_size()[0] == 0:

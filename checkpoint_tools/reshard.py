@@ -63,7 +63,7 @@ def reshard(ckpt: Path, out: Path, layout: Layout) -> None:
         if not writer.has(i):
             writer.write(i, plans[i], check=partial(_compare, plans[i], out))
     writer.wait()
-    dist.barrier()
+    world.barrier()
 
     def finish() -> None:
         if not writer.has(len(layers)):

@@ -19,7 +19,7 @@ import shutil
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
@@ -71,6 +71,9 @@ class TorchDistReader:
         """
         self.path = path
         metadata = metadata or _read_metadata(path / ".metadata")
+        files = {info.relative_path for info in metadata.storage_data.values()}
+        if outside := sorted(file for file in files if Path(file).name != file):
+            raise ValueError(f"{path}/.metadata names {outside[:3]}; its files lie beside it")
         self._chunks: dict[MetadataIndex, _StorageInfo] = metadata.storage_data
         found = metadata.state_dict_metadata
         self.tensors = {k: v for k, v in found.items() if isinstance(v, TensorStorageMetadata)}
@@ -105,6 +108,11 @@ class TorchDistReader:
                 view = _create_file_view(stream, info.offset, info.length)
                 chunk = torch.load(view, map_location="cpu", weights_only=True)
             return _box(chunk, item.storage_offsets, item.lengths)
+        except FileNotFoundError:
+            raise ValueError(
+                f"{file} with {item.storage_index.fqn} is missing or was removed; training keeps "
+                "its last train.keep_checkpoints and the best, take one that stays"
+            ) from None
         except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
             raise ValueError(
                 f"{file} with {item.storage_index.fqn} is missing, truncated or corrupt: {error}"
@@ -203,9 +211,12 @@ def _read_metadata(file: Path) -> Metadata:
             metadata = _PlainUnpickler(stream).load()
     except FileNotFoundError:
         raise ValueError(f"{file} is missing; the checkpoint is incomplete") from None
-    except (pickle.UnpicklingError, EOFError, AttributeError, ValueError) as error:
-        raise ValueError(f"{file} is truncated or no torch_dist metadata: {error}") from error
-    return cast(Metadata, metadata)
+    # whatever the instructions of a damaged pickle come to
+    except Exception as error:
+        raise ValueError(f"{file} is truncated or no torch_dist metadata: {error!r}") from error
+    if not isinstance(metadata, Metadata) or not isinstance(metadata.storage_data, dict):
+        raise ValueError(f"{file} is no torch_dist metadata: it holds {type(metadata).__name__}")
+    return metadata
 
 
 @dataclass(frozen=True)
@@ -298,8 +309,11 @@ class TorchDistWriter:
         metadata = _metadata(json.loads(self._record(part).read_text()) for part in range(parts))
         stored = metadata.storage_data
         results = [WriteResult(index, info.length, info) for index, info in stored.items()]
-        self._files.finish(metadata, [results])
-        save_config(CheckpointingConfig("torch_dist", 1), str(self.path))
+        try:
+            self._files.finish(metadata, [results])
+            save_config(CheckpointingConfig("torch_dist", 1), str(self.path))
+        except OSError as error:
+            raise ValueError(f"{self.path}/.metadata could not be written: {error}") from error
 
     def publish(self, out: Path) -> None:
         """Give the finished folder its final name."""

@@ -33,6 +33,7 @@ from checkpoint_tools import hf_writer, hub, world
 from checkpoint_tools.command import exit_status
 from checkpoint_tools.files import identity, new_folder
 from checkpoint_tools.hf_directory import HFDirectory
+from checkpoint_tools.megatron_weights import head_of, structure_of
 from checkpoint_tools.weights import EXPERTS, StoredWeights
 from model_providers.config import Qwen3VLConfig, check_dedicated
 
@@ -56,7 +57,8 @@ def upcycle(
     architecture: str = "shared",
     relative_noise: bool = False,
 ) -> None:
-    """Write `out`, a discriminator of that architecture, from the dense `hf`.
+    """Write `out`, a discriminator of that architecture, from the dense `hf`; all ranks of the
+    world call this.
 
     noise_std: standard deviation added to every expert weight, with relative_noise in units of the
     tensor's own; router_std: of the router's and the heads' initial weights. `dense` reads neither
@@ -65,16 +67,18 @@ def upcycle(
     source = HFDirectory(hf)
     if source.config.num_experts:
         raise ValueError(f"{hf} has experts already; upcycling starts from a dense model")
+    if head_of(source) == "score":
+        raise ValueError(f"{hf} has a value head already; upcycling starts from a language model")
     if top_k > num_experts:
         raise ValueError(f"top_k={top_k} of num_experts={num_experts} experts; lower top_k")
     if architecture == "dedicated":
         check_dedicated(num_experts, top_k, "upcycle")
     marked = source.raw_config | {"prism_discriminator": {"architecture": architecture}}
-    job = dict(
-        source=identity(hf),
-        experts=[architecture, num_experts, top_k],
-        noise=[noise_std, relative_noise, router_std, seed],
-    )
+    job: dict[str, Any] = {
+        "from": identity(hf),
+        "experts": [architecture, num_experts, top_k],
+        "noise": [noise_std, relative_noise, router_std, seed],
+    }
     with tempfile.TemporaryDirectory() as folder:
         files = Path(folder)
         hf_writer.copy_config(hf, files)
@@ -191,6 +195,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(argv)
     world.join()
     options.hf = hub.local(options.hf)
+    structure_of(HFDirectory(options.hf))
     upcycle(**vars(options))
     if world.rank_and_size()[0] == 0:
         print(f"{options.out}: {options.architecture} discriminator from {options.hf}")

@@ -1,6 +1,6 @@
 """Compare a Megatron checkpoint with a Hugging Face directory, or two of either kind.
 
-    prism-megatron checkpoint verify --hf models/Qwen3-VL-4B-Instruct --ckpt ckpt/qwen3vl-4b
+    prism-megatron checkpoint verify --hf Qwen/Qwen3-VL-4B-Instruct --ckpt ckpt/qwen3vl-4b
 
 Names both ways, shapes, types and every bit; then, if memory allows, what both compute for one
 fixed image and text, ours in megatron.core and theirs in transformers, in fp32. Exit status 1 if

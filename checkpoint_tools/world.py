@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch.distributed as dist
 
@@ -11,6 +12,8 @@ from model_providers import backend as backends
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
 """Of glibc's malloc.h."""
+WAIT_SECONDS = 7 * 24 * 3600
+"""How long ranks that have done their share wait for the others."""
 
 
 def join() -> None:
@@ -20,7 +23,9 @@ def join() -> None:
     libc = ctypes.CDLL(None)
     libc.mallopt(M_TRIM_THRESHOLD, -1)
     libc.mallopt(M_MMAP_MAX, 0)
-    backends.create("cpu").init_process_group()
+    # a rank that goes on after a kill may have far more left to do than another; one that ended is
+    # noticed by its connections
+    backends.create("cpu").init_process_group(timeout_seconds=WAIT_SECONDS)
 
 
 def rank_and_size() -> tuple[int, int]:
@@ -37,7 +42,8 @@ def first(action: Callable[[], object]) -> None:
         except (ValueError, OSError) as error:
             failed[0] = error
     if dist.is_initialized():
-        dist.broadcast_object_list(failed)
+        with _others():
+            dist.broadcast_object_list(failed)
     if failed[0] is not None:
         raise failed[0]
 
@@ -52,6 +58,16 @@ def merged(mine: dict[str, float]) -> dict[str, float]:
 
 
 def barrier() -> None:
-    """Wait for the others."""
+    """Wait for the others; ValueError if one has ended."""
     if dist.is_initialized():
-        dist.barrier()
+        with _others():
+            dist.barrier()
+
+
+@contextmanager
+def _others() -> Iterator[None]:
+    """One line instead of a traceback where another rank has told its user what is wrong."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise ValueError(f"another rank ended; its own message says why ({error})") from error

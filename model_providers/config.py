@@ -101,7 +101,11 @@ class Qwen3VLConfig:
         file = Path(path) / "config.json"
         if not file.exists():
             raise FileNotFoundError(f"{file} not found; give a Hugging Face Qwen3-VL directory")
-        return cls.from_dict(json.loads(file.read_text()), str(file))
+        try:
+            raw = json.loads(file.read_text())
+        except ValueError as error:
+            raise ValueError(f"{file} is truncated or no JSON: {error}") from error
+        return cls.from_dict(raw, str(file))
 
     @classmethod
     def from_dict(cls, raw: dict[str, Any], source: str) -> Qwen3VLConfig:

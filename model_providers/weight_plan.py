@@ -137,6 +137,11 @@ class WeightPlan:
         for bucket in self.buckets:
             self._route(bucket, holders, hosts)
 
+    @property
+    def nbytes(self) -> int:
+        """Of all tensors, as receivers get them."""
+        return sum(whole.nbytes for bucket in self.buckets for whole in bucket.tensors)
+
     def buffer(self) -> Tensor:
         """Memory for any bucket."""
         return self._bytes(max(bucket.nbytes for bucket in self.buckets))

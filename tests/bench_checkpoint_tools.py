@@ -135,7 +135,7 @@ def write_source(model: str, layers: int, out: Path) -> None:
     config_from.mkdir()
     (config_from / "config.json").write_text(json.dumps(raw))
     weights = RandomWeights(Qwen3VLConfig.from_hf(config_from))
-    hf_writer.export(out, weights, config_from, {}, verify=False)
+    hf_writer.export(out, weights, config_from, {"from": {}}, verify=False)
     sizes = {name: weights.like(name).nbytes / 2**30 for name in weights}
     decoder = sum(v for k, v in sizes.items() if k.startswith("model.language_model.layers.0."))
     embedding = sizes["model.language_model.embed_tokens.weight"]

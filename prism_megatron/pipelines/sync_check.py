@@ -24,7 +24,7 @@ from checkpoint_tools.megatron_directory import hf_directory, load_model
 from checkpoint_tools.quantize import quantize
 from model_providers.parallel import ParallelState
 from model_providers.qwen3_vl import Qwen3VLModel
-from model_providers.weight_plan import Quantization, iter_hf_weights
+from model_providers.weight_plan import Quantization, WeightPlan
 from prism_megatron.config import schema
 from prism_megatron.data.prompts import rollout_sequence
 from prism_megatron.data.rows import PromptRow, read_prompts
@@ -112,8 +112,8 @@ def quantised_offline(
 ) -> Path:
     """The directory that the offline quantiser makes of an export of the model, in `folder`."""
     exported, out = folder / "exported", folder / quantization
-    leads = dist.get_rank() == 0
-    hf_writer.write(exported, iter_hf_weights(model), config_from, writer=leads)
+    plan = WeightPlan(model, receivers=[0])
+    hf_writer.write(exported, plan.weights(), plan.nbytes, config_from)
     world.first(lambda: shutil.rmtree(out, ignore_errors=True))
     quantize(exported, out, quantization)
     world.first(lambda: shutil.rmtree(exported))

@@ -384,9 +384,7 @@ class DiskSync:
         mine = list(servers.values()) if leads else []
         path = self.folder / f"version_{version}"
         with phase("write"):
-            weights = self.plan.weights()
-            hf_writer.write(path, weights, config_from=self.config_from, writer=leads)
-            dist.barrier()
+            hf_writer.write(path, self.plan.weights(), self.plan.nbytes, self.config_from)
         with phase("load"), ThreadPoolExecutor(max(1, len(mine))) as pool:
             error = _try(lambda: [server.pause() for server in mine])
             error = error or _first_error([pool.submit(s.load_disk, path, version) for s in mine])

@@ -27,7 +27,7 @@ from torch.utils.tensorboard import SummaryWriter
 from checkpoint_tools import hf_writer, megatron_directory
 from checkpoint_tools.command import REQUEUE
 from checkpoint_tools.files import write_atomically
-from model_providers.weight_plan import iter_hf_weights
+from model_providers.weight_plan import WeightPlan
 from prism_megatron import phases
 from prism_megatron.config.schema import Stage
 from prism_megatron.data.stream import BatchStream, Quarantine
@@ -198,13 +198,9 @@ class TrainingLoop:
     def export(self, name: str) -> None:
         """Write run.dir/hf: that model in Hugging Face format."""
         runner, source = self.runners[name]
-        hf_writer.write(
-            self.dir / "hf",
-            iter_hf_weights(runner.model),
-            config_from=megatron_directory.hf_directory(source),
-            writer=self.is_writer,
-        )
-        dist.barrier()
+        plan = WeightPlan(runner.model, receivers=[0])
+        config_from = megatron_directory.hf_directory(source)
+        hf_writer.write(self.dir / "hf", plan.weights(), plan.nbytes, config_from)
 
     def _save(self, metrics: Metrics) -> None:
         self._rewinds = 0

@@ -3,12 +3,18 @@ what is damaged is refused by name."""
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
 import multiprocessing
 import os
 import random
+import re
+import shlex
+import shutil
 import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,6 +32,7 @@ from checkpoint_tools import (
     hf_writer,
     megatron_directory,
     megatron_to_hf,
+    reshard,
     torch_dist,
     verify,
 )
@@ -36,6 +43,7 @@ from checkpoint_tools.merge import merge
 from checkpoint_tools.upcycle import upcycle
 from model_providers import backend as backends
 from model_providers.parallel import Layout
+from tests import tiny_models
 from tests.dist import checks
 from tests.dist.ranks import Ranks
 
@@ -302,6 +310,58 @@ def test_a_tied_head_that_is_not_the_embedding_is_refused(
     assert "ties lm_head.weight" in message
 
 
+def _left_out_head(source: Path) -> str:
+    (source / "value_head.pt").touch()
+    return "has a value_head.pt, a pickle that is read on request only"
+
+
+def _claimed_head(source: Path) -> str:
+    file = source / "config.json"
+    raw = json.loads(file.read_text()) | {"prism_discriminator": {"architecture": "dense"}}
+    file.write_text(json.dumps(raw))
+    return "has no value head, but its config.json is a discriminator's"
+
+
+@pytest.mark.parametrize("change", [_left_out_head, _claimed_head])
+def test_a_discriminator_without_its_head_is_refused(
+    ranks: Worlds, sources: dict[str, Path], tmp_path: Path, change: Callable[[Path], str]
+) -> None:
+    source = _damaged(sources["dense"], tmp_path / "source", lambda weights: None)
+    words = change(source)
+    [message] = ranks(1).run(_refusal, hf_to_megatron.convert, source, tmp_path / "ckpt")
+    assert words in message
+
+
+@pytest.mark.parametrize("tool", ["merge", "upcycle", "quantize"])
+@pytest.mark.parametrize("change, words", [(_missing, "1 missing"), (_shape, "has shape (31, 56)")])
+def test_no_tool_makes_anything_of_half_a_model(
+    ranks: Worlds,
+    sources: dict[str, Path],
+    tmp_path: Path,
+    tool: str,
+    change: Callable[[dict[str, Tensor]], None],
+    words: str,
+) -> None:
+    source, out = _damaged(sources["dense"], tmp_path / "source", change), str(tmp_path / "out")
+    arguments = {
+        "merge": ["--inputs", str(source), str(source), "--out", out],
+        "upcycle": ["--hf", str(source), "--out", out],
+        "quantize": ["--hf", str(source), "--out", out, "--format", "fp8-block"],
+    }
+    [message] = ranks(1).run(_refused_command, tool, arguments[tool])
+    assert words in message and str(source) in message, message
+    assert not (tmp_path / "out").exists()
+
+
+def _refused_command(tool: str, arguments: list[str]) -> str:
+    return _refusal(_main(tool), arguments)
+
+
+def _main(tool: str) -> Callable[[list[str]], int]:
+    main: Callable[[list[str]], int] = importlib.import_module(f"checkpoint_tools.{tool}").main
+    return main
+
+
 @pytest.fixture
 def ckpt(ranks: Worlds, sources: dict[str, Path], tmp_path: Path) -> Path:
     ranks(1).run(hf_to_megatron.convert, sources["dense"], tmp_path / "ckpt")
@@ -343,8 +403,31 @@ def _hostile(ckpt: Path) -> str:
     return "posix.system has no place" if os.name != "posix" else "has no place in a checkpoint"
 
 
+def _outside(ckpt: Path) -> str:
+    """A file that is elsewhere, as another checkpoint's would be."""
+    file = ckpt / ".metadata"
+    elsewhere = b"/" + b"x" * (len("__3_0.distcp") - 1)
+    file.write_bytes(file.read_bytes().replace(b"__3_0.distcp", elsewhere))
+    return "['/xxxxxxxxxxx']; its files lie beside it"
+
+
+def _no_instructions(ckpt: Path) -> str:
+    (ckpt / ".metadata").write_bytes(b"N.")
+    return "is no torch_dist metadata: it holds NoneType"
+
+
 @pytest.mark.parametrize(
-    "damage", [_cut_metadata, _no_metadata, _cut_part, _no_part, _other_config, _hostile]
+    "damage",
+    [
+        _cut_metadata,
+        _no_metadata,
+        _cut_part,
+        _no_part,
+        _other_config,
+        _hostile,
+        _outside,
+        _no_instructions,
+    ],
 )
 def test_damaged_checkpoints_are_refused(
     ranks: Worlds, ckpt: Path, tmp_path: Path, damage: Callable[[Path], str]
@@ -367,6 +450,66 @@ def _on_a_full_disk(source: Path, out: Path) -> str:
     usage = mock.Mock(free=1000)
     with mock.patch.object(files.shutil, "disk_usage", return_value=usage):
         return _refusal(hf_to_megatron.convert, source, out)
+
+
+def _export_of_a_removed_checkpoint(ckpt: Path, out: Path) -> str:
+    """Training removes it when the first shard is written."""
+    save = hf_writer._save
+
+    def saved(*args: Any) -> None:
+        save(*args)
+        shutil.rmtree(ckpt)
+
+    with (
+        mock.patch.object(hf_writer, "_save", saved),
+        mock.patch.object(hf_writer, "SHARD_BYTES", 50_000),
+    ):
+        return _refusal(megatron_to_hf.export, ckpt, out)
+
+
+def test_an_export_whose_checkpoint_training_removes_says_so(
+    ranks: Worlds, ckpt: Path, tmp_path: Path
+) -> None:
+    [message] = ranks(1).run(_export_of_a_removed_checkpoint, ckpt, tmp_path / "hf")
+    assert "distcp with" in message and "train.keep_checkpoints" in message
+    assert not (tmp_path / "hf").exists()
+
+
+def _spoilt_live_export(source: Path, out: Path) -> str:
+    weights = load_file(source / SINGLE)
+    weights[LAYER + "mlp.up_proj.weight"][1, 2] = math.nan
+    return _refusal(hf_writer.write, out, weights.items(), 1000, source)
+
+
+def test_all_ranks_hear_that_a_live_export_failed(
+    ranks: Worlds, sources: dict[str, Path], tmp_path: Path
+) -> None:
+    messages = ranks(2).run(_spoilt_live_export, sources["dense"], tmp_path / "hf")
+    assert all(LAYER + "mlp.up_proj.weight has 1 of" in message for message in messages), messages
+    assert not (tmp_path / "hf").exists()
+
+
+def test_a_rank_that_fails_ends_the_others_and_only_it_explains(
+    sources: dict[str, Path], tmp_path: Path
+) -> None:
+    """Under torchrun, where ranks that have done their share wait for the others."""
+    source = _damaged(sources["dense"], tmp_path / "source", _nan)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    tool = ["-m", "checkpoint_tools.hf_to_megatron", "--hf", str(source)]
+    done = subprocess.run(
+        [*launcher, *tool, "--out", str(tmp_path / "ckpt")],
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"},
+        capture_output=True,
+        text=True,
+        timeout=400,
+    )
+    assert done.returncode != 0
+    words = f"{source / SINGLE}: {LAYER}mlp.down_proj.weight has 1 of 6272 elements that are NaN"
+    assert done.stderr.count(words) == 1
+    # torchrun's own report aside there is no traceback
+    assert "[rank" not in done.stderr, done.stderr[-3000:]
+    assert not (tmp_path / "ckpt").exists()
 
 
 def _corrupted_conversion(path: Path, out: Path) -> str:
@@ -489,6 +632,86 @@ def test_verify_would_see_other_results_from_equal_weights(
     file.write_text(json.dumps(raw))
     [report] = ranks(1).run(verify.verify, sources["dense"], ckpt)
     assert [d["kind"] for d in report["differences"]] == ["logits"]
+
+
+def test_verify_sees_one_square_expert_that_is_turned(ranks: Worlds, tmp_path: Path) -> None:
+    with mock.patch.dict(tiny_models.EXPERTS, {"moe_intermediate_size": 28}):
+        source = tiny_models.save(tmp_path / "source", "moe")
+    name = "model.language_model.layers.1.mlp.experts.gate_up_proj"
+
+    def turn(weights: dict[str, Tensor]) -> None:
+        assert weights[name].shape == (4, 56, 56)
+        weights[name][2] = weights[name][2].T.clone()
+
+    ranks(1).run(hf_to_megatron.convert, source, tmp_path / "ckpt")
+    [report] = ranks(1).run(verify.verify, source, tmp_path / "ckpt")
+    assert not report["differences"] and report["logits"] is not None
+    turned = _damaged(source, tmp_path / "turned", turn)
+    [report] = ranks(1).run(verify.verify, turned, tmp_path / "ckpt")
+    [found] = report["differences"]
+    assert (found["name"], found["detail"]) == (name, "experts [2] have other values")
+    # an export would be read one way by some and the other way by others
+    [message] = ranks(1).run(_refusal, megatron_to_hf.export, tmp_path / "ckpt", tmp_path / "hf")
+    assert "is square (4, 56, 56)" in message
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_tokens_that_were_added_survive_every_padding(
+    ranks: Worlds, tmp_path: Path, tied: bool
+) -> None:
+    """209 rows, which 2, 3 and 4 ranks share out with other paddings."""
+    heads = {"num_attention_heads": 12, "num_key_value_heads": 12, "intermediate_size": 120}
+    with (
+        mock.patch.dict(tiny_models.TEXT, heads),
+        mock.patch.dict(tiny_models.VISION, {"num_heads": 12}),
+    ):
+        model: Any = tiny_models.build("dense", tied=tied)
+    model.resize_token_embeddings(tiny_models.VOCAB + 6)
+    model.save_pretrained(tmp_path / "hf")
+    ranks(1).run(hf_to_megatron.convert, tmp_path / "hf", tmp_path / "ckpt-1")
+    for before, after in ((1, 4), (4, 3), (3, 2)):
+        layout = Layout(tensor=after, sequence_parallel=True)
+        source, out = tmp_path / f"ckpt-{before}", tmp_path / f"ckpt-{after}"
+        ranks(1).run(reshard.reshard, source, out, layout)
+        ranks(1).run(megatron_to_hf.export, out, tmp_path / f"hf-{after}")
+        _equal(tmp_path / "hf", tmp_path / f"hf-{after}")
+        assert HFDirectory(tmp_path / f"hf-{after}").config.vocab_size == 209
+
+
+def test_the_examples_of_help_run(ranks: Worlds, sources: dict[str, Path], tmp_path: Path) -> None:
+    """One after the other, with models in the places that they name."""
+    for place in ("Qwen/Qwen3-VL-4B-Instruct", "Qwen/Qwen3-VL-32B-Instruct", "runs/sft/hf"):
+        (tmp_path / place).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / place).symlink_to(sources["dense"])
+    for place in ("runs/a/hf", "runs/b/hf", "sft/hf", "rlvr/hf"):
+        (tmp_path / place).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / place).symlink_to(sources["tied"])
+    step = tmp_path / "runs/sft/checkpoints/step_000400"
+    ranks(1).run(hf_to_megatron.convert, sources["dense"], step / "model")
+    ran = ranks(1).run(_run_examples, tmp_path)[0]
+    assert ran == [0] * 9
+    made = ("ckpt/qwen3vl-4b", "ckpt/qwen3vl-32b", "hf", "tp8", "soup", "between")
+    assert all((tmp_path / name).is_dir() for name in (*made, "runs/discriminator"))
+
+
+def _run_examples(folder: Path) -> list[int]:
+    before, ran = Path.cwd(), []
+    os.chdir(folder)
+    try:
+        for tool in EXAMPLES:
+            text = importlib.import_module(f"checkpoint_tools.{tool}").__doc__ or ""
+            for line in re.findall(r"^    (?:prism|torchrun).*", text.replace("\\\n", ""), re.M):
+                words = shlex.split(line)
+                name = next(i for i, word in enumerate(words) if tool in word.replace("-", "_"))
+                # a tiny model has two heads of keys
+                arguments = ["2" if word == "8" else word for word in words[name + 1 :]]
+                ran.append(_main(tool)(arguments))
+    finally:
+        os.chdir(before)
+    return ran
+
+
+EXAMPLES = ("hf_to_megatron", "verify", "megatron_to_hf", "inspect", "reshard", "merge", "upcycle")
 
 
 def test_inspect_says_what_a_checkpoint_is(sources: dict[str, Path], ckpt: Path) -> None:

@@ -4,6 +4,7 @@ every way in which files can be incomplete."""
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from checkpoint_tools import hf_writer
+from checkpoint_tools.files import identity
 from checkpoint_tools.hf_directory import INDEX, SINGLE, HFDirectory
 from checkpoint_tools.hf_writer import write
 from model_providers.config import Qwen3VLConfig
@@ -59,6 +61,53 @@ def test_shards_read_like_a_single_file(saved: dict[str, Path], tmp_path: Path) 
     assert set(directory) == set(weights)
     assert len(directory) == len(weights)
     assert all(torch.equal(directory[name], weights[name]) for name in weights)
+
+
+@pytest.mark.parametrize("file", ["/etc/model.safetensors", "../other/model.safetensors"])
+def test_an_index_names_files_beside_it_alone(
+    saved: dict[str, Path], tmp_path: Path, file: str
+) -> None:
+    sharded, _ = _sharded(saved["dense"], tmp_path / "sharded")
+    index = json.loads((sharded / INDEX).read_text())
+    index["weight_map"]["lm_head.weight"] = file
+    (sharded / INDEX).write_text(json.dumps(index))
+    with pytest.raises(ValueError, match=rf"index.json names \['{file}'\]; shards lie beside"):
+        HFDirectory(sharded)
+
+
+@pytest.mark.parametrize("content", ['{"weight_map": {"a', "[]", '{"weight_map": ["a"]}', "{}"])
+def test_a_damaged_index_is_named(saved: dict[str, Path], tmp_path: Path, content: str) -> None:
+    sharded, _ = _sharded(saved["dense"], tmp_path / "sharded")
+    (sharded / INDEX).write_text(content)
+    with pytest.raises(ValueError, match=f"{sharded / INDEX} is truncated or no index of shards"):
+        HFDirectory(sharded)
+
+
+def test_a_single_file_beside_an_index_is_refused(saved: dict[str, Path], tmp_path: Path) -> None:
+    sharded, _ = _sharded(saved["dense"], tmp_path / "sharded")
+    save_file({"lm_head.weight": torch.zeros(3)}, sharded / SINGLE)
+    with pytest.raises(ValueError, match="of which readers take one or the other"):
+        HFDirectory(sharded)
+
+
+def test_a_model_in_the_hubs_cache_is_copied_not_linked(
+    saved: dict[str, Path], tmp_path: Path
+) -> None:
+    """There a snapshot's files are links to blobs, and the snapshot may be a link itself."""
+    blobs, snapshot = tmp_path / "blobs", tmp_path / "snapshot"
+    blobs.mkdir()
+    snapshot.mkdir()
+    for i, file in enumerate(sorted(saved["dense"].iterdir())):
+        (blobs / str(i)).write_bytes(file.read_bytes())
+        (snapshot / file.name).symlink_to(Path("..") / "blobs" / str(i))
+    (tmp_path / "link").symlink_to(snapshot)
+    weights = HFDirectory(tmp_path / "link")
+    out, job = tmp_path / "out", {"from": identity(tmp_path / "link")}
+    assert len(job["from"]) == len(list(saved["dense"].iterdir()))
+    hf_writer.export(out, weights, tmp_path / "link", job)
+    assert not any(file.is_symlink() for file in out.iterdir())
+    shutil.rmtree(blobs)
+    assert len(HFDirectory(out)) == len(weights)
 
 
 def test_missing_shard_is_named(saved: dict[str, Path], tmp_path: Path) -> None:
@@ -228,9 +277,21 @@ def test_configuration_that_cannot_be_trusted_is_refused(
     assert str(copy / "config.json") in str(error.value)
 
 
+def test_a_truncated_configuration_is_named(saved: dict[str, Path], tmp_path: Path) -> None:
+    copy = _copy(saved["dense"], tmp_path / "copy")
+    file = copy / "config.json"
+    file.write_text(file.read_text()[:90])
+    with pytest.raises(ValueError, match=f"{file} is truncated or no JSON"):
+        HFDirectory(copy)
+
+
 def test_a_directory_without_config_is_named(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="config.json not found"):
         Qwen3VLConfig.from_hf(tmp_path)
+
+
+def _bytes(weights: dict[str, Tensor]) -> int:
+    return sum(tensor.nbytes for tensor in weights.values())
 
 
 def test_written_shards_are_bounded_and_complete(
@@ -240,7 +301,7 @@ def test_written_shards_are_bounded_and_complete(
     most = max(t.numel() * 4 for t in weights.values())
     monkeypatch.setattr(hf_writer, "SHARD_BYTES", most)
     out = tmp_path / "out"
-    write(out, iter(weights.items()), saved["dense"], writer=True)
+    write(out, weights.items(), _bytes(weights), saved["dense"])
     shards = sorted(out.glob("*.safetensors"))
     assert len(shards) > 3
     for shard in shards:
@@ -255,12 +316,43 @@ def test_a_write_that_fails_leaves_the_old_directory(
 ) -> None:
     weights = load_file(saved["dense"] / SINGLE)
     out = tmp_path / "out"
-    write(out, iter(weights.items()), saved["dense"], writer=True)
+    write(out, weights.items(), _bytes(weights), saved["dense"])
 
     def interrupted() -> Any:
         yield "lm_head.weight", torch.zeros(3)
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        write(out, interrupted(), saved["dense"], writer=True)
+        write(out, interrupted(), 0, saved["dense"])
     assert torch.equal(HFDirectory(out)["lm_head.weight"], weights["lm_head.weight"])
+
+
+@pytest.mark.parametrize("kind", ["dense", "moe"])
+def test_a_live_model_that_is_spoilt_is_not_written(
+    saved: dict[str, Path], tmp_path: Path, kind: str
+) -> None:
+    weights = load_file(saved[kind] / SINGLE)
+    out = tmp_path / "out"
+    write(out, weights.items(), _bytes(weights), saved[kind])
+    name = DOWN.format(2) if kind == "moe" else "lm_head.weight"
+    weights[name][3, 5] = torch.inf
+    with pytest.raises(ValueError, match=f"{out}: {name} has .* that are NaN or infinite"):
+        write(out, weights.items(), _bytes(weights), saved[kind])
+    assert HFDirectory(out)[name].isfinite().all()
+
+
+def test_a_live_model_for_which_there_is_no_room_is_not_begun(
+    saved: dict[str, Path], tmp_path: Path
+) -> None:
+    taken = []
+
+    def weights() -> Any:
+        taken.append("lm_head.weight")
+        yield "lm_head.weight", torch.zeros(3)
+
+    out = tmp_path / "out"
+    with pytest.raises(ValueError, match=f"{out} needs 1.05e.06 GiB more and its disk has"):
+        write(out, weights(), 2**50, saved["dense"])
+    assert not out.exists()
+    # other ranks make their part of the weights
+    assert taken

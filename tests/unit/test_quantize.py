@@ -117,7 +117,12 @@ def test_modelopt_calibrates_with_images(
     written, source = SafetensorsDirectory(out), HFDirectory(models[kind])
     config = json.loads((out / "config.json").read_text())
     assert config["quantization_config"]["quant_method"] == "modelopt"
-    assert config["text_config"] == source.raw_config["text_config"]
+    # vLLM reads there whether embeddings are tied
+    assert config["text_config"]["tie_word_embeddings"] is False
+    assert config["text_config"] == hf_writer.in_dialect(source.raw_config, "4.57")["text_config"]
+    kept_as_is = config["quantization_config"]["ignore"]
+    for module in ("lm_head", "model.visual"):
+        assert any(pattern.startswith(module) for pattern in kept_as_is), kept_as_is
     name = LAYER + ("mlp.experts.1.up_proj.weight" if kind == "moe" else "mlp.up_proj.weight")
     assert written[name].dtype is (torch.uint8 if form == "nvfp4" else torch.float8_e4m3fn)
     # what came in, seen with images
