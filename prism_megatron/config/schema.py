@@ -64,9 +64,9 @@ __all__ = [
     "LossAggMode",
     "LossMode",
     "MakeAlignmentSet",
+    "MakeWarmupPairs",
     "Model",
     "Optimizer",
-    "Pairs",
     "Parallel",
     "PolicyUpdate",
     "Recompute",
@@ -130,7 +130,7 @@ class SFT(Stage):
     """Sequences an optimizer step, over all ranks."""
 
 
-class Pairs(Section):
+class MakeWarmupPairs(Section):
     """Sampling of student responses next to the teacher's, for the discriminator warm-up."""
 
     run: Run

@@ -58,7 +58,7 @@ class _Task:
 
 
 def sample(
-    config: schema.Pairs | schema.FilterDifficulty,
+    config: schema.MakeWarmupPairs | schema.FilterDifficulty,
     sources: list[Source[PromptRow]],
     engine: RolloutEngine,
     quarantine: Quarantine,
@@ -106,7 +106,7 @@ def sample(
 
 
 def _job(
-    config: schema.Pairs | schema.FilterDifficulty, sources: list[Source[PromptRow]]
+    config: schema.MakeWarmupPairs | schema.FilterDifficulty, sources: list[Source[PromptRow]]
 ) -> dict[str, Any]:
     """What the responses depend on: another one's are not gone on with."""
     files = [rows.path for source in sources for rows in source.files]

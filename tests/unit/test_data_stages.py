@@ -21,7 +21,7 @@ from prism_megatron.config import schema
 from prism_megatron.data import digit_sums
 from prism_megatron.data.rows import TEACHER_SECTIONS, read_pairs, read_prompts
 from prism_megatron.objectives.sections import sections_of
-from prism_megatron.pipelines import filter_difficulty, make_alignment_set, pairs
+from prism_megatron.pipelines import filter_difficulty, make_alignment_set, make_warmup_pairs
 from prism_megatron.types import Prompt, Rollout
 
 NUM_PROMPTS, NUM_RESPONSES = 12, 5
@@ -193,14 +193,16 @@ def test_pairs_are_the_policys_sections_beside_the_teachers(
     items[3]["teacher_cot"] = "no sections"
     pq.write_table(pa.Table.from_pylist(items), tmp_path / "prompts.parquet")
     values = difficulty(tmp_path, tmp_path, model).model_dump(exclude={"low", "high", "rewards"})
-    config = schema.Pairs.model_validate(values | {"out": tmp_path / "pairs.jsonl"})
+    config = schema.MakeWarmupPairs.model_validate(values | {"out": tmp_path / "pairs.jsonl"})
 
     asked = []
     for dies_at in (3, -1):
         engine = ScriptedEngine(model, answers_of(data), dies_at)
-        monkeypatch.setattr(pairs, "LocalEngine", lambda *args, engine=engine, **kwargs: engine)
+        monkeypatch.setattr(
+            make_warmup_pairs, "LocalEngine", lambda *args, engine=engine, **kwargs: engine
+        )
         try:
-            pairs.run(config)
+            make_warmup_pairs.run(config)
         except KeyboardInterrupt:
             assert not config.out.exists()
         asked += engine.asked

@@ -25,7 +25,7 @@ from prism_megatron.rollout.engine import RolloutEngine
 from prism_megatron.rollout.local import LocalEngine
 
 
-def run(config: schema.Pairs) -> None:
+def run(config: schema.MakeWarmupPairs) -> None:
     """Write config.out, one line for each well-formed response that differs from the teacher's."""
     engine = LocalEngine(config.model, seed=config.run.seed, device=config.backend)
     quarantine = Quarantine(config.run.dir / "quarantine.jsonl", config.data.max_bad_share)
@@ -45,7 +45,7 @@ def run(config: schema.Pairs) -> None:
 
 
 def _pairs(
-    config: schema.Pairs,
+    config: schema.MakeWarmupPairs,
     sources: list[Source[PromptRow]],
     engine: RolloutEngine,
     quarantine: Quarantine,
