@@ -595,7 +595,7 @@ class Judge(Section):
     temperature: float = Field(0.0, ge=0)
     """Softmax temperature of the judge."""
     timeout: float = Field(60.0, gt=0)
-    """Seconds that one request may wait for its connection and for each part of the reply."""
+    """Seconds that one request may take, from its connection to the end of the reply."""
     attempts: int = Field(5, ge=1)
     """Requests for one judgement before it counts as failed; waits between them double."""
     concurrency: int = Field(32, ge=1)
