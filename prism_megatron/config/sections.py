@@ -184,7 +184,9 @@ class Discriminator(Model):
     """The discriminator, and what it is shown. Its architecture is in its config.json (upcycle)."""
 
     streams: Literal["sections", "response"] = "sections"
-    """sections: captions and reasoning are scored apart; response: one score for the whole."""
+    """sections: captions and reasoning are scored apart; response: one score for the whole. The
+    warm-up writes this and text_only into config.json, and `align` refuses other values than
+    those."""
     text_only: bool = False
     """Leave images out of what the discriminator reads."""
     score_bound: ScoreBound = "none"
