@@ -80,7 +80,7 @@ stage convert convert $RANKS tiny-megatron
 stage sft sft $RANKS sft/hf
 stage evaluate-sft evaluate 1 sft/eval.json vars.stage=sft
 if [[ -n $alignment ]]; then
-    stage pairs pairs 1 pairs
+    stage make-warmup-pairs make-warmup-pairs 1 pairs
     stage upcycle upcycle 1 discriminator
     stage warmup warmup $RANKS warmup/hf
     stage align align $RANKS align/hf

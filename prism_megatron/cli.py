@@ -33,7 +33,7 @@ ENTRY_POINTS = {
     "sft": "prism_megatron.pipelines.sft:run",
     "upcycle": "prism_megatron.pipelines.upcycle:run",
     "data-stats": "prism_megatron.data_stats:run",
-    "pairs": "prism_megatron.pipelines.pairs:run",
+    "make-warmup-pairs": "prism_megatron.pipelines.make_warmup_pairs:run",
     "make-alignment-set": "prism_megatron.pipelines.make_alignment_set:run",
     "warmup": "prism_megatron.pipelines.warmup:run",
     "align": "prism_megatron.pipelines.alignment:run",

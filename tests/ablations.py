@@ -66,11 +66,11 @@ COMMANDS: dict[str, tuple[str, ...]] = {
         "model.path={convert}",
         "model.parallel.tensor=1",
     ),
-    "pairs": ("run.dir={here}", "out={here}/pairs.jsonl", _PROMPTS, "model={sft}/hf"),
+    "make-warmup-pairs": ("run.dir={here}", "out={here}/pairs.jsonl", _PROMPTS, "model={sft}/hf"),
     "upcycle": ("out={here}", "hf={sft}/hf"),
     "warmup": (
         "run.dir={here}",
-        "data.path={pairs}/pairs.jsonl",
+        "data.path={make-warmup-pairs}/pairs.jsonl",
         "model.path={upcycle}",
         "model.parallel.expert=1",
     ),
@@ -91,7 +91,7 @@ COMMANDS: dict[str, tuple[str, ...]] = {
 }
 """What each stage of the command line is told of folders: its own ({here}), those of stages before
 it by name, and that of the policy as the last stage left it ({policy})."""
-ALIGNMENT = ("pairs", "upcycle", "warmup", "align")
+ALIGNMENT = ("make-warmup-pairs", "upcycle", "warmup", "align")
 POLICIES = ("sft", "align", "rlvr")
 """Stages that export a policy, each of which is evaluated."""
 

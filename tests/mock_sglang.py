@@ -3,11 +3,16 @@
 Weights come as to SGLang: an update names sockets by GPU, each of which hands over memory once and
 then lists of what lies where in it (checkpoint-engine's worker.update_weights_from_ipc). They are
 loaded when the update ends; of FP8 weights what they stand for.
+
+python -m tests.mock_sglang takes a server's command line, of which it needs --model-path and
+--port, and its key from SGLANG_API_KEY.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
+import os
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -30,10 +35,9 @@ from prism_megatron.config.schema import Sampling
 from prism_megatron.rollout import ipc_load, outer_group, pixels
 from prism_megatron.rollout.local import LocalEngine
 from prism_megatron.types import Prompt, VisualInputs
-from tests.tiny_models import IMAGE, VIDEO, VISION_END, VISION_START
 
 KEY = "secret"
-PLACEHOLDERS = {IMAGE, VIDEO, VISION_START, VISION_END}
+PLACEHOLDERS = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
 
 
 class MockSGLang:
@@ -41,6 +45,9 @@ class MockSGLang:
 
     def __init__(self, hf_dir: Path) -> None:
         self.engine = LocalEngine(hf_dir, seed=5, pretrained=False)
+        config = json.loads((hf_dir / "config.json").read_text())
+        self.image = config["image_token_id"]
+        self.placeholders = {config[name] for name in PLACEHOLDERS}
         self.version, self.paused = -1, False
         self.stops: list[Event] = []
         self.paths: list[str] = []
@@ -147,7 +154,7 @@ class MockSGLang:
             top_p=given["top_p"],
         )
         prompt = prompt_of(body)
-        assert {int(token) for token in given["logit_bias"]} == PLACEHOLDERS
+        assert {int(token) for token in given["logit_bias"]} == self.placeholders
         stop = Event()
         self.stops.append(stop)
         [group] = self.engine.sample([prompt], sampling, ["key"], stop)
@@ -176,7 +183,7 @@ class MockSGLang:
         one too."""
         named, images = [], iter(prompt.images)
         for token, run in groupby(prompt.input_ids):
-            name = int(next(images).key) if token == IMAGE else token
+            name = int(next(images).key) if token == self.image else token
             named += [name] * len(list(run))
         begins = [_common(named, old) for old in self.seen]
         self.seen.append(named)
@@ -205,7 +212,7 @@ def _image(item: Any) -> VisualInputs:
 
 
 @contextmanager
-def serve(mock: MockSGLang) -> Iterator[str]:
+def serve(mock: MockSGLang, port: int = 0, key: str = KEY) -> Iterator[str]:
     """The mock at a loopback address, for as long as the block lasts; its URL."""
 
     class Handler(BaseHTTPRequestHandler):
@@ -219,7 +226,7 @@ def serve(mock: MockSGLang) -> Iterator[str]:
 
         def _respond(self, body: Any) -> None:
             status, content, more = 401, {"error": "Unauthorized"}, {}
-            if self.headers.get("Authorization") == f"Bearer {KEY}":
+            if self.headers.get("Authorization") == f"Bearer {key}":
                 status, content, more, *_ = (*mock.answer(self.path, body), {})
             data = json.dumps(content).encode()
             self.send_response(status)
@@ -233,10 +240,25 @@ def serve(mock: MockSGLang) -> Iterator[str]:
         def log_message(self, *arguments: object) -> None:
             pass
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server = ThreadingHTTPServer(("127.0.0.1", port), Handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
         yield f"http://127.0.0.1:{server.server_port}"
     finally:
         server.shutdown()
         server.server_close()
+
+
+def main() -> None:
+    """Serve until the process is ended."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--model-path", type=Path)
+    parser.add_argument("--port", type=int)
+    options, _ = parser.parse_known_args()
+    torch.set_num_threads(1)
+    with serve(MockSGLang(options.model_path), options.port, os.environ["SGLANG_API_KEY"]):
+        threading.Event().wait()
+
+
+if __name__ == "__main__":
+    main()

@@ -37,7 +37,7 @@ STAGES: dict[str, type[Section]] = {
     "sft": schema.SFT,
     "upcycle": schema.Upcycle,
     "data-stats": schema.DataStats,
-    "pairs": schema.Pairs,
+    "make-warmup-pairs": schema.MakeWarmupPairs,
     "make-alignment-set": schema.MakeAlignmentSet,
     "warmup": schema.Warmup,
     "align": schema.Align,

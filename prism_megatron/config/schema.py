@@ -64,10 +64,11 @@ __all__ = [
     "LossAggMode",
     "LossMode",
     "MakeAlignmentSet",
+    "MakeWarmupPairs",
     "Model",
     "Optimizer",
-    "Pairs",
     "Parallel",
+    "PolicySampling",
     "PolicyUpdate",
     "Recompute",
     "Report",
@@ -130,30 +131,47 @@ class SFT(Stage):
     """Sequences an optimizer step, over all ranks."""
 
 
-class Pairs(Section):
-    """Sampling of student responses next to the teacher's, for the discriminator warm-up."""
+class PolicySampling(Section):
+    """A policy whose responses are sampled once, without training it."""
 
     run: Run
     backend: Literal["cpu", "cuda"] = "cpu"
-    """Device that samples."""
+    """Device that the embedded engine samples on."""
     data: Data
     model: Path
-    """Hugging Face directory of the policy that plays the student."""
+    """Hugging Face directory of the policy, which servers on other nodes have to see, too."""
     sampling: Sampling
+    rollout: Rollout = Rollout()
+    """Where responses are sampled: engines read the policy from its directory."""
+
+    @model_validator(mode="after")
+    def _nothing_is_trained(self) -> Self:
+        rollout = self.rollout
+        if self.backend != "cpu" and rollout.kind != "embedded":
+            raise ValueError(
+                f"backend={self.backend} is where the embedded engine samples, but rollout.kind="
+                f"{rollout.kind} has devices of its own; leave one of them out"
+            )
+        names = ("sync_folder", "quantization", "sleep", "ahead", "partial")
+        if given := [f"rollout.{name}" for name in names if getattr(rollout, name)]:
+            raise ValueError(
+                f"{', '.join(given)}: about weights that are trained, but here engines read those "
+                "of `model` once; leave them out. A model that `prism-megatron checkpoint "
+                "quantize` wrote is served in FP8"
+            )
+        return self
+
+
+class MakeWarmupPairs(PolicySampling):
+    """Sampling of student responses next to the teacher's, for the discriminator warm-up."""
+
     out: Path
     """Pairwise JSONL that is written."""
 
 
-class FilterDifficulty(Section):
+class FilterDifficulty(PolicySampling):
     """Prompts that the policy solves sometimes: neither always nor never (before RLVR)."""
 
-    run: Run
-    backend: Literal["cpu", "cuda"] = "cpu"
-    """Device that samples."""
-    data: Data
-    model: Path
-    """Hugging Face directory of the policy."""
-    sampling: Sampling
     rewards: Rewards = Rewards()
     """How answers are compared; weights are not used."""
     low: float = Field(0.2, ge=0, le=1)

@@ -184,7 +184,9 @@ class Discriminator(Model):
     """The discriminator, and what it is shown. Its architecture is in its config.json (upcycle)."""
 
     streams: Literal["sections", "response"] = "sections"
-    """sections: captions and reasoning are scored apart; response: one score for the whole."""
+    """sections: captions and reasoning are scored apart; response: one score for the whole. The
+    warm-up writes this and text_only into config.json, and `align` refuses other values than
+    those."""
     text_only: bool = False
     """Leave images out of what the discriminator reads."""
     score_bound: ScoreBound = "none"
@@ -595,7 +597,7 @@ class Judge(Section):
     temperature: float = Field(0.0, ge=0)
     """Softmax temperature of the judge."""
     timeout: float = Field(60.0, gt=0)
-    """Seconds that one request may wait for its connection and for each part of the reply."""
+    """Seconds that one request may take, from its connection to the end of the reply."""
     attempts: int = Field(5, ge=1)
     """Requests for one judgement before it counts as failed; waits between them double."""
     concurrency: int = Field(32, ge=1)

@@ -15,7 +15,7 @@ import re
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from threading import Lock
 from typing import Any, Self
@@ -28,6 +28,7 @@ from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
 
 from prism_megatron.config import schema
 from prism_megatron.data.rows import ImageSource, Message, Row, RowError, read_system_prompt
+from prism_megatron.objectives.sections import response_text, token_bytes
 from prism_megatron.types import Prompt, Sequence, VisualInputs
 
 IMAGE_PLACEHOLDER = "<image>"
@@ -166,11 +167,14 @@ class PromptEncoder:
         managers and dp_critic.py, skip_special_tokens)."""
         return self.control_ids if way == "reference" else frozenset()
 
-    def decode(self, ids: tuple[int, ...]) -> str:
-        """Text of response ids, without the end-of-turn token."""
-        text = ids[:-1] if ids and ids[-1] == self.end_id else ids
-        decoded: str = self.tokenizer.decode(text, skip_special_tokens=False)
-        return decoded
+    @cached_property
+    def token_bytes(self) -> tuple[bytes, ...]:
+        """See sections.token_bytes."""
+        return token_bytes(self.tokenizer)
+
+    def decode(self, ids: tuple[int, ...], way: schema.Defect = "corrected") -> str:
+        """Text of response ids, without the end-of-turn token; way: see hidden_ids."""
+        return response_text(ids, self.token_bytes, (self.end_id,), self.hidden_ids(way))
 
     def _text_ids(self, text: str) -> tuple[int, ...]:
         if found := self._control.search(text):

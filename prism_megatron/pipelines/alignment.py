@@ -14,7 +14,6 @@ its captions and its reasoning from the teacher's, and the discriminator learns 
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from collections.abc import Sequence as Ordered
 from dataclasses import dataclass, field
 from functools import partial
@@ -44,10 +43,8 @@ from prism_megatron.objectives.sections import (
     Sections,
     caption_tokens,
     reference_sections,
-    response_text,
     sections_of,
     split_sections,
-    token_bytes,
 )
 from prism_megatron.rollout import fleet
 from prism_megatron.rollout.fleet import share_out
@@ -79,6 +76,7 @@ class Task:
 
 def run(config: schema.Align) -> None:
     """Play the game for train.steps steps and export the policy to run.dir/hf."""
+    discriminator.check_shown(config.discriminator)
     backend = start(config.backend, config.run, config.policy, config.discriminator)
     encoder = build_encoder(config.policy.path, config.data)
     reader = discriminator.Reader(
@@ -204,8 +202,6 @@ class Game:
         self.config, self.reader = config, reader
         self.policy, self.frozen, self.judge, self.sampler = policy, frozen, judge, sampler
         self.alarms = Alarms(config.alarms)
-        self.table = token_bytes(reader.encoder.tokenizer)
-        self.hidden_ids = reader.encoder.hidden_ids(config.response_format)
         judges_answers = config.advantage_mode != "default"
         self.scorer = Scorer(config.rewards) if judges_answers else None
 
@@ -260,16 +256,13 @@ class Game:
         return self.sampler.state_dict() | {"alarms": self.alarms.steps}
 
     def _sections(self, rollout: Rollout) -> Sections | None:
+        text = self.reader.encoder.decode(rollout.ids, self.config.response_format)
         if self.config.response_format == "reference":
-            text = self._text(rollout, self.hidden_ids)
             # what spells a control token can't be tokenised anew
             return None if CONTROL_TOKEN.search(text) else reference_sections(text)
         if rollout.finish_reason != "stop":
             return None
-        return split_sections(self._text(rollout, self.hidden_ids))
-
-    def _text(self, rollout: Rollout, hidden: Collection[int]) -> str:
-        return response_text(rollout.ids, self.table, (self.reader.encoder.end_id,), hidden)
+        return split_sections(text)
 
     def _accuracy(self, tasks: list[Task], samples: list[tuple[Prompt, Rollout]]) -> Tensor | None:
         """Whether each response's answer is right, [B], if advantage_mode asks for it; 0 for an
@@ -277,9 +270,9 @@ class Game:
         if self.scorer is None:
             return None
         rows = [task.row for task in tasks for _ in range(self.config.sampling.n)]
-        hidden = self.reader.encoder.hidden_ids(self.config.rewards.rules)
+        decode, rules = self.reader.encoder.decode, self.config.rewards.rules
         items = [
-            reward_item(row, self._text(rollout, hidden), finished=rollout.finish_reason == "stop")
+            reward_item(row, decode(rollout.ids, rules), finished=rollout.finish_reason == "stop")
             for row, (_, rollout) in zip(rows, samples, strict=True)
         ]
         return torch.tensor([r.accuracy for r in share_out(items, self.scorer.score)])
@@ -321,7 +314,9 @@ class Game:
         if found is None:
             count = max(1, len(rollout.ids) // 2)
         else:
-            count = caption_tokens(rollout.ids, self.table, found.caption, self.hidden_ids)
+            encoder = self.reader.encoder
+            hidden = encoder.hidden_ids(self.config.response_format)
+            count = caption_tokens(rollout.ids, encoder.token_bytes, found.caption, hidden)
         return self.reader.read_sampled(prompt, rollout.ids, count)
 
     def _bounded(self, scores: Tensor) -> Tensor:

@@ -71,18 +71,23 @@ def run(config: schema.Evaluate) -> None:
     model = load_qwen3_vl(config.model, dtype="auto").to(config.backend).eval()
     examples, quarantined = read_examples(config, encoder)
     answered = list(greedy_responses(model, encoder, examples, config))
-    texts = [encoder.decode(ids) for _, ids in answered]
     scorer = Scorer(config.rewards)
     rewards = scorer.score(
         [
-            reward_item(example.row, text, finished=ids[-1] == encoder.end_id)
-            for (example, ids), text in zip(answered, texts, strict=True)
+            reward_item(
+                example.row,
+                encoder.decode(ids, config.rewards.rules),
+                finished=ids[-1] == encoder.end_id,
+            )
+            for example, ids in answered
         ]
     )
     scorer.close()
     scored = [
-        score_response(example.row, text, len(ids), ids[-1] == encoder.end_id, reward)
-        for (example, ids), text, reward in zip(answered, texts, rewards, strict=True)
+        score_response(
+            example.row, encoder.decode(ids), len(ids), ids[-1] == encoder.end_id, reward
+        )
+        for (example, ids), reward in zip(answered, rewards, strict=True)
     ]
     write_results(config, scored, quarantined)
 

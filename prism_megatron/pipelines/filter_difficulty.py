@@ -27,26 +27,24 @@ from prism_megatron.data.rows import (
 from prism_megatron.data.sources import Source, open_sources
 from prism_megatron.data.stream import Quarantine
 from prism_megatron.objectives.rewards.scorer import Scorer
-from prism_megatron.pipelines.sampling import SampledRow, sample
-from prism_megatron.rollout.engine import RolloutEngine
-from prism_megatron.rollout.local import LocalEngine
+from prism_megatron.pipelines.sampling import SampledRow, open_engines, sample
+from prism_megatron.rollout.fleet import Fleet
 from prism_megatron.rollout.rewards import reward_item
 
 
 def run(config: schema.FilterDifficulty) -> None:
     """Write config.out, and run.dir/difficulty.json: how many prompts have which pass rate."""
-    engine = LocalEngine(config.model, seed=config.run.seed, device=config.backend)
-    filter_prompts(config, engine)
+    filter_prompts(config, open_engines(config))
 
 
-def filter_prompts(config: schema.FilterDifficulty, engine: RolloutEngine) -> None:
-    """The same with any engine."""
+def filter_prompts(config: schema.FilterDifficulty, engines: Fleet) -> None:
+    """The same with engines that have the policy's weights."""
     quarantine = Quarantine(config.run.dir / "quarantine.jsonl", config.data.max_bad_share)
     sources = open_sources(config.data, read_prompts)
     with closing(Scorer(config.rewards)) as scorer:
         rates = [
             (sampled.source, sampled.index, pass_rate(sampled, scorer))
-            for sampled in sample(config, sources, engine, quarantine)
+            for sampled in sample(config, sources, engines, quarantine)
         ]
     kept = [entry for entry in rates if config.low <= entry[2] <= config.high]
     result = {
@@ -78,7 +76,7 @@ def pass_rate(sampled: SampledRow, scorer: Scorer) -> float:
     """Share of the responses that are finished and right."""
     rewards = scorer.score(
         [
-            reward_item(sampled.row, response.text, finished=response.finished)
+            reward_item(sampled.row, response.read(scorer.config.rules), finished=response.finished)
             for response in sampled.responses
         ]
     )

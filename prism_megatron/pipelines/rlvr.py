@@ -22,7 +22,6 @@ from prism_megatron.data.stream import BatchStream
 from prism_megatron.objectives.advantages import group_normalise, overlong_penalty
 from prism_megatron.objectives.rewards.scorer import Scorer, failure_counts
 from prism_megatron.objectives.rewards.types import RewardItem
-from prism_megatron.objectives.sections import response_text, token_bytes
 from prism_megatron.phases import phase
 from prism_megatron.rollout import fleet
 from prism_megatron.rollout.fleet import share_out
@@ -120,9 +119,7 @@ class Trainer:
     ) -> None:
         self.config, self.encoder = config, encoder
         self.policy, self.reference, self.sampler = policy, reference, sampler
-        self.table = token_bytes(encoder.tokenizer)
         self.scorer = Scorer(config.rewards)
-        self.hidden_ids = encoder.hidden_ids(config.rewards.rules)
 
     @phase("score")
     def reward(self, answered: list[tuple[Task, list[Rollout]]]) -> list[Group[Task]]:
@@ -163,7 +160,7 @@ class Trainer:
         }
 
     def _item(self, task: Task, rollout: Rollout) -> RewardItem:
-        text = response_text(rollout.ids, self.table, (self.encoder.end_id,), self.hidden_ids)
+        text = self.encoder.decode(rollout.ids, self.config.rewards.rules)
         return reward_item(task.row, text, finished=rollout.finish_reason == "stop")
 
     def _totals(self, group: Group[Task]) -> Tensor:

@@ -37,7 +37,7 @@ class Pair:
 
 
 def run(config: schema.Warmup) -> None:
-    """Train the discriminator config.model and export it to run.dir/hf."""
+    """Train the discriminator config.model and export it to run.dir/hf, with what it was shown."""
     backend = start(config.backend, config.run, config.model)
     encoder = build_encoder(config.model.path, config.data)
     reader = discriminator.Reader(
@@ -64,8 +64,9 @@ def run(config: schema.Warmup) -> None:
         aux_loss_coef=config.aux_loss_coef,
         z_loss_coef=config.z_loss_coef,
     )
+    described = discriminator.record_shown(config.model, config.run.dir / "discriminator")
     loop = TrainingLoop(
-        config, {"discriminator": (model, config.model.path)}, stream, quarantine, shown="accuracy"
+        config, {"discriminator": (model, described)}, stream, quarantine, shown="accuracy"
     )
     loop.resume()
     if loop.run(lambda: step(model, stream.next_batch(), config, loop.step)):

@@ -6,16 +6,19 @@ RayFleet        engines that Ray places and watches (rollout/ray_fleet.py)
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from checkpoint_tools.hf_directory import HFDirectory
 from model_providers.qwen3_vl import Qwen3VLModel
+from model_providers.weight_map import unused_names
 from model_providers.weight_plan import iter_hf_weights
 from prism_megatron.config import schema
 from prism_megatron.config.schema import Sampling
@@ -26,6 +29,8 @@ from prism_megatron.types import Prompt, Rollout
 
 Weights = Callable[[], Iterable[tuple[str, Tensor]]]
 """The policy's weights of now, full tensors under their Hugging Face names; all ranks call it."""
+Answered = Callable[[int, list[Rollout]], None]
+"""Gets a prompt's place among those submitted, and its rollouts."""
 
 
 class Fleet(Protocol):
@@ -46,13 +51,27 @@ class Fleet(Protocol):
         sync, and say how much there is; nothing otherwise."""
         ...
 
+    def readmit(self) -> None:
+        """Give engines that were started again since the last sync the same weights, which must
+        still be the policy's, so that they serve, too; nothing if there are none, or prompts are
+        out."""
+        ...
+
     def check(self, action: Action) -> list[str]:
         """Do this part of a WeightCheck in every engine; what they say is wrong, on all ranks."""
         ...
 
-    def submit(self, prompts: Sequence[Prompt], sampling: Sampling, step: int) -> None:
+    def submit(
+        self,
+        prompts: Sequence[Prompt],
+        sampling: Sampling,
+        step: int,
+        answered: Answered | None = None,
+    ) -> None:
         """Have prompts answered, of which every rank gives the same; see RolloutEngine.generate.
-        Returns at once where the engines are processes of their own."""
+        Returns at once where the engines are processes of their own.
+
+        answered: gets the answers to this rank's share as they come, on any thread."""
         ...
 
     def collect(self, version: int) -> list[list[Rollout]]:
@@ -66,23 +85,31 @@ class Fleet(Protocol):
 
 def build(
     config: schema.Rollout,
-    policy: Qwen3VLModel,
+    policy: Qwen3VLModel | None,
     hf_dir: Path,
     *,
     seed: int,
     logs: Path,
+    device: torch.device | str = "cpu",
     release: Callable[[], None] = lambda: None,
     routes: bool = False,
 ) -> Fleet:
-    """The configured fleet for a policy, without weights yet.
+    """The configured fleet for a policy; only the embedded one has weights yet, and only hf_dir's.
 
-    hf_dir: Hugging Face directory with the policy's config and processor; logs: folder for what
-    servers write; release: has the trainer give back the memory that only updates need, before
-    engines that slept take theirs; routes: rollouts come with the experts that tokens took.
+    policy: None where nobody trains it, so that syncs bring the weights in hf_dir. hf_dir: Hugging
+    Face directory with the policy's config and processor; logs: folder for what servers write;
+    device: of the embedded engine; release: has the trainer give back the memory that only updates
+    need, before engines that slept take theirs; routes: rollouts come with the experts that tokens
+    took.
     """
-    weights = partial(iter_hf_weights, policy)
+    weights: Weights
+    if policy is None:
+        weights = partial(stored_weights, hf_dir)
+    else:
+        weights = partial(iter_hf_weights, policy)
     if config.kind == "embedded":
-        return EmbeddedFleet(LocalEngine(hf_dir, seed=seed, pretrained=False), weights)
+        engine = LocalEngine(hf_dir, seed=seed, device=device, pretrained=policy is None)
+        return EmbeddedFleet(engine, weights)
     if find_spec("ray") is None:
         raise ValueError(
             f"rollout.kind={config.kind} needs Ray; pip install 'prism-megatron[ray]', or set "
@@ -95,12 +122,20 @@ def build(
     if config.kind == "local":
         return RayFleet(config, send_through_ray(weights), model=hf_dir, seed=seed, logs=logs)
     if config.quantization is not None:
+        assert policy is not None, "a directory is served as it is"
         hf_dir = served_directory(config, policy, hf_dir, (logs / "served").resolve())
     refit = ServerRefit(config, policy, hf_dir)
     server = server_kind(config, hf_dir, routes)
     return RayFleet(
         config, refit, model=hf_dir, seed=seed, logs=logs, server=server, release=release
     )
+
+
+def stored_weights(hf_dir: Path) -> Iterator[tuple[str, Tensor]]:
+    """The weights of a Hugging Face directory that a language model of its config has."""
+    stored = HFDirectory(hf_dir)
+    unused = unused_names(stored.config, "language")
+    return ((name, stored[name]) for name in stored if name not in unused)
 
 
 def share_out[T, R](items: Sequence[T], compute: Callable[[Sequence[T]], Sequence[R]]) -> list[R]:
@@ -113,7 +148,7 @@ class EmbeddedFleet:
 
     def __init__(self, engine: LocalEngine, weights: Weights) -> None:
         self.engine, self.weights = engine, weights
-        self._submitted: tuple[Sequence[Prompt], Sampling, int] | None = None
+        self._submitted: tuple[Sequence[Prompt], Sampling, int, Answered | None] | None = None
 
     @property
     def weight_version(self) -> int:
@@ -125,6 +160,9 @@ class EmbeddedFleet:
     def sleep(self) -> dict[str, float]:
         return {}
 
+    def readmit(self) -> None:
+        pass
+
     def check(self, action: Action) -> list[str]:
         wrong: list[str] = [""] * dist.get_world_size()
         try:
@@ -135,18 +173,33 @@ class EmbeddedFleet:
         dist.all_gather_object(wrong, found)
         return [words for words in wrong if words]
 
-    def submit(self, prompts: Sequence[Prompt], sampling: Sampling, step: int) -> None:
-        self._submitted = prompts, sampling, step
+    def submit(
+        self,
+        prompts: Sequence[Prompt],
+        sampling: Sampling,
+        step: int,
+        answered: Answered | None = None,
+    ) -> None:
+        self._submitted = prompts, sampling, step, answered
 
     def collect(self, version: int) -> list[list[Rollout]]:
         assert self._submitted is not None, "nothing was submitted"
-        (prompts, sampling, step), self._submitted = self._submitted, None
-        return share_out(prompts, lambda mine: self.engine.generate(mine, sampling, step))
+        (prompts, sampling, step, answered), self._submitted = self._submitted, None
+        mine = self.engine.generate(own_share(prompts), sampling, step)
+        if answered is not None:
+            for number, rollouts in enumerate(mine):
+                answered(own_place(number), rollouts)
+        return merge_shares(mine, len(prompts))
 
 
 def own_share[T](items: Sequence[T]) -> Sequence[T]:
     """Every world-th item, from this rank's number on."""
     return items[dist.get_rank() :: dist.get_world_size()]
+
+
+def own_place(number: int) -> int:
+    """Where the item of that number in own_share is among all items."""
+    return dist.get_rank() + number * dist.get_world_size()
 
 
 def merge_shares[R](

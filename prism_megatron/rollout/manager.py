@@ -100,6 +100,10 @@ class Manager:
         """See Router."""
         return self.router.up()
 
+    async def is_any_stale(self) -> bool:
+        """Whether an engine answers, but not with the weights of now."""
+        return any(engine.state is EngineState.STALE for engine in self.router.engines)
+
     async def confirm(self) -> None:
         """Ask the refitted engines for their version; those that have the expected one serve.
 

@@ -41,7 +41,13 @@ from prism_megatron.config import schema
 from prism_megatron.config.schema import Sampling
 from prism_megatron.rollout.actors import ActorClient, in_words
 from prism_megatron.rollout.engine import EngineClient, EngineDied, request_keys
-from prism_megatron.rollout.fleet import Weights, merge_shares, own_share
+from prism_megatron.rollout.fleet import (
+    Answered,
+    Weights,
+    merge_shares,
+    own_place,
+    own_share,
+)
 from prism_megatron.rollout.manager import Manager
 from prism_megatron.rollout.router import Lease, Outcome
 from prism_megatron.rollout.server import ServerKind
@@ -77,12 +83,13 @@ class _Job:
 @dataclass
 class _Work:
     """The prompts of one call on this rank: those still to be answered, and the answers; count: of
-    all ranks' prompts."""
+    all ranks' prompts; answered: see Fleet.submit."""
 
     sampling: Sampling
     jobs: deque[_Job]
     answers: list[Any]
     count: int
+    answered: Answered | None
     interrupted: bool = False
 
 
@@ -167,6 +174,11 @@ class RayFleet:
         dist.all_gather_object(free, mine, group=self._group)
         return {"free_gib": min(free)}
 
+    def readmit(self) -> None:
+        """See Fleet."""
+        if self._first(lambda: self._ask(self._manager.is_any_stale)):
+            self.sync(self.weight_version)
+
     def check(self, action: Action) -> list[str]:
         """See Fleet."""
 
@@ -186,7 +198,13 @@ class RayFleet:
         )
         return found
 
-    def submit(self, prompts: Sequence[Prompt], sampling: Sampling, step: int) -> None:
+    def submit(
+        self,
+        prompts: Sequence[Prompt],
+        sampling: Sampling,
+        step: int,
+        answered: Answered | None = None,
+    ) -> None:
         """See Fleet: each rank has its share of the prompts answered, in the background."""
         assert self._work is None, "the prompts of the last submit() were not collected"
         if self.weight_version < 0:
@@ -194,7 +212,7 @@ class RayFleet:
         mine = own_share(prompts)
         keys = request_keys(mine, step)
         jobs = deque(_Job(i, p, k) for i, (p, k) in enumerate(zip(mine, keys, strict=True)))
-        self._work = _Work(sampling, jobs, [None] * len(mine), len(prompts))
+        self._work = _Work(sampling, jobs, [None] * len(mine), len(prompts), answered)
         self._running = self._run(self._play(self._work))
 
     def collect(self, version: int) -> list[list[Rollout]]:
@@ -346,6 +364,8 @@ class RayFleet:
                 work.jobs.append(job)
             else:
                 work.answers[job.index] = rollouts
+                if work.answered is not None:
+                    work.answered(own_place(job.index), rollouts)
             return
         fault = outcome.fault or f"weights of version {outcome.version}"
         job.faults.append(f"engine {lease.engine}: {fault}")

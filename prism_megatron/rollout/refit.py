@@ -3,6 +3,7 @@
 engine's GPUs are trainers' too    IpcSync
 engine has GPUs of its own         BroadcastSync
 rollout.sync_folder is given       DiskSync
+nobody trains the policy           StoredSync
 """
 
 from __future__ import annotations
@@ -23,7 +24,13 @@ from prism_megatron.rollout.http_engine import HttpEngine
 from prism_megatron.rollout.router import Lease
 from prism_megatron.rollout.server import Endpoint, ServerKind, address_of
 from prism_megatron.rollout.vocabulary import Vocabulary
-from prism_megatron.rollout.weight_sync import BroadcastSync, DiskSync, IpcSync, WeightSync
+from prism_megatron.rollout.weight_sync import (
+    BroadcastSync,
+    DiskSync,
+    IpcSync,
+    StoredSync,
+    WeightSync,
+)
 
 _PROGRAMS: dict[str, tuple[Callable[..., Any], type[HttpEngine]]] = {
     "sglang": (sglang.server_command, sglang.SGLangEngine),
@@ -77,7 +84,7 @@ def _vocabulary(hf_dir: Path) -> Vocabulary:
 class ServerRefit:
     """Refit of servers; see ray_fleet.Refit."""
 
-    def __init__(self, config: schema.Rollout, model: Qwen3VLModel, hf_dir: Path) -> None:
+    def __init__(self, config: schema.Rollout, model: Qwen3VLModel | None, hf_dir: Path) -> None:
         self.config, self.model, self.hf_dir = config, model, hf_dir
         self._sync: WeightSync | None = None
         self._placed: set[int] = set()
@@ -106,6 +113,8 @@ class ServerRefit:
 
     def _way(self, leases: Sequence[Lease]) -> WeightSync:
         config = self.config
+        if self.model is None:
+            return StoredSync(self.hf_dir)
         if config.sync_folder is not None:
             return DiskSync(self.model, self.hf_dir, config.sync_folder, config.quantization)
         places: list[Any] = [None] * dist.get_world_size()

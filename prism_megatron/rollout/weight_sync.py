@@ -6,6 +6,8 @@
         engine on other GPUs           rank 0 broadcasts the buffer (NCCL)
         any other engine               rank 0 writes a Hugging Face directory, the engine reads it
 
+    weights that nobody trains: the engine reads the Hugging Face directory that is there
+
 Weights for engines that hold them quantised are quantised as a bucket is gathered.
 While an engine loads one bucket, the trainers gather the next. A sync ends with every engine
 answering with the new version; one that does not stops the run, since its rollouts would be
@@ -385,13 +387,38 @@ class DiskSync:
         path = self.folder / f"version_{version}"
         with phase("write"):
             hf_writer.write(path, self.plan.weights(), self.plan.nbytes, self.config_from)
-        with phase("load"), ThreadPoolExecutor(max(1, len(mine))) as pool:
-            error = _try(lambda: [server.pause() for server in mine])
-            error = error or _first_error([pool.submit(s.load_disk, path, version) for s in mine])
+        with phase("load"):
+            error = _load_disk(mine, path, version)
         if leads:
             shutil.rmtree(path)
         _resume(mine, version, error)
         return phase.result()
+
+
+class StoredSync:
+    """Engines that read the weights of a Hugging Face directory, which nobody trains."""
+
+    def __init__(self, hf_dir: Path) -> None:
+        """hf_dir: on a file system that the engines see."""
+        self.hf_dir = hf_dir
+
+    def sync(self, servers: Mapping[int, Server], version: int) -> dict[str, float]:
+        """See WeightSync; engines that have the version read nothing."""
+        phase = _Phases()
+        mine = list(servers.values()) if dist.get_rank() == 0 else []
+        mine = [server for server in mine if server.version() != version]
+        with phase("load"):
+            error = _load_disk(mine, self.hf_dir, version)
+        _resume(mine, version, error)
+        return phase.result()
+
+
+def _load_disk(servers: Sequence[Server], hf_dir: Path, version: int) -> str:
+    """Have paused servers read a directory, all at once; what went wrong, or nothing."""
+    with ThreadPoolExecutor(max(1, len(servers))) as pool:
+        error = _try(lambda: [server.pause() for server in servers])
+        loading = [] if error else [pool.submit(s.load_disk, hf_dir, version) for s in servers]
+        return error or _first_error(loading)
 
 
 def _first_error(futures: Sequence[Future[None]]) -> str:

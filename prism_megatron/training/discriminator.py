@@ -15,12 +15,18 @@ instead of once per response.
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from checkpoint_tools import hf_writer, world
+from checkpoint_tools.files import replace_folder, staging_of
+from checkpoint_tools.megatron_directory import hf_directory
 from model_providers.config import SECTIONS
 from prism_megatron.config import schema
 from prism_megatron.config.schema import Defect
@@ -37,8 +43,46 @@ REFERENCE_TEACHER_TOKENS = 512
 REFERENCE_DROPOUT = 0.1
 """Share of the value head's inputs that the reference drops in training (value_head.py)."""
 
+SHOWN = ("streams", "text_only")
+"""What warm-up and alignment must have the same, of schema.Discriminator."""
+
 Objective = Callable[[Tensor], Tensor]
 """scores [n] -> loss."""
+
+
+def record_shown(section: schema.Discriminator, folder: Path) -> Path:
+    """Write `folder`: config and processor of the discriminator, whose config.json says what it is
+    shown, so that `check_shown` can tell. All ranks call this and get `folder`."""
+    source = hf_directory(section.path)
+
+    def write() -> None:
+        staging = staging_of(folder)
+        shutil.rmtree(staging, ignore_errors=True)
+        hf_writer.copy_config(source, staging)
+        raw = json.loads((source / "config.json").read_text())
+        shown = {name: getattr(section, name) for name in SHOWN}
+        raw["prism_discriminator"] = raw.get("prism_discriminator", {}) | shown
+        (staging / "config.json").write_text(json.dumps(raw, indent=2) + "\n")
+        replace_folder(staging, folder)
+
+    world.first(write)
+    return folder
+
+
+def check_shown(section: schema.Discriminator) -> None:
+    """ValueError if the discriminator was warmed up on something else than the section shows it.
+    Those that say nothing of it, such as the reference's, are taken for right."""
+    raw = json.loads((hf_directory(section.path) / "config.json").read_text())
+    stored = raw.get("prism_discriminator", {})
+    for name in SHOWN:
+        learned, given = stored.get(name), getattr(section, name)
+        if learned is not None and learned != given:
+            raise ValueError(
+                f"discriminator.{name}={json.dumps(given)}, but {section.path} was warmed up with "
+                f"model.{name}={json.dumps(learned)} and has learned to judge nothing else; set "
+                f"discriminator.{name}={json.dumps(learned)}, or warm it up with model.{name}="
+                f"{json.dumps(given)}"
+            )
 
 
 class Reader:

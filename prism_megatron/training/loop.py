@@ -20,8 +20,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch.utils.tensorboard import SummaryWriter
 
 from checkpoint_tools import hf_writer, megatron_directory
@@ -31,6 +29,7 @@ from model_providers.weight_plan import WeightPlan
 from prism_megatron import phases
 from prism_megatron.config.schema import Stage
 from prism_megatron.data.stream import BatchStream, Quarantine
+from prism_megatron.training.display import Display
 from prism_megatron.training.guard import Guard, Unsound, UnsoundInference
 from prism_megatron.training.preemption import Preemption
 from prism_megatron.training.runner import ModelRunner
@@ -138,7 +137,9 @@ class TrainingLoop:
         with (
             Preemption() as preemption,
             Watchdog(self.dir / "stacks", self.config.run.hang_timeout) as watchdog,
-            _Display(self.dir.name, train.steps, self.step, self.is_writer) as display,
+            Display(
+                self.dir.name, "step", train.steps, self.step, active=self.is_writer
+            ) as display,
         ):
             while self.step < last:
                 started = time.monotonic()
@@ -164,7 +165,10 @@ class TrainingLoop:
                 metrics |= {f"epoch/{name}": n for name, n in self.stream.epochs.items()}
                 if writer is not None:
                     self._log(metrics, writer)
-                display.update(self.step, self.shown, metrics.get(self.shown))
+                value = metrics.get(self.shown)
+                display.update(
+                    self.step, f"{self.shown} {'-' if value is None else f'{value:.4f}'}"
+                )
                 is_asked, is_writing = self._on_any_rank(
                     preemption.asked, self.checkpoints.is_writing
                 )
@@ -235,40 +239,3 @@ class TrainingLoop:
         lines = file.read_text().splitlines() if file.exists() else []
         kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
         write_atomically(file, "".join(line + "\n" for line in kept))
-
-
-class _Display:
-    """A progress bar on a terminal, twenty lines in a log file, nothing on other ranks."""
-
-    def __init__(self, title: str, steps: int, done: int, active: bool) -> None:
-        self.title, self.steps, self.active = title, steps, active
-        self.done_before, self.started = done, time.monotonic()
-        terminal = active and Console().is_terminal
-        self.progress = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            TextColumn("{task.completed}/{task.total}  {task.fields[shown]}"),
-            TimeRemainingColumn(),
-            disable=not terminal,
-        )
-        self.task = self.progress.add_task(title, total=steps, completed=done, shown="")
-        self.every = 0 if terminal else max(1, steps // 20)
-
-    def __enter__(self) -> _Display:
-        self.progress.start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.progress.stop()
-
-    def update(self, step: int, name: str, value: float | None) -> None:
-        shown = f"{name} -" if value is None else f"{name} {value:.4f}"
-        self.progress.update(self.task, completed=step, shown=shown)
-        if self.active and self.every and (step % self.every == 0 or step == self.steps):
-            pace = (time.monotonic() - self.started) / (step - self.done_before)
-            left = pace * (self.steps - step)
-            print(
-                f"{self.title} step {step}/{self.steps}  {shown}  {pace:.2f} s/step  "
-                f"{left:.0f} s left",
-                flush=True,
-            )

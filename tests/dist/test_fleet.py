@@ -391,6 +391,24 @@ def _keeps_contract(case: int) -> None:
     dist.barrier()
 
 
+def _readmit_and_generate(step: int) -> list[list[Rollout]]:
+    _fleet.readmit()
+    return _generate(step)
+
+
+def test_a_restarted_engine_is_given_the_same_weights_again(fleet: Ranks, hf_dir: Path) -> None:
+    fleet.run(_sync, 20)
+    [before, _] = fleet.run(_states)
+    fleet.run(_generate_and_kill, 11, 1, 5)
+    [states, _] = fleet.run(_states)
+    assert sorted(state for state, _ in states) == ["healthy", "stale"]
+    for found in fleet.run(_readmit_and_generate, 12):
+        assert_same(found, expected(hf_dir, 20, 12))
+    [after, _] = fleet.run(_states)
+    assert [state for state, _ in after] == ["healthy", "healthy"]
+    assert sum(new[1] - old[1] for old, new in zip(before, after, strict=True)) == 1
+
+
 def test_a_closed_fleet_leaves_no_process(fleet: Ranks) -> None:
     [found, _] = fleet.run(pids)
     assert len(found) == 2

@@ -153,6 +153,12 @@ def test_warm_up_and_alignment_with_every_discriminator(
     trained = tmp_path / "warmup" / "hf"
     config = Qwen3VLConfig.from_hf(trained)
     assert config.dedicated == (architecture == "dedicated")
+    [saved] = (tmp_path / "warmup" / "checkpoints").glob("step_*/discriminator/hf")
+    for folder in (trained, saved):
+        shown = json.loads((folder / "config.json").read_text())["prism_discriminator"]
+        given = schema.Discriminator(**_discriminator(trained, variant))
+        assert shown["architecture"] == architecture
+        assert (shown["streams"], shown["text_only"]) == (given.streams, given.text_only)
     weights = load_file(trained / "model.safetensors")
     assert {name for name in weights if name.startswith("v_head")} == set(config.value_heads)
 
@@ -168,6 +174,26 @@ def test_warm_up_and_alignment_with_every_discriminator(
         assert step["score_gap"] == pytest.approx(sum(gaps) / len(gaps), abs=1e-4)
     judged = {key.removesuffix("_accuracy") for key in steps[0] if key.endswith("_accuracy")}
     assert judged == {*streams, "discriminator"}
+
+
+def _contradicts(root: Path, out: Path, judge: Path) -> str:
+    """What alignment says of a discriminator that was warmed up on sections."""
+    try:
+        _align(root, out, judge, "shared", discriminator={"path": judge, "streams": "response"})
+    except ValueError as error:
+        return str(error)
+    return "ran"
+
+
+def test_alignment_shows_the_discriminator_what_it_was_warmed_up_on(
+    ranks: Worlds, root: Path, tmp_path: Path
+) -> None:
+    section = schema.Discriminator(path=root / "shared")
+    judge = discriminator.record_shown(section, tmp_path / "judge")
+    [said] = ranks(1).run(_contradicts, root, tmp_path / "align", judge)
+    assert 'discriminator.streams="response", but' in said
+    assert f'{judge} was warmed up with model.streams="sections"' in said
+    assert not (tmp_path / "align").exists()
 
 
 OPTIONS = {

@@ -24,7 +24,7 @@ from prism_megatron.config.schema import Sampling
 from prism_megatron.rollout.local import LocalEngine
 from prism_megatron.rollout.sglang import SGLangEngine
 from prism_megatron.rollout.vocabulary import Vocabulary
-from prism_megatron.rollout.weight_sync import BroadcastSync, DiskSync, IpcSync
+from prism_megatron.rollout.weight_sync import BroadcastSync, DiskSync, IpcSync, StoredSync
 from prism_megatron.types import Prompt
 from tests.dist import checks
 from tests.dist.ranks import Ranks
@@ -147,6 +147,37 @@ def test_engines_elsewhere_read_a_folder_that_is_gone_afterwards(
         "/model_info",
     ]
     assert list(tmp_path.iterdir()) == []
+
+
+def _stored(path: Path) -> list[list[str]]:
+    """Paths asked by syncs of a directory: at first, again, and after the engine was restarted."""
+    mock, asked = MockSGLang(path), []
+    with serve(mock) as url:
+        engine = SGLangEngine(url, KEY, Vocabulary.of(path))
+        for restarted in (False, False, True):
+            mock.version, mock.paths = -1 if restarted else mock.version, []
+            StoredSync(path).sync({1: engine}, 0)
+            asked.append(mock.paths)
+        asyncio.run(engine.close())
+    weights = load_file(path / "model.safetensors")
+    assert all(torch.equal(tensor, mock.loaded[name]) for name, tensor in weights.items())
+    return asked
+
+
+def test_engines_read_a_directory_unless_they_have_it(ranks: Worlds, hf_dir: Path) -> None:
+    [[first, again, restarted]] = ranks(1).run(_stored, hf_dir)
+    assert (
+        first
+        == restarted
+        == [
+            "/model_info",
+            "/pause_generation",
+            "/update_weights_from_disk",
+            "/continue_generation",
+            "/model_info",
+        ]
+    )
+    assert again == ["/model_info"]
 
 
 @pytest.mark.parametrize(

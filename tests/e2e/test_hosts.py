@@ -192,7 +192,7 @@ def test_the_pipeline_over_hosts_each_stage_with_what_the_one_before_wrote(
     assert [entry["step"] for entry in metrics(quickstart / "sft")] == list(range(1, 41))
     assert said.count("sft step 2/40 ") == 1, "it began anew instead of going on"
 
-    on_one_host(cluster, stage("pairs"))
+    on_one_host(cluster, stage("make-warmup-pairs"))
     on_one_host(cluster, stage("upcycle"))
     submit(cluster, 2, stage("warmup", "batch_size=8"))
     assert all(entry["grad_norm"] > 0 for entry in metrics(quickstart / "warmup"))

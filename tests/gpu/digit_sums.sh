@@ -26,7 +26,7 @@ stage() {
 stage digit-sums 1 data train_rows=4000 heldout_rows=10
 stage sft 1 sft backend=cuda "model.path=$model" model.parallel.tensor=1 train.steps=200
 stage upcycle 1 discriminator
-stage pairs 1 pairs backend=cuda data.path="$run/data/prompts.parquet"
+stage make-warmup-pairs 1 pairs backend=cuda data.path="$run/data/prompts.parquet"
 stage warmup 1 warmup backend=cuda model.parallel.expert=1 train.steps=100
 available=$(nvidia-smi -L | wc -l)
 common=(--config tests/gpu/sglang.yaml train.steps=30)

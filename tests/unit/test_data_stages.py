@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from torch import Tensor
+from pydantic import ValidationError
 from transformers import AutoProcessor
 
 from checkpoint_tools import tiny_qwen3vl
@@ -21,7 +22,8 @@ from prism_megatron.config import schema
 from prism_megatron.data import digit_sums
 from prism_megatron.data.rows import TEACHER_SECTIONS, read_pairs, read_prompts
 from prism_megatron.objectives.sections import sections_of
-from prism_megatron.pipelines import filter_difficulty, make_alignment_set, pairs
+from prism_megatron.pipelines import filter_difficulty, make_alignment_set, make_warmup_pairs
+from prism_megatron.rollout import fleet
 from prism_megatron.types import Prompt, Rollout
 
 NUM_PROMPTS, NUM_RESPONSES = 12, 5
@@ -43,7 +45,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class ScriptedEngine:
-    """A RolloutEngine whose responses are written down; it goes away at its call `dies_at`."""
+    """A Fleet whose responses are written down; it goes away at its batch `dies_at`, with the first
+    answer of it given."""
 
     weight_version = 0
 
@@ -53,25 +56,51 @@ class ScriptedEngine:
         self._tokenizer = AutoProcessor.from_pretrained(model).tokenizer
         self._answers = answers
         self._calls, self._dies_at = 0, dies_at
+        self._out: list[list[Rollout]] = []
         self.asked: list[str] = []
 
-    def generate(
-        self, prompts: Sequence[Prompt], sampling: schema.Sampling, step: int
-    ) -> list[list[Rollout]]:
+    def readmit(self) -> None:
+        assert not self._out, "prompts are out"
+
+    def submit(
+        self,
+        prompts: Sequence[Prompt],
+        sampling: schema.Sampling,
+        step: int,
+        answered: fleet.Answered | None = None,
+    ) -> None:
+        assert answered is not None and not self._out and prompts and step == 0
         self._calls += 1
-        if self._calls == self._dies_at:
-            raise KeyboardInterrupt
-        self.asked += [prompt.row_id for prompt in prompts]
+        self._answered = answered
         numbers = [int(prompt.row_id.split(":")[1]) for prompt in prompts]
-        return [[self._rollout(*self._answers(i, k)) for k in range(sampling.n)] for i in numbers]
+        self._out = [
+            [self._rollout(*self._answers(i, k)) for k in range(sampling.n)] for i in numbers
+        ]
+        self._ids = [prompt.row_id for prompt in prompts]
+
+    def collect(self, version: int) -> list[list[Rollout]]:
+        # the last prompt first, as engines may
+        for place in reversed(range(len(self._out))):
+            self.asked.append(self._ids[place])
+            self._answered(place, self._out[place])
+            if self._calls == self._dies_at:
+                raise KeyboardInterrupt
+        found, self._out = self._out, []
+        return found
+
+    def sync(self, version: int) -> dict[str, float]:
+        raise AssertionError("nothing is trained here")
+
+    def sleep(self) -> dict[str, float]:
+        raise AssertionError("nothing is trained here")
+
+    def check(self, action: Any) -> list[str]:
+        raise AssertionError("nothing is trained here")
 
     def _rollout(self, text: str, finished: bool) -> Rollout:
         text += "<|im_end|>" if finished else ""
         ids = tuple(self._tokenizer(text, add_special_tokens=False).input_ids)
         return Rollout(ids, (-1.0,) * len(ids), "stop" if finished else "length", 0)
-
-    def load_weights(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
-        raise AssertionError("nothing is trained here")
 
 
 def difficulty(out: Path, folder: Path, policy: Path, **changes: Any) -> schema.FilterDifficulty:
@@ -80,6 +109,7 @@ def difficulty(out: Path, folder: Path, policy: Path, **changes: Any) -> schema.
         "data": {"path": folder / "prompts.parquet", "max_bad_share": 0.2},
         "model": policy,
         "sampling": {"n": NUM_RESPONSES, "max_new_tokens": 64, "batch_size": 10},
+        "rewards": {"workers": 1},
         "out": out / "kept.parquet",
     }
     return schema.FilterDifficulty.model_validate(values | changes)
@@ -127,6 +157,8 @@ def test_a_killed_filter_samples_only_what_is_missing(
             assert dies_at > 0 and not config.out.exists()
         asked += engine.asked
     assert Counter(asked) == {f"prompts:{i}": 1 for i in range(NUM_PROMPTS)}
+    # answers that had come of a batch that broke off are there
+    assert engine.asked[0] == f"prompts:{4 + 2}"
     whole = difficulty(tmp_path / "whole", data, model)
     filter_difficulty.filter_prompts(whole, ScriptedEngine(model, answers_of(data)))
     assert pq.read_table(config.out) == pq.read_table(whole.out)
@@ -136,10 +168,11 @@ def test_a_half_written_line_is_sampled_again(tmp_path: Path, data: Path, model:
     config = difficulty(tmp_path, data, model)
     filter_difficulty.filter_prompts(config, ScriptedEngine(model, answers_of(data)))
     file = config.run.dir / "responses.jsonl"
+    row = json.loads(file.read_text().splitlines()[-1])["row"]
     file.write_bytes(file.read_bytes()[:-7])
     engine = ScriptedEngine(model, answers_of(data))
     filter_difficulty.filter_prompts(config, engine)
-    assert engine.asked == [f"prompts:{NUM_PROMPTS - 1}"]
+    assert engine.asked == [f"prompts:{row}"]
     assert len(file.read_text().splitlines()) == NUM_PROMPTS + 1
 
 
@@ -175,32 +208,78 @@ def test_rows_of_several_files_with_images_as_paths_are_kept_with_the_images(
         assert row["images"] == [{"bytes": (tmp_path / f"{number}.png").read_bytes(), "path": None}]
 
 
-def test_the_filter_with_the_embedded_engine(tmp_path: Path, data: Path, model: Path) -> None:
-    """A random model answers nothing right, so that nothing is left; every prompt was sampled."""
-    config = difficulty(tmp_path, data, model, sampling={"n": 2, "max_new_tokens": 3})
-    with pytest.raises(ValueError, match="no prompt is left"):
+def test_the_reference_rules_do_not_see_control_tokens(
+    tmp_path: Path, data: Path, model: Path
+) -> None:
+    rows = pq.read_table(data / "prompts.parquet").to_pylist()
+
+    def answer(prompt: int, number: int) -> tuple[str, bool]:
+        return rows[prompt]["teacher_response"].replace("<answer>", "<answer><|im_start|>"), True
+
+    engine, rates = ScriptedEngine(model, answer), {}
+    for rules in ("corrected", "reference"):
+        rewards = {"rules": rules, "workers": 1}
+        config = difficulty(tmp_path, data, model, rewards=rewards, low=0.0, high=1.0)
+        filter_difficulty.filter_prompts(config, engine)
+        rates[rules] = json.loads((config.run.dir / "difficulty.json").read_text())["pass_rates"]
+    assert rates == {"corrected": {"0": NUM_PROMPTS}, "reference": {"1": NUM_PROMPTS}}
+    # other rules need no other responses
+    assert len(engine.asked) == NUM_PROMPTS
+
+
+def test_a_megatron_checkpoint_is_refused_with_what_exports_it(
+    tmp_path: Path, data: Path, model: Path
+) -> None:
+    shutil.copytree(model, tmp_path / "ckpt" / "hf")
+    (tmp_path / "ckpt" / "metadata.json").write_text("{}")
+    config = difficulty(tmp_path, data, tmp_path / "ckpt")
+    with pytest.raises(ValueError, match=r"megatron-to-hf --ckpt \S+/ckpt --out \S+/ckpt-hf"):
         filter_difficulty.run(config)
-    result = json.loads((config.run.dir / "difficulty.json").read_text())
-    assert result["pass_rates"] == {"0": NUM_PROMPTS}
-    lines = (config.run.dir / "responses.jsonl").read_text().splitlines()[1:]
-    assert all(len(json.loads(line)["responses"]) == 2 for line in lines)
+
+
+def test_one_process_samples(
+    tmp_path: Path, data: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    with pytest.raises(ValueError, match=r"3 were started.*NPROC_PER_NODE=1.*rollout.engines"):
+        filter_difficulty.run(difficulty(tmp_path, data, model))
+
+
+@pytest.mark.parametrize(
+    ("rollout", "backend", "said"),
+    [
+        ({"kind": "sglang", "gpus": [0], "sleep": True}, "cpu", "rollout.sleep: about weights"),
+        ({"kind": "sglang", "gpus": [0], "quantization": "fp8-block"}, "cpu", "quantize` wrote"),
+        ({"kind": "vllm", "gpus": [0], "sync_folder": "x"}, "cpu", "rollout.sync_folder: about"),
+        (
+            {"kind": "local", "ahead": True, "partial": True},
+            "cpu",
+            "ahead, rollout.partial",
+        ),
+        ({"kind": "local"}, "cuda", "backend=cuda .* rollout.kind=local has devices of its own"),
+    ],
+)
+def test_what_engines_that_are_not_trained_have_no_use_for(
+    tmp_path: Path, rollout: dict[str, Any], backend: str, said: str
+) -> None:
+    with pytest.raises(ValidationError, match=said):
+        difficulty(tmp_path, tmp_path, tmp_path, rollout=rollout, backend=backend)
 
 
 def test_pairs_are_the_policys_sections_beside_the_teachers(
-    tmp_path: Path, data: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, data: Path, model: Path
 ) -> None:
     items = pq.read_table(data / "prompts.parquet").to_pylist()
     items[3]["teacher_cot"] = "no sections"
     pq.write_table(pa.Table.from_pylist(items), tmp_path / "prompts.parquet")
     values = difficulty(tmp_path, tmp_path, model).model_dump(exclude={"low", "high", "rewards"})
-    config = schema.Pairs.model_validate(values | {"out": tmp_path / "pairs.jsonl"})
+    config = schema.MakeWarmupPairs.model_validate(values | {"out": tmp_path / "pairs.jsonl"})
 
     asked = []
     for dies_at in (3, -1):
         engine = ScriptedEngine(model, answers_of(data), dies_at)
-        monkeypatch.setattr(pairs, "LocalEngine", lambda *args, engine=engine, **kwargs: engine)
         try:
-            pairs.run(config)
+            make_warmup_pairs.make_pairs(config, engine)
         except KeyboardInterrupt:
             assert not config.out.exists()
         asked += engine.asked

@@ -86,6 +86,29 @@ def test_responses_are_the_greedy_ones_of_a_full_forward(
         assert found["response_tokens"] == len(response)
 
 
+@pytest.mark.parametrize(("rules", "right"), [("corrected", 0), ("reference", NUM_ROWS)])
+def test_the_reference_rules_do_not_see_control_tokens(
+    tmp_path: Path, model_dir: Path, data: Path, rules: str, right: int
+) -> None:
+    rewards = schema.Rewards.model_validate({"rules": rules, "workers": 1})
+    settings = config(tmp_path, model_dir, data, rewards=rewards)
+    encoder = PromptEncoder.from_config(model_dir, settings.data)
+
+    def answers(*arguments: Any) -> Iterator[tuple[evaluate.Example, tuple[int, ...]]]:
+        for example in arguments[2]:
+            text = f"<caption>c</caption><think>t</think><answer>{example.row.ground_truth}"
+            start, end = (encoder.encode_section(t) for t in (text, "</answer>"))
+            control = min(encoder.control_ids - {encoder.end_id})
+            yield example, (*start, control, *end, encoder.end_id)
+
+    with mock.patch.object(evaluate, "greedy_responses", answers):
+        evaluate.run(settings)
+    _, rows = results(settings)
+    assert sum(row["answer_correct"] for row in rows) == right
+    # what is written down is what was sampled
+    assert all("<|" in row["response"] for row in rows)
+
+
 def test_the_result_says_what_was_evaluated(tmp_path: Path, model_dir: Path, data: Path) -> None:
     settings = config(tmp_path, model_dir, data)
     evaluate.run(settings)

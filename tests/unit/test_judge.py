@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import threading
 import time
@@ -44,6 +45,8 @@ class Endpoint:
         self.requests: list[dict[str, Any]] = []
         self.headers: list[dict[str, str]] = []
         self.at_once = self.most_at_once = 0
+        self.pause: float | None = None
+        """Seconds between two bytes of a reply."""
         self.lock, self.released = threading.Lock(), threading.Event()
         endpoint = self
 
@@ -67,7 +70,13 @@ class Endpoint:
                 for name, value in {**headers, "Content-Length": str(len(body))}.items():
                     self.send_header(name, value)
                 self.end_headers()
-                self.wfile.write(body.encode())
+                if endpoint.pause is None:
+                    self.wfile.write(body.encode())
+                    return
+                with contextlib.suppress(OSError):  # the judge has gone
+                    for byte in body.encode():
+                        self.wfile.write(bytes([byte]))
+                        endpoint.released.wait(endpoint.pause)
 
             def log_message(self, *args: Any) -> None:
                 pass
@@ -98,7 +107,11 @@ def endpoint() -> Iterator[Endpoint]:
 def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """The seconds that were to be waited between attempts, without waiting."""
     waited: list[float] = []
-    monkeypatch.setattr(judge_module.time, "sleep", waited.append)
+
+    async def wait(seconds: float) -> None:
+        waited.append(seconds)
+
+    monkeypatch.setattr(judge_module, "sleep", wait)
     return waited
 
 
@@ -218,9 +231,18 @@ def test_a_server_that_does_not_answer_is_given_up(
         return says("1")
 
     endpoint.behave = stall
-    assert judge_of(endpoint, timeout=0.2, attempts=2).judge([asked("cat")]) == [None]
+    assert judge_of(endpoint, timeout=1, attempts=2).judge([asked("cat")]) == [None]
     assert len(endpoint.requests) == 2
-    assert "ReadTimeout" in caplog.text
+    assert "no whole reply within judge.timeout=1 s" in caplog.text
+
+
+def test_a_reply_that_drips_is_no_longer_waited_for_than_another(
+    endpoint: Endpoint, waits: list[float], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Every part comes in time, the whole would take a minute."""
+    endpoint.pause = 60 / len(says("1")[2])
+    assert judge_of(endpoint, timeout=2, attempts=1).judge([asked("cat")]) == [None]
+    assert "no whole reply within judge.timeout=2 s" in caplog.text
 
 
 def test_a_server_that_is_not_there_is_given_up(

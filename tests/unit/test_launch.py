@@ -184,8 +184,8 @@ def test_the_quickstart_runs_every_stage_in_order(rehearsal: Path) -> None:
     ran = quickstart(rehearsal, "--seed 77")
     assert ran.returncode == 0, ran.stderr
     assert stages(rehearsal) == [
-        "digit-sums", "tiny-model", "convert", "sft", "evaluate", "pairs", "upcycle", "warmup",
-        "align", "evaluate", "rlvr", "evaluate", "report",
+        "digit-sums", "tiny-model", "convert", "sft", "evaluate", "make-warmup-pairs", "upcycle",
+        "warmup", "align", "evaluate", "rlvr", "evaluate", "report",
     ]  # fmt: skip
     lines = (rehearsal / "commands").read_text().splitlines()
     assert all("vars.seed=77" in line and f"vars.dir={rehearsal}/run" in line for line in lines)
@@ -208,14 +208,14 @@ def test_every_stage_and_file_of_the_quickstart_exists(rehearsal: Path) -> None:
 def test_without_alignment_rlvr_starts_from_sft(rehearsal: Path) -> None:
     assert quickstart(rehearsal, "--without-alignment").returncode == 0
     ran = stages(rehearsal)
-    assert not {"pairs", "upcycle", "warmup", "align"} & set(ran)
+    assert not {"make-warmup-pairs", "upcycle", "warmup", "align"} & set(ran)
     lines = (rehearsal / "commands").read_text().splitlines()
     assert f"policy.path={rehearsal}/run/sft/hf" in lines[ran.index("rlvr")]
     assert "stages=[sft,rlvr]" in lines[ran.index("report")]
 
 
 def test_a_stopped_run_goes_on_at_the_stage_that_was_not_finished(rehearsal: Path) -> None:
-    os_environment = os.environ | {"BROKEN": "prism_megatron pairs"}
+    os_environment = os.environ | {"BROKEN": "prism_megatron make-warmup-pairs"}
     broken = subprocess.run(
         ["bash", str(rehearsal / "repo/launch/quickstart.sh"), "--dir", "run"],
         cwd=rehearsal,
@@ -224,10 +224,10 @@ def test_a_stopped_run_goes_on_at_the_stage_that_was_not_finished(rehearsal: Pat
         text=True,
     )
     assert broken.returncode == 7
-    assert stages(rehearsal)[-1] == "pairs"
+    assert stages(rehearsal)[-1] == "make-warmup-pairs"
     (rehearsal / "commands").unlink()
     assert quickstart(rehearsal).returncode == 0
-    assert stages(rehearsal)[0] == "pairs"
+    assert stages(rehearsal)[0] == "make-warmup-pairs"
     (rehearsal / "commands").unlink()
     assert "report: finished before" in quickstart(rehearsal).stdout
     assert not (rehearsal / "commands").exists()

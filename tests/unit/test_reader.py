@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,35 @@ def encoder(tmp_path_factory: pytest.TempPathFactory) -> PromptEncoder:
         max_prompt_tokens=400,
         max_response_tokens=4000,
     )
+
+
+@pytest.mark.parametrize(
+    ("warmed", "given", "said"),
+    [
+        ({"text_only": True}, {"text_only": True, "score_bound": "tanh"}, None),
+        ({"text_only": True}, {}, r"text_only=false, but .*text_only=true .*set .*=true, or warm"),
+        ({}, {"streams": "response"}, 'streams="response", but .*streams="sections"'),
+        # neither upcycled nor released discriminators say what they are shown
+        (None, {"streams": "response", "text_only": True}, None),
+    ],
+)
+def test_a_discriminator_goes_on_with_what_it_was_warmed_up_on(
+    tmp_path: Path, warmed: dict[str, Any] | None, given: dict[str, Any], said: str | None
+) -> None:
+    path = tiny_models.save(tmp_path / "moe", "moe")
+    before = json.loads((path / "config.json").read_text())
+    if warmed is not None:
+        section = schema.Discriminator.model_validate({"path": path} | warmed)
+        path = discriminator.record_shown(section, tmp_path / "warmed")
+        after = json.loads((path / "config.json").read_text())
+        assert after.pop("prism_discriminator").keys() == {"streams", "text_only"}
+        assert after == before
+    section = schema.Discriminator.model_validate({"path": path} | given)
+    if said is None:
+        discriminator.check_shown(section)
+    else:
+        with pytest.raises(ValueError, match=said):
+            discriminator.check_shown(section)
 
 
 def read(

@@ -1,23 +1,22 @@
 """Verdicts of an LLM behind an OpenAI-compatible endpoint.
 
-    questions --cache?--> threads (concurrency) --POST chat/completions, retries--> "1" or "0"
-                  ^_______________________________________________________________|
+    questions --cache?--> concurrency at once --POST chat/completions, retries--> "1" or "0"
+                  ^_____________________________________________________________|
 
 A judgement that fails for good is None, never a verdict; the caller counts it.
 """
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import json
 import logging
 import os
 import random
-import threading
-import time
 import uuid
+from asyncio import sleep
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -47,20 +46,22 @@ class Judgement(NamedTuple):
 
 
 class LLMJudge:
-    """Asks config.model whether answers are right; one object may be used for a whole run."""
+    """Asks config.model whether answers are right; one object, of one thread, may be used for a
+    whole run."""
 
     def __init__(self, config: Judge, *, lenient: bool) -> None:
         """lenient: a 1 anywhere in the reply counts, as in the reference (mm_gad_llm.py)."""
         assert config.url is not None
         self.config, self._lenient = config, lenient
         key = os.environ.get(config.api_key_env)
-        self._client = httpx.Client(
+        self._runner = asyncio.Runner()
+        self._client = httpx.AsyncClient(
             base_url=config.url.rstrip("/") + "/",
             headers={"Authorization": f"Bearer {key}"} if key else {},
-            timeout=config.timeout,
+            # that of httpx would count each part of a reply anew
+            timeout=None,
             limits=httpx.Limits(max_connections=config.concurrency),
         )
-        self._threads = ThreadPoolExecutor(config.concurrency)
         self._cache = _Cache(config.cache) if config.cache is not None else None
         self._system = config.prompt.read_text() if config.prompt is not None else _SYSTEM
 
@@ -71,7 +72,7 @@ class LLMJudge:
         them failed, with the last reason.
         """
         distinct = list(dict.fromkeys(judgements))
-        outcomes = dict(zip(distinct, self._threads.map(self._outcome, distinct), strict=True))
+        outcomes = dict(zip(distinct, self._runner.run(self._outcomes(distinct)), strict=True))
         failures = [outcome for outcome in outcomes.values() if isinstance(outcome, str)]
         if len(failures) > self.config.max_failed_share * len(distinct):
             raise ValueError(
@@ -84,10 +85,19 @@ class LLMJudge:
         return [None if isinstance(verdict, str) else verdict for verdict in verdicts]
 
     def close(self) -> None:
-        self._threads.shutdown(cancel_futures=True)
-        self._client.close()
+        self._runner.run(self._client.aclose())
+        self._runner.close()
 
-    def _outcome(self, judgement: Judgement) -> bool | str:
+    async def _outcomes(self, judgements: Sequence[Judgement]) -> list[bool | str]:
+        turns = asyncio.Semaphore(self.config.concurrency)
+
+        async def outcome(judgement: Judgement) -> bool | str:
+            async with turns:
+                return await self._outcome(judgement)
+
+        return await asyncio.gather(*map(outcome, judgements))
+
+    async def _outcome(self, judgement: Judgement) -> bool | str:
         """The verdict, or why there is none."""
         body = self._body(judgement)
         key = hashlib.sha256(json.dumps([body, self._lenient]).encode()).hexdigest()
@@ -96,10 +106,11 @@ class LLMJudge:
             return known
         reason, wait = "", 0.0
         for attempt in range(self.config.attempts):
-            time.sleep(wait)
+            await sleep(wait)
             wait = random.uniform(0.5, 1) * min(_LONGEST_WAIT, _FIRST_WAIT * 2**attempt)
             try:
-                response = self._client.post("chat/completions", json=body)
+                async with asyncio.timeout(self.config.timeout):
+                    response = await self._client.post("chat/completions", json=body)
                 response.raise_for_status()
                 verdict = self._read(response.json()["choices"][0]["message"]["content"])
             except httpx.HTTPStatusError as error:
@@ -108,6 +119,8 @@ class LLMJudge:
                 if status < 500 and status not in _RETRIED:
                     break
                 wait = max(wait, _retry_after(error.response))
+            except TimeoutError:
+                reason = f"no whole reply within judge.timeout={self.config.timeout:g} s"
             except httpx.TransportError as error:
                 reason = f"{type(error).__name__}: {error}"
             except (LookupError, TypeError, ValueError) as error:
@@ -158,7 +171,6 @@ class _Cache:
     def __init__(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self._verdicts: dict[str, bool] = {}
-        self._lock = threading.Lock()
         for file in sorted(folder.glob("*.jsonl")):
             for line in file.read_text().splitlines():
                 # a line that a killed process left unfinished is asked again
@@ -171,7 +183,6 @@ class _Cache:
         return self._verdicts.get(key)
 
     def put(self, key: str, verdict: bool) -> None:
-        with self._lock:
-            self._verdicts[key] = verdict
-            with self._file.open("a") as file:
-                file.write(json.dumps([key, verdict]) + "\n")
+        self._verdicts[key] = verdict
+        with self._file.open("a") as file:
+            file.write(json.dumps([key, verdict]) + "\n")

@@ -20,17 +20,20 @@ from prism_megatron.data.rows import (
 from prism_megatron.data.sources import Source, open_sources
 from prism_megatron.data.stream import Quarantine
 from prism_megatron.objectives.sections import Sections, sections_of, split_sections
-from prism_megatron.pipelines.sampling import sample
-from prism_megatron.rollout.engine import RolloutEngine
-from prism_megatron.rollout.local import LocalEngine
+from prism_megatron.pipelines.sampling import open_engines, sample
+from prism_megatron.rollout.fleet import Fleet
 
 
-def run(config: schema.Pairs) -> None:
+def run(config: schema.MakeWarmupPairs) -> None:
     """Write config.out, one line for each well-formed response that differs from the teacher's."""
-    engine = LocalEngine(config.model, seed=config.run.seed, device=config.backend)
+    make_pairs(config, open_engines(config))
+
+
+def make_pairs(config: schema.MakeWarmupPairs, engines: Fleet) -> None:
+    """The same with engines that have the policy's weights."""
     quarantine = Quarantine(config.run.dir / "quarantine.jsonl", config.data.max_bad_share)
     sources = open_sources(config.data, partial(read_prompts, required=TEACHER_SECTIONS))
-    written = write_pairs(config.out, _pairs(config, sources, engine, quarantine))
+    written = write_pairs(config.out, _pairs(config, sources, engines, quarantine))
     print(
         f"{config.out}: {written} pairs from {sum(map(len, sources))} prompts with "
         f"{config.sampling.n} responses each; the others were ill-formed or equal to the "
@@ -45,12 +48,12 @@ def run(config: schema.Pairs) -> None:
 
 
 def _pairs(
-    config: schema.Pairs,
+    config: schema.MakeWarmupPairs,
     sources: list[Source[PromptRow]],
-    engine: RolloutEngine,
+    engines: Fleet,
     quarantine: Quarantine,
 ) -> Iterator[PairRow]:
-    for sampled in sample(config, sources, engine, quarantine, _teacher):
+    for sampled in sample(config, sources, engines, quarantine, _teacher):
         row, teacher = sampled.row, _teacher(sampled.row)
         for number, response in enumerate(sampled.responses):
             student = split_sections(response.text) if response.finished else None
