@@ -309,10 +309,12 @@ MODULES = {
 
 
 def _forwards(path: Path, head: Head, recompute: Recompute) -> tuple[Gradients, dict[str, int]]:
-    """Gradients, and how often each kind of module ran."""
+    """Gradients, and how often each kind of module ran in training."""
     counts: Counter[str] = Counter()
 
     def count(module: nn.Module, inputs: object, output: object) -> None:
+        if not module.training:
+            return
         text = getattr(module, "causal", isinstance(getattr(module, "config", 0), TextConfig))
         counts[f"{'text' if text else 'vision'} {type(module).__name__}"] += 1
 

@@ -445,20 +445,3 @@ def test_precision_lands_in_the_decoders_configuration(configs: dict[str, Qwen3V
     assert decoder(Precision()).fp8 is None
     assert decoder(Precision("blockwise", param_gather=True)).fp8_param
     assert not decoder(Precision("blockwise")).fp8_param
-
-
-@pytest.mark.parametrize(
-    "layout, factor",
-    [
-        (Layout(), 1),
-        (Layout(tensor=2, sequence_parallel=True), 2),
-        (Layout(context=3), 3),
-        (Layout(tensor=2, context=3, sequence_parallel=True), 6),
-    ],
-)
-def test_z_loss_undoes_the_division_by_the_ranks_of_a_sequence(
-    configs: dict[str, Qwen3VLConfig], layout: Layout, factor: int
-) -> None:
-    options = TrainingOptions(z_loss_coef=0.5)
-    config = text_transformer_config(configs["moe"], layout, backends.create("cpu"), options)
-    assert config.moe_z_loss_coeff == 0.5 / configs["moe"].num_layers * factor

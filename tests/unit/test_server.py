@@ -117,7 +117,7 @@ def test_a_server_that_gets_the_port_of_its_predecessor_is_another(
     asked = []
     monkeypatch.setattr(outer_group, "join", lambda *arguments: None)
     sync = object.__new__(BroadcastSync)
-    sync.engine_ranks, sync._groups, sync._joined = 1, 0, [old]
+    sync.engine_ranks, sync.host, sync._groups, sync._joined = 1, "127.0.0.1", 0, [old]
     sync.backend = SimpleNamespace(process_group_backend="gloo")  # type: ignore[assignment]
     for client in (old, new):
         client.join_group = lambda *arguments, client=client: asked.append(client)
