@@ -505,37 +505,21 @@ def stage_layers(config: Qwen3VLConfig, layout: Layout, stage: int, chunk: int =
     megatron.core's own allocation, so a layout that it refuses raises its error here;
     Qwen3VLConfig.check_layout says the same in our words.
     """
-    allocation = _allocation(
-        config.num_layers,
-        layout.pipeline,
-        layout.virtual_pipeline,
-        layout.first_stage_layers,
-        layout.last_stage_layers,
-        layout.embedding_as_layer,
-        layout.loss_as_layer,
+    # what else a layout says has no part in it
+    stages = Layout(
+        pipeline=layout.pipeline,
+        virtual_pipeline=layout.virtual_pipeline,
+        first_stage_layers=layout.first_stage_layers,
+        last_stage_layers=layout.last_stage_layers,
+        embedding_as_layer=layout.embedding_as_layer,
+        loss_as_layer=layout.loss_as_layer,
     )
-    return allocation[stage][chunk]
+    return _allocation(config.num_layers, stages)[stage][chunk]
 
 
 @cache
-def _allocation(
-    num_layers: int,
-    pipeline: int,
-    virtual_pipeline: int,
-    first_stage_layers: int | None,
-    last_stage_layers: int | None,
-    embedding_as_layer: bool,
-    loss_as_layer: bool,
-) -> list[list[range]]:
+def _allocation(num_layers: int, layout: Layout) -> list[list[range]]:
     """The layers of every stage and chunk."""
-    layout = Layout(
-        pipeline=pipeline,
-        virtual_pipeline=virtual_pipeline,
-        first_stage_layers=first_stage_layers,
-        last_stage_layers=last_stage_layers,
-        embedding_as_layer=embedding_as_layer,
-        loss_as_layer=loss_as_layer,
-    )
     # width and precision have no part in it
     plan = TransformerConfig(
         num_layers=num_layers,

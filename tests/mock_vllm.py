@@ -22,7 +22,7 @@ import torch
 from prism_megatron.config.schema import Sampling
 from prism_megatron.rollout.vllm_front import Front
 from prism_megatron.types import Prompt, Rollout, VisualInputs
-from tests.mock_sglang import KEY, PLACEHOLDERS, MockSGLang
+from tests.mock_sglang import KEY, MockSGLang
 
 
 class MockVLLM(MockSGLang):
@@ -84,7 +84,7 @@ class MockVLLM(MockSGLang):
 
     def _sampled(self, body: Any) -> Any:
         given, stop = body["sampling_params"], Event()
-        assert {int(token) for token in given["logit_bias"]} == PLACEHOLDERS
+        assert {int(token) for token in given["logit_bias"]} == self.placeholders
         sampling = Sampling(
             n=given["n"],
             max_new_tokens=given["max_tokens"],

@@ -63,7 +63,7 @@ def receive(
 
 def _mapped(handle: tuple[Callable[..., Tensor], tuple[Any, ...]], device: torch.device) -> Tensor:
     rebuild, arguments = handle
-    if device.type == "cuda":
+    if device.type != "cpu":
         # the trainer's number of this GPU is another where it sees others
         arguments = (*arguments[:6], device.index, *arguments[7:])
     return rebuild(*arguments)
@@ -78,6 +78,6 @@ def _tensor(item: dict[str, Any], memory: Tensor) -> Tensor:
 
 def _unmap(device: torch.device) -> None:
     gc.collect()
-    if device.type == "cuda":
-        torch.cuda.ipc_collect()
-        torch.cuda.empty_cache()
+    if device.type != "cpu":
+        torch.get_device_module(device).ipc_collect()
+        torch.accelerator.empty_cache()

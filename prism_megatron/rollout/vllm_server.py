@@ -46,7 +46,8 @@ class WeightExtension:
     def load_ipc(self, handles, version):
         """Load from the processes that serve weights at `handles` (GPU's UUID: address)."""
         # as model_providers.backend names it
-        gpu = f"GPU-{torch.cuda.get_device_properties(self.device).uuid}"
+        device = torch.get_device_module(self.device)
+        gpu = f"GPU-{device.get_device_properties(self.device).uuid}"
         ipc_load.receive(handles[gpu], self.device, self._load, lambda: self._end_load(version))
 
     def join_group(self, address, first_rank, world, name, backend):
