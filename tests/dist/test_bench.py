@@ -102,9 +102,9 @@ def test_training_of_every_combination(ranks: Worlds, root: Path, tmp_path: Path
     assert 0 < found["profile"]["busy_s"] <= found["profile"]["span_s"]
     first, second = found["saves"]
     assert 0 < second["stall_s"] < second["total_s"] and second["steps_s"]
-    # weights and two moments in fp32; the weights are the main weights
+    # weights, the optimizer's main weights and two moments, all in fp32
     size = sum(f.stat().st_size for f in (root / "tiny").glob("*.safetensors")) / 2**30
-    assert 2.9 * size < first["gib"] < 3.5 * size
+    assert 3.9 * size < first["gib"] < 4.4 * size
     assert not [path for path in tmp_path.iterdir() if path.is_dir()]
 
 
