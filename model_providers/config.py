@@ -683,8 +683,8 @@ def _common(layout: Layout, backend: Backend) -> dict[str, Any]:
         perform_initialization=False,
         use_cpu_initialization=backend.device.type == "cpu",
         gradient_accumulation_fusion=backend.fused_kernels,
-        # without dropout two additions are left, which the host queues in a tenth of the time that
-        # it takes to call what torch.compile makes of them
+        # without dropout two additions are left, which the host queues sooner than it calls what
+        # torch.compile makes of them
         bias_dropout_fusion=False,
         masked_softmax_fusion=False,
         persist_layer_norm=False,

@@ -549,7 +549,7 @@ def main() -> None:
     parser.add_argument("--dir", type=Path, required=True, help="folder of the stages")
     parser.add_argument("--out", type=Path, required=True, help="folder of the result files")
     parser.add_argument("--arms", type=Path, default=ROOT / "tests" / "ablations.yaml")
-    parser.add_argument("--only", nargs="+", metavar="ARM", help="run these and the first one")
+    parser.add_argument("--only", nargs="+", metavar="ARM", help="run these alone")
     parser.add_argument("--seeds", type=int, default=3, help=f"how many, from {FIRST_SEED}")
     parser.add_argument("--jobs", type=int, default=1, help="stages that run at once")
     parser.add_argument("--backend", choices=("cpu", "cuda"), default="cpu")
