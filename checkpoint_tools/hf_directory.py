@@ -15,7 +15,7 @@ from torch import Tensor
 
 from checkpoint_tools.files import forget
 from checkpoint_tools.weights import EXPERTS, StoredWeights
-from model_providers.config import Qwen3VLConfig
+from model_providers.architecture import Qwen3VLConfig
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"

@@ -46,7 +46,7 @@ from checkpoint_tools.hf_directory import (
 )
 from checkpoint_tools.weights import EXPERTS, StoredWeights, compare_headers, compare_tensors
 from checkpoint_tools.world import barrier, first, rank_and_size
-from model_providers.config import Qwen3VLConfig
+from model_providers.architecture import Qwen3VLConfig
 
 TransformersLayout = Literal["4.57", "5"]
 LAYOUTS: tuple[TransformersLayout, ...] = ("4.57", "5")

@@ -22,7 +22,7 @@ from checkpoint_tools.command import exit_status
 from checkpoint_tools.hf_directory import HFDirectory
 from checkpoint_tools.megatron_directory import hf_directory
 from checkpoint_tools.torch_dist import OPTIMIZER, TorchDistReader
-from model_providers.config import Qwen3VLConfig
+from model_providers.architecture import Qwen3VLConfig
 
 
 def inspect(path: Path) -> dict[str, Any]:

@@ -26,8 +26,9 @@ from checkpoint_tools.files import replace_folder, staging_of
 from checkpoint_tools.hf_directory import HFDirectory
 from checkpoint_tools.hf_writer import copy_config
 from checkpoint_tools.torch_dist import TorchDistReader
+from model_providers.architecture import Qwen3VLConfig
 from model_providers.backend import Backend
-from model_providers.config import DEFAULT_OPTIONS, Qwen3VLConfig, TrainingOptions
+from model_providers.config import DEFAULT_OPTIONS, TrainingOptions
 from model_providers.fp8_weights import is_rounded, keep
 from model_providers.parallel import ParallelState
 from model_providers.qwen3_vl import Head, Qwen3VLModel

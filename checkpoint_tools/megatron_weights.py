@@ -21,7 +21,7 @@ from checkpoint_tools.hf_directory import HFDirectory
 from checkpoint_tools.torch_dist import OPTIMIZER, Piece, TorchDistReader
 from checkpoint_tools.weights import StoredWeights
 from model_providers import backend as backends
-from model_providers.config import Qwen3VLConfig
+from model_providers.architecture import Qwen3VLConfig
 from model_providers.parallel import Layout, ParallelState
 from model_providers.qwen3_vl import Head, Qwen3VLModel
 from model_providers.weight_map import Local, Weights, check_names, local_tasks, unused_names

@@ -25,7 +25,7 @@ from checkpoint_tools.megatron_directory import differences, hf_directory
 from checkpoint_tools.megatron_weights import structure_of
 from checkpoint_tools.verify import open_weights
 from checkpoint_tools.weights import StoredWeights
-from model_providers.config import Qwen3VLConfig
+from model_providers.architecture import Qwen3VLConfig
 
 
 class _Merged(StoredWeights):

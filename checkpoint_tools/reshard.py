@@ -33,7 +33,8 @@ from checkpoint_tools.megatron_directory import hf_directory
 from checkpoint_tools.megatron_weights import Entry, MegatronWeights, box
 from checkpoint_tools.torch_dist import OPTIMIZER, Piece, TorchDistReader, TorchDistWriter
 from checkpoint_tools.weights import unequal
-from model_providers.config import Qwen3VLConfig
+from model_providers import checks
+from model_providers.architecture import Qwen3VLConfig
 from model_providers.parallel import Layout
 from model_providers.qwen3_vl import padded_vocab_size
 from model_providers.weight_map import Split
@@ -48,7 +49,7 @@ def reshard(ckpt: Path, out: Path, layout: Layout) -> None:
     """
     if hf_directory(ckpt) == ckpt:
         raise ValueError(f"{ckpt} is a Hugging Face directory; hf-to-megatron makes a checkpoint")
-    Qwen3VLConfig.from_hf(ckpt / "hf").check_layout(layout)
+    checks.check_layout(Qwen3VLConfig.from_hf(ckpt / "hf"), layout)
     source = MegatronWeights(ckpt)
     reader, layers = source.reader, source.structure.layers()
     plans = [[piece for e in layer for piece in _pieces(e, reader, layout)] for layer in layers]

@@ -35,7 +35,7 @@ from checkpoint_tools.files import identity, new_folder
 from checkpoint_tools.hf_directory import HFDirectory
 from checkpoint_tools.megatron_weights import head_of, structure_of
 from checkpoint_tools.weights import EXPERTS, StoredWeights
-from model_providers.config import Qwen3VLConfig, check_dedicated
+from model_providers.architecture import Qwen3VLConfig, check_dedicated
 
 ARCHITECTURES = ("shared", "dedicated", "dense")
 MLP = ("mlp.gate_proj.weight", "mlp.up_proj.weight", "mlp.down_proj.weight")

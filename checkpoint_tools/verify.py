@@ -31,7 +31,7 @@ from checkpoint_tools.megatron_directory import hf_directory, load_model
 from checkpoint_tools.megatron_weights import MegatronWeights, head_of, ignored_names
 from checkpoint_tools.weights import Difference, compare
 from model_providers import backend as backends
-from model_providers.config import Qwen3VLConfig
+from model_providers.architecture import Qwen3VLConfig
 from model_providers.parallel import Layout, ParallelState
 
 LOGITS_TOLERANCE = 1e-4

@@ -24,7 +24,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cache
 
-from model_providers.config import Qwen3VLConfig, Recompute, stage_layers
+from model_providers.architecture import Qwen3VLConfig
+from model_providers.config import Recompute, stage_layers
 from model_providers.parallel import Layout
 
 WEIGHT, GRADIENT = 2, 4

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from model_providers.config import Qwen3VLConfig, VisionConfig
+from model_providers.architecture import Qwen3VLConfig, VisionConfig
 
 Dialect = Literal["4.57", "5"]
 """How transformers writes the file: 4.57 has rope_theta beside rope_scaling and num_experts, 5.x

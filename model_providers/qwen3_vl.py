@@ -40,11 +40,11 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from model_providers import fp8_weights
+from model_providers import checks, fp8_weights
+from model_providers.architecture import Qwen3VLConfig
 from model_providers.backend import Backend
 from model_providers.config import (
     DEFAULT_OPTIONS,
-    Qwen3VLConfig,
     TrainingOptions,
     stage_layers,
     text_transformer_config,
@@ -236,10 +236,12 @@ class Qwen3VLModel(nn.Module):
     ) -> None:
         """Raises ValueError if layout or options do not fit the model or the backend."""
         backend.check(parallel.layout)
-        config.check_layout(parallel.layout)
-        config.check_recompute(options.recompute, backend)
-        config.check_offload(options.offload_layers, parallel.layout, options.recompute, backend)
-        config.check_dispatcher(options.dispatcher, parallel.layout, backend)
+        checks.check_layout(config, parallel.layout)
+        checks.check_recompute(config, options.recompute, backend)
+        checks.check_offload(
+            config, options.offload_layers, parallel.layout, options.recompute, backend
+        )
+        checks.check_dispatcher(config, options.dispatcher, parallel.layout, backend)
         options.precision.check(backend, config, parallel.layout, options.recompute)
         super().__init__()
         self.architecture, self.parallel, self.backend, self.head = config, parallel, backend, head

@@ -20,8 +20,8 @@ from megatron.core.transformer.transformer_block import TransformerBlock
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
+from model_providers.architecture import VisionConfig
 from model_providers.backend import Backend
-from model_providers.config import VisionConfig
 from model_providers.layers import vision_block
 from model_providers.packed import packed_seq_params
 from model_providers.parallel import ParallelState

@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from model_providers import fp8_weights
-from model_providers.config import SECTIONS, Qwen3VLConfig
+from model_providers.architecture import SECTIONS, Qwen3VLConfig
 from model_providers.qwen3_vl import Head, Qwen3VLChunk, Qwen3VLModel, padded_vocab_size
 
 

@@ -25,7 +25,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from model_providers import fp8_blocks
-from model_providers.config import Qwen3VLConfig
+from model_providers.architecture import Qwen3VLConfig
 from model_providers.qwen3_vl import Qwen3VLModel, Read
 from model_providers.weight_map import Task, Transform, all_tasks, local_tasks, transform_to
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from model_providers.config import Qwen3VLConfig
+from model_providers.architecture import Qwen3VLConfig
 
 Grid = tuple[int, int, int]
 

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from checkpoint_tools.megatron_directory import hf_directory
-from model_providers import memory
-from model_providers.config import Qwen3VLConfig, Recompute
+from model_providers import checks, memory
+from model_providers.architecture import Qwen3VLConfig
+from model_providers.config import Recompute
 from model_providers.memory import Memory
 from model_providers.presets import PRESETS
 from prism_megatron.config.schema import (
@@ -90,7 +91,7 @@ def needs(config: Stage, gpus: int) -> tuple[dict[str, Need], dict[str, Path]]:
         if (architecture := _architecture(model.path)) is None:
             unknown[name] = model.path
         else:
-            architecture.check_layout(layout_of(model.parallel))
+            checks.check_layout(architecture, layout_of(model.parallel))
             found[name] = _need(config, name, model, architecture, gpus)
     return found, unknown
 

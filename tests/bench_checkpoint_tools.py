@@ -33,7 +33,7 @@ from checkpoint_tools import hf_writer
 from checkpoint_tools.megatron_weights import Structure
 from checkpoint_tools.weights import StoredWeights
 from model_providers import presets
-from model_providers.config import Qwen3VLConfig
+from model_providers.architecture import Qwen3VLConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -24,8 +24,10 @@ from torch import Tensor
 
 from checkpoint_tools.megatron_directory import hf_directory
 from model_providers import backend as backends
+from model_providers import checks
+from model_providers.architecture import Qwen3VLConfig
 from model_providers.backend import Backend
-from model_providers.config import Precision, Qwen3VLConfig, Recompute, TrainingOptions
+from model_providers.config import Precision, Recompute, TrainingOptions
 from model_providers.parallel import Layout, ParallelState
 from model_providers.presets import PRESETS, hf_config
 from model_providers.qwen3_vl import Qwen3VLModel
@@ -153,7 +155,7 @@ def _build(options: argparse.Namespace, config: Qwen3VLConfig, backend: Backend)
     )
     # before the first collective
     layout.data(dist.get_world_size()), layout.expert_data(dist.get_world_size())
-    config.check_layout(layout)
+    checks.check_layout(config, layout)
     parallel = ParallelState.create(layout)
     backend.seed(1, parallel)
     training = TrainingOptions(

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
+from model_providers.architecture import Qwen3VLConfig
 from model_providers.backend import Backend
-from model_providers.config import Qwen3VLConfig
 from model_providers.fp8_weights import assign
 from model_providers.qwen3_vl import Qwen3VLModel
 from prism_megatron.config.load import provenance

@@ -20,7 +20,7 @@ from rich.table import Table
 
 from checkpoint_tools.files import write_atomically
 from checkpoint_tools.megatron_directory import hf_directory
-from model_providers.config import Qwen3VLConfig
+from model_providers.architecture import Qwen3VLConfig
 from model_providers.parallel import Layout
 from model_providers.presets import PRESETS
 from prism_megatron.planner import hardware, overlay

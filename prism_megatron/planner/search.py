@@ -11,8 +11,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
 
-from model_providers import memory
-from model_providers.config import Qwen3VLConfig, Recompute
+from model_providers import checks, memory
+from model_providers.architecture import Qwen3VLConfig
+from model_providers.config import Recompute
 from model_providers.memory import Memory, training_bytes
 from model_providers.parallel import Layout
 from model_providers.presets import PRESETS
@@ -285,7 +286,7 @@ def _pipelines(config: Qwen3VLConfig, gpus: int) -> tuple[Layout, ...]:
 
 def _is_legal(config: Qwen3VLConfig, layout: Layout) -> bool:
     try:
-        config.check_layout(layout)
+        checks.check_layout(config, layout)
     except ValueError:
         return False
     return True

@@ -20,7 +20,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
-from model_providers.config import Qwen3VLConfig, Recompute, stage_layers
+from model_providers.architecture import Qwen3VLConfig
+from model_providers.config import Recompute, stage_layers
 from model_providers.memory import (
     NO_RECOMPUTE,
     num_stage_layers,

@@ -26,7 +26,7 @@ import torch
 
 from checkpoint_tools import hf_writer, world
 from checkpoint_tools.files import replace_folder, staging_of
-from model_providers.config import Qwen3VLConfig
+from model_providers.architecture import Qwen3VLConfig
 from model_providers.fp8_blocks import BLOCK, quantization_config
 from model_providers.qwen3_vl import Qwen3VLModel
 from model_providers.weight_plan import WeightPlan

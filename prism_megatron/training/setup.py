@@ -11,9 +11,10 @@ import torch.distributed as dist
 
 from checkpoint_tools.megatron_directory import hf_directory, load_model
 from model_providers import backend as backends
-from model_providers import fp8_weights
+from model_providers import checks, fp8_weights
+from model_providers.architecture import Qwen3VLConfig
 from model_providers.backend import Backend
-from model_providers.config import Precision, Qwen3VLConfig, Recompute, TrainingOptions
+from model_providers.config import Precision, Recompute, TrainingOptions
 from model_providers.parallel import Layout, ParallelState
 from model_providers.qwen3_vl import Head
 from prism_megatron.config.schema import (
@@ -73,11 +74,13 @@ def start(backend_name: str, run: Run, *models: Model) -> Backend:
         layout = layout_of(model.parallel)
         backend.check(layout)
         architecture = Qwen3VLConfig.from_hf(hf_directory(model.path))
-        architecture.check_layout(layout)
+        checks.check_layout(architecture, layout)
         options = options_of(model)
-        architecture.check_recompute(options.recompute, backend)
-        architecture.check_offload(options.offload_layers, layout, options.recompute, backend)
-        architecture.check_dispatcher(options.dispatcher, layout, backend)
+        checks.check_recompute(architecture, options.recompute, backend)
+        checks.check_offload(
+            architecture, options.offload_layers, layout, options.recompute, backend
+        )
+        checks.check_dispatcher(architecture, options.dispatcher, layout, backend)
         options.precision.check(backend, architecture, layout, options.recompute)
         if isinstance(model, Discriminator) and model.streams == "response":
             _check_whole_response(architecture, model)

@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from checkpoint_tools.megatron_directory import hf_directory
-from model_providers.config import Qwen3VLConfig
+from model_providers.architecture import Qwen3VLConfig
 from prism_megatron.bench import command, workload
 from prism_megatron.config import schema
 from prism_megatron.data import digit_sums

@@ -23,7 +23,7 @@ from checkpoint_tools.torch_dist import TorchDistReader
 from checkpoint_tools.upcycle import upcycle
 from checkpoint_tools.verify import verify
 from model_providers import backend as backends
-from model_providers.config import Qwen3VLConfig
+from model_providers.architecture import Qwen3VLConfig
 from model_providers.parallel import Layout
 from model_providers.qwen3_vl import Head
 from model_providers.weight_plan import iter_hf_weights

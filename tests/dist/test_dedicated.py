@@ -19,7 +19,8 @@ from transformers.models.qwen3_vl_moe.modeling_qwen3_vl_moe import (
 )
 
 from model_providers import qwen3_vl
-from model_providers.config import SECTIONS, Qwen3VLConfig, TextTransformerConfig, TrainingOptions
+from model_providers.architecture import SECTIONS, Qwen3VLConfig
+from model_providers.config import TextTransformerConfig, TrainingOptions
 from model_providers.parallel import Layout
 from model_providers.router import router_mask
 from prism_megatron.training import discriminator

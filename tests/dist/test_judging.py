@@ -17,7 +17,7 @@ from torch.nn import functional
 from transformers import AutoProcessor
 
 from checkpoint_tools.upcycle import upcycle
-from model_providers.config import Qwen3VLConfig
+from model_providers.architecture import Qwen3VLConfig
 from prism_megatron.config import schema
 from prism_megatron.data import digit_sums
 from prism_megatron.data.rows import PairRow, read_prompts, write_pairs

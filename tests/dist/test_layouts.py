@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook
 
 from model_providers import context, cpu_layers, image_shares, qwen3_vl
-from model_providers.config import Qwen3VLConfig, Recompute, TrainingOptions
+from model_providers.architecture import Qwen3VLConfig
+from model_providers.config import Recompute, TrainingOptions
 from model_providers.config import TextTransformerConfig as TextConfig
 from model_providers.parallel import Layout
 from model_providers.qwen3_vl import Head

@@ -23,7 +23,7 @@ from checkpoint_tools.quantize import quantize
 from checkpoint_tools.weights import unequal
 from model_providers import backend as backends
 from model_providers import fp8_blocks, weight_plan
-from model_providers.config import Qwen3VLConfig
+from model_providers.architecture import Qwen3VLConfig
 from model_providers.parallel import Layout
 from model_providers.qwen3_vl import Qwen3VLModel
 from model_providers.weight_map import load_hf_weights

@@ -112,7 +112,7 @@ def metrics(out: Path) -> list[dict[str, Any]]:
 
 
 def checkpoints(out: Path) -> list[str]:
-    """Names in the run's checkpoints folder, half-written ones included; but not what was about to
-    be removed when the run was preempted, which nobody waits for then: its next start removes it."""
+    """Names in the run's checkpoints folder, half-written ones included; not what was half removed
+    when the run was preempted, since nobody waits for that then: its next start removes it."""
     found = (path.name for path in (out / "checkpoints").glob("*"))
     return sorted(name for name in found if not name.endswith(".removed"))

@@ -31,7 +31,8 @@ from torch import Tensor
 from checkpoint_tools import megatron_directory
 from model_providers import backend as backends
 from model_providers import fp8_weights
-from model_providers.config import Precision, Qwen3VLConfig, TrainingOptions
+from model_providers.architecture import Qwen3VLConfig
+from model_providers.config import Precision, TrainingOptions
 from model_providers.parallel import Layout, ParallelState
 from model_providers.presets import PRESETS, hf_config
 from model_providers.qwen3_vl import Head, Qwen3VLModel

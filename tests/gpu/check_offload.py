@@ -26,7 +26,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from model_providers import backend as backends
-from model_providers.config import Precision, Qwen3VLConfig, TrainingOptions
+from model_providers.architecture import Qwen3VLConfig
+from model_providers.config import Precision, TrainingOptions
 from model_providers.memory import NO_RECOMPUTE, token_bytes
 from model_providers.parallel import Layout, ParallelState
 from model_providers.presets import PRESETS

@@ -26,7 +26,7 @@ import torch
 
 from model_providers import backend as backends
 from model_providers import presets
-from model_providers.config import Qwen3VLConfig
+from model_providers.architecture import Qwen3VLConfig
 from prism_megatron.bench import workload
 from prism_megatron.config.schema import Sampling
 from prism_megatron.rollout import sglang

@@ -46,7 +46,7 @@ from checkpoint_tools.hf_directory import HFDirectory, SafetensorsDirectory
 from checkpoint_tools.weights import unequal
 from model_providers import backend as backends
 from model_providers import presets
-from model_providers.config import Qwen3VLConfig
+from model_providers.architecture import Qwen3VLConfig
 from model_providers.parallel import Layout, ParallelState
 from model_providers.qwen3_vl import Qwen3VLModel
 from model_providers.weight_map import load_hf_weights

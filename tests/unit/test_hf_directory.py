@@ -18,7 +18,7 @@ from checkpoint_tools import hf_writer
 from checkpoint_tools.files import identity
 from checkpoint_tools.hf_directory import INDEX, SINGLE, HFDirectory
 from checkpoint_tools.hf_writer import write
-from model_providers.config import Qwen3VLConfig
+from model_providers.architecture import Qwen3VLConfig
 from tests import tiny_models
 
 GATE_UP = "model.language_model.layers.{}.mlp.experts.gate_up_proj"

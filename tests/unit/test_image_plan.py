@@ -9,7 +9,7 @@ from math import prod
 import pytest
 import torch
 
-from model_providers.config import VisionConfig
+from model_providers.architecture import VisionConfig
 from prism_megatron.data.image_plan import plan_images, share_out
 from prism_megatron.types import ImageShare, VisualInputs
 

@@ -11,7 +11,8 @@ import torch
 from transformers import AutoModelForImageTextToText
 
 from model_providers import memory
-from model_providers.config import Qwen3VLConfig, Recompute
+from model_providers.architecture import Qwen3VLConfig
+from model_providers.config import Recompute
 from model_providers.memory import Memory, parameters, training_bytes
 from model_providers.parallel import Layout
 from model_providers.presets import PRESETS, hf_config

@@ -12,10 +12,10 @@ import pytest
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from model_providers import backend as backends
-from model_providers import config as model_config
+from model_providers import checks
+from model_providers.architecture import Qwen3VLConfig
 from model_providers.config import (
     Precision,
-    Qwen3VLConfig,
     Recompute,
     TrainingOptions,
     stage_layers,
@@ -50,7 +50,7 @@ def test_a_layout_that_does_not_divide_the_model_is_refused(
     configs: dict[str, Qwen3VLConfig], kind: str, layout: Layout, message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
-        configs[kind].check_layout(layout)
+        checks.check_layout(configs[kind], layout)
 
 
 @pytest.mark.parametrize(
@@ -64,7 +64,7 @@ def test_every_split_dimension_is_checked(
     configs: dict[str, Qwen3VLConfig], changes: dict[str, int], message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
-        replace(configs["dense"], **changes).check_layout(Layout(tensor=2))
+        checks.check_layout(replace(configs["dense"], **changes), Layout(tensor=2))
 
 
 @pytest.mark.parametrize("field, value", [("num_heads", 3), ("intermediate_size", 75)])
@@ -74,7 +74,7 @@ def test_the_vision_tower_is_checked_too(
     config = configs["dense"]
     config = replace(config, vision=replace(config.vision, **{field: value}))
     with pytest.raises(ValueError, match=f"{value} vision .* can't be split in 2"):
-        config.check_layout(Layout(tensor=2))
+        checks.check_layout(config, Layout(tensor=2))
 
 
 @pytest.mark.parametrize(
@@ -88,7 +88,7 @@ def test_the_vision_tower_is_checked_too(
 def test_a_layout_that_fits_is_accepted(
     configs: dict[str, Qwen3VLConfig], kind: str, layout: Layout
 ) -> None:
-    configs[kind].check_layout(layout)
+    checks.check_layout(configs[kind], layout)
 
 
 def test_a_backend_refuses_what_it_does_not_support() -> None:
@@ -193,7 +193,7 @@ def test_layers_that_do_not_fill_the_stages_are_refused(
     configs: dict[str, Qwen3VLConfig], layout: Layout, message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
-        configs["dense"].check_layout(layout)
+        checks.check_layout(configs["dense"], layout)
     if layout.pipeline > 1:
         # megatron.core refuses it as well
         with pytest.raises((ValueError, AssertionError)):
@@ -238,7 +238,7 @@ def test_every_layer_of_real_depths_is_somewhere_once_and_in_order(
     configs: dict[str, Qwen3VLConfig], depth: int, layout: Layout
 ) -> None:
     config = replace(configs["moe"], num_layers=depth)
-    config.check_layout(layout)
+    checks.check_layout(config, layout)
     hops = _allocation(config, layout)
     assert [layer for layers in hops for layer in layers] == list(range(depth))
     if layout.first_stage_layers:
@@ -304,7 +304,9 @@ def test_modules_that_can_not_be_recomputed_are_refused(
     configs: dict[str, Qwen3VLConfig], kind: str, modules: tuple[str, ...], message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
-        configs[kind].check_recompute(Recompute("selective", modules), backends.create("cpu"))
+        checks.check_recompute(
+            configs[kind], Recompute("selective", modules), backends.create("cpu")
+        )
 
 
 @pytest.mark.parametrize(
@@ -328,16 +330,16 @@ def test_a_dispatcher_that_can_not_be_had_is_refused(
     dispatches = "allgather" if name == "cpu" else "alltoall"
     backend = replace(backends.create("cpu"), name=name, moe_dispatcher=dispatches)
     layout = Layout(expert=expert)
-    configs[kind].check_dispatcher("alltoall", layout, backend)
+    checks.check_dispatcher(configs[kind], "alltoall", layout, backend)
     with pytest.raises(ValueError, match=message):
-        configs[kind].check_dispatcher(dispatcher, layout, backend)
+        checks.check_dispatcher(configs[kind], dispatcher, layout, backend)
 
 
 def test_an_installed_dispatcher_reaches_megatron(configs: dict[str, Qwen3VLConfig]) -> None:
     backend = replace(backends.create("cpu"), name="cuda", moe_dispatcher="alltoall")
     layout = Layout(expert=2)
-    with mock.patch.object(model_config, "HAVE_DEEP_EP", True):
-        configs["moe"].check_dispatcher("deepep", layout, backend)
+    with mock.patch.object(checks, "HAVE_DEEP_EP", True):
+        checks.check_dispatcher(configs["moe"], "deepep", layout, backend)
     options = TrainingOptions(dispatcher="deepep")
     found = text_transformer_config(configs["moe"], layout, backend, options)
     assert found.moe_token_dispatcher_type == "flex"
@@ -361,17 +363,17 @@ def test_layers_that_can_not_be_offloaded_are_refused(
 ) -> None:
     backend = replace(backends.create("cpu"), activation_offload=True)
     with pytest.raises(ValueError, match=message):
-        configs["dense"].check_offload(layers, layout, recompute, backend)
-    configs["dense"].check_offload(0, layout, recompute, backend)
+        checks.check_offload(configs["dense"], layers, layout, recompute, backend)
+    checks.check_offload(configs["dense"], 0, layout, recompute, backend)
 
 
 def test_layers_are_offloaded_from_a_device_alone(configs: dict[str, Qwen3VLConfig]) -> None:
     own = Layout(), Recompute(vision=True)
     cpu = backends.create("cpu")
     with pytest.raises(ValueError, match="offload_layers=3 moves .* backend 'cpu' has none"):
-        configs["dense"].check_offload(3, *own, cpu)
+        checks.check_offload(configs["dense"], 3, *own, cpu)
     device = replace(cpu, activation_offload=True)
-    configs["dense"].check_offload(3, *own, device)
+    checks.check_offload(configs["dense"], 3, *own, device)
     options = TrainingOptions(offload_layers=3)
     found = text_transformer_config(configs["dense"], Layout(), device, options)
     assert (found.cpu_offloading, found.cpu_offloading_num_layers) == (True, 3)

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from model_providers import checks
 from model_providers.config import Recompute
 from model_providers.memory import training_bytes
 from model_providers.parallel import Layout
@@ -44,7 +45,7 @@ def test_what_is_found_is_legal_fits_and_is_in_order(model: str, gpus: int, stag
     assert found
     assert [one.rank for one in found] == sorted(one.rank for one in found)
     for one in found:
-        asked.config.check_layout(one.layout)
+        checks.check_layout(asked.config, one.layout)
         need = training_bytes(
             asked.config,
             one.layout,

@@ -16,7 +16,7 @@ from transformers import (
 )
 
 from checkpoint_tools.hf_writer import in_dialect
-from model_providers.config import Qwen3VLConfig
+from model_providers.architecture import Qwen3VLConfig
 from model_providers.presets import PRESETS, Dialect, hf_config
 
 BILLIONS = {
