@@ -4,59 +4,29 @@ from __future__ import annotations
 
 import json
 import pickle
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from checkpoint_tools.files import forget
+from checkpoint_tools.headers import DTYPES, QUANTISED, open_shard, read_places
 from checkpoint_tools.weights import EXPERTS, StoredWeights
 from model_providers.architecture import Qwen3VLConfig
 
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
 TRL_HEAD = "v_head.summary.weight"
-DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
-QUANTISED = {"F8_E4M3": torch.float8_e4m3fn, "U8": torch.uint8}
 
 
-@dataclass(frozen=True)
-class Place:
-    """Where a tensor lies and what it is, as the header of its shard says."""
-
-    file: Path
-    dtype: str
-    shape: tuple[int, ...]
-    start: int
-    """In bytes from the beginning of the file."""
-    length: int
-
-
-def read_header(file: Path) -> dict[str, Place]:
-    """The tensors of a shard by name; ValueError if it is truncated or no safetensors file."""
-    with _open(file):
-        # safetensors has checked it now, but does not tell where tensors lie
-        pass
-    with file.open("rb") as stream:
-        size = int.from_bytes(stream.read(8), "little")
-        header = json.loads(stream.read(size))
-    found = {}
-    for name, entry in header.items():
-        if name != "__metadata__":
-            start, end = entry["data_offsets"]
-            shape = tuple(entry["shape"])
-            found[name] = Place(file, entry["dtype"], shape, 8 + size + start, end - start)
-    return found
+def _torch(dtypes: Mapping[str, str]) -> dict[str, torch.dtype]:
+    return {stored: getattr(torch, name) for stored, name in dtypes.items()}
 
 
 class SafetensorsDirectory(StoredWeights):
     """The tensors of a directory's shards by name, as they are stored."""
 
-    dtypes = DTYPES | QUANTISED
+    dtypes: Mapping[str, torch.dtype] = _torch(DTYPES | QUANTISED)
 
     def __init__(self, path: Path, shards: Sequence[Path] | None = None) -> None:
         """shards: these alone, of a directory that is not finished.
@@ -64,15 +34,15 @@ class SafetensorsDirectory(StoredWeights):
         Raises ValueError naming the file if an index or a shard is missing or unreadable.
         """
         self.path = path
-        self._places = self._read_index() if shards is None else self._read_shards(shards)
+        self._places = read_places(path, shards)
 
     def __getitem__(self, name: str) -> Tensor:
-        with _open(self.file_of(name)) as tensors:
+        with open_shard(self.file_of(name), "pt") as tensors:
             tensor: Tensor = tensors.get_tensor(name)
         return tensor
 
     def expert(self, name: str, index: int) -> Tensor:
-        with _open(self.file_of(name)) as tensors:
+        with open_shard(self.file_of(name), "pt") as tensors:
             tensor: Tensor = tensors.get_slice(name)[index]
         return tensor
 
@@ -101,32 +71,6 @@ class SafetensorsDirectory(StoredWeights):
     def __len__(self) -> int:
         return len(self._places)
 
-    def _read_index(self) -> dict[str, Place]:
-        index = self.path / INDEX
-        if not index.exists():
-            return self._read_shards([self.path / SINGLE])
-        if (self.path / SINGLE).exists():
-            raise ValueError(
-                f"{self.path} has {SINGLE} and {INDEX}, of which readers take one or the other; "
-                "remove the one that is not of this model"
-            )
-        listed = _read_listed(index)
-        found = self._read_shards([self.path / file for file in sorted(set(listed.values()))])
-        if wrong := sorted(set(listed) ^ set(found)):
-            raise ValueError(f"{index} and its shards disagree on {len(wrong)} names: {wrong[:5]}")
-        return found
-
-    def _read_shards(self, files: Sequence[Path]) -> dict[str, Place]:
-        found: dict[str, Place] = {}
-        for file in files:
-            if not file.exists():
-                raise ValueError(f"{file} is missing; {_why_missing(self.path)}")
-            for name, place in read_header(file).items():
-                if name in found:
-                    raise ValueError(f"{name} is in {found[name].file} and in {file}")
-                found[name] = place
-        return found
-
 
 class HFDirectory(SafetensorsDirectory):
     """The weights of a Hugging Face model, read when asked for.
@@ -135,7 +79,7 @@ class HFDirectory(SafetensorsDirectory):
     layout the file has: transformers 4.57 and the released checkpoints store the transpose.
     """
 
-    dtypes = DTYPES
+    dtypes: Mapping[str, torch.dtype] = _torch(DTYPES)
 
     def __init__(
         self, path: Path, value_head: Path | None = None, shards: Sequence[Path] | None = None
@@ -209,35 +153,6 @@ class HFDirectory(SafetensorsDirectory):
                 )
             fits = [version[0]]
         return fits[0] == "4"
-
-
-def _read_listed(index: Path) -> dict[str, str]:
-    """File of each tensor as the index says; ValueError if it is damaged, or names files that are
-    not beside it."""
-    try:
-        listed: dict[str, str] = json.loads(index.read_text())["weight_map"]
-        outside = sorted({file for file in listed.values() if Path(file).name != file})
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{index} is truncated or no index of shards: {error!r}") from error
-    if outside:
-        raise ValueError(f"{index} names {outside[:3]}; shards lie beside their index")
-    return listed
-
-
-def _why_missing(path: Path) -> str:
-    if pickles := sorted(path.glob("pytorch_model*.bin")):
-        return (
-            f"{pickles[0].name} beside it is a pickle, which could run any code and is not read; "
-            "save the model as safetensors"
-        )
-    return "the checkpoint is incomplete"
-
-
-def _open(file: Path) -> Any:
-    try:
-        return safe_open(file, "pt")
-    except SafetensorError as error:
-        raise ValueError(f"{file} is truncated or not a safetensors file: {error}") from error
 
 
 def _value_head(file: Path) -> dict[str, Tensor]:

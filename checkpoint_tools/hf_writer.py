@@ -37,13 +37,8 @@ from checkpoint_tools.files import (
     sync,
     write_atomically,
 )
-from checkpoint_tools.hf_directory import (
-    INDEX,
-    SINGLE,
-    HFDirectory,
-    SafetensorsDirectory,
-    read_header,
-)
+from checkpoint_tools.headers import INDEX, SINGLE, read_header
+from checkpoint_tools.hf_directory import HFDirectory, SafetensorsDirectory
 from checkpoint_tools.weights import EXPERTS, StoredWeights, compare_headers, compare_tensors
 from checkpoint_tools.world import barrier, first, rank_and_size
 from model_providers.architecture import Qwen3VLConfig

@@ -2,7 +2,7 @@
 
     prism-megatron checkpoint inspect --ckpt runs/sft/checkpoints/step_000400/model
 
-Reads headers and metadata, no weights, so that any size takes a second.
+Reads headers and metadata, no weights, and imports no torch, so that any size takes a second.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ from __future__ import annotations
 import argparse
 import json
 import math
-from collections import Counter
-from collections.abc import Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +19,15 @@ from rich.console import Console
 from rich.table import Table
 
 from checkpoint_tools.command import exit_status
-from checkpoint_tools.hf_directory import HFDirectory
-from checkpoint_tools.megatron_directory import hf_directory
-from checkpoint_tools.torch_dist import OPTIMIZER, TorchDistReader
+from checkpoint_tools.headers import (
+    DTYPES,
+    OPTIMIZER,
+    QUANTISED,
+    hf_directory,
+    leading_ones,
+    read_metadata,
+    read_places,
+)
 from model_providers.architecture import Qwen3VLConfig
 
 
@@ -51,46 +57,65 @@ def inspect(path: Path) -> dict[str, Any]:
 
 
 def _hugging_face(path: Path) -> dict[str, Any]:
-    weights = HFDirectory(path)
-    tensors = [weights.like(name) for name in weights]
+    places = read_places(path)
+    sizes = {name: math.prod(place.shape) for name, place in places.items()}
+    names = DTYPES | QUANTISED
     return {
         "kind": "Hugging Face directory",
-        "parameters": sum(tensor.numel() for tensor in tensors),
-        "bytes": sum(tensor.nbytes for tensor in tensors),
-        "dtypes": _dtypes((str(t.dtype), t.numel()) for t in tensors),
-        "files": len(list(path.glob("*.safetensors"))),
+        "parameters": sum(sizes.values()),
+        "bytes": sum(place.length for place in places.values()),
+        "dtypes": _dtypes((names.get(p.dtype, p.dtype), sizes[n]) for n, p in places.items()),
+        "files": len({place.file for place in places.values()}),
         "optimizer": False,
     }
 
 
 def _megatron(path: Path) -> dict[str, Any]:
-    reader = TorchDistReader(path)
-    weights = {k: v for k, v in reader.tensors.items() if not k.startswith(OPTIMIZER)}
-    sizes = {key: math.prod(stored.size) for key, stored in weights.items()}
+    record = read_metadata(path)
+    weights = defaultdict[str, list[dict[str, Any]]](list)
+    for chunk in record["tensors"]:
+        if not chunk["key"].startswith(OPTIMIZER):
+            weights[chunk["key"]].append(chunk)
+    sizes = {key: math.prod(chunks[0]["shape"]) for key, chunks in weights.items()}
+    places = [*record["tensors"], *record["objects"]]
     return {
         "kind": "Megatron checkpoint (torch_dist)",
         "parameters": sum(sizes.values()),
-        "bytes": reader.bytes,
-        "dtypes": _dtypes((str(v.properties.dtype), sizes[k]) for k, v in weights.items()),
-        "files": len(list(path.glob("*.distcp"))),
-        "optimizer": len(weights) < len(reader.tensors),
-        # of the widest matrix; loading works at any other layout
-        "written_in_pieces": max(_pieces(stored) for stored in weights.values()),
+        "bytes": sum(place["length"] for place in places),
+        "dtypes": _dtypes((chunks[0]["dtype"], sizes[key]) for key, chunks in weights.items()),
+        "files": len({place["file"] for place in places}),
+        "optimizer": any(chunk["key"].startswith(OPTIMIZER) for chunk in record["tensors"]),
+        # by as many tensor-parallel ranks; loading works at any other layout. The halves of fc1
+        # (gate, up) are always apart
+        "written_in_pieces": max(
+            _pieces(chunks) for key, chunks in weights.items() if "linear_fc1" not in key
+        ),
     }
 
 
-def _pieces(stored: Any) -> int:
+def _pieces(chunks: Sequence[dict[str, Any]]) -> int:
     """Into how many parts one layer's tensor is cut."""
-    stacked = len(stored.size) > 2
-    layers = len({chunk.offsets[0] for chunk in stored.chunks}) if stacked else 1
-    return math.ceil(len(stored.chunks) / layers)
+    # layers and experts are stacked on leading axes, on which a chunk has one of them
+    stacked = min(leading_ones(chunk["sizes"]) for chunk in chunks)
+    return len({chunk["offsets"][stacked:] for chunk in chunks})
 
 
-def _dtypes(counted: Any) -> dict[str, int]:
+def _dtypes(counted: Iterable[tuple[str, int]]) -> dict[str, int]:
+    """Parameters of each type."""
     found: Counter[str] = Counter()
     for dtype, count in counted:
-        found[dtype.removeprefix("torch.")] += count
+        found[dtype] += count
     return dict(found)
+
+
+def _shown(name: str, value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, dict):
+        return ", ".join(f"{key}: {number:,}" for key, number in value.items())
+    if name == "bytes":
+        return f"{value:,} ({value / 2**30:.3g} GiB)"
+    return f"{value:,}" if isinstance(value, int) else str(value)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -108,7 +133,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     table = Table(title=str(options.ckpt), show_header=False)
     for name, value in found.items():
         if value is not None:
-            table.add_row(name, f"{value:,}" if isinstance(value, int) else str(value))
+            table.add_row(name, _shown(name, value))
     Console().print(table)
     return 0
 

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 
 from checkpoint_tools.files import replace_folder, staging_of
+from checkpoint_tools.headers import hf_directory
 from checkpoint_tools.hf_directory import HFDirectory
 from checkpoint_tools.hf_writer import copy_config
 from checkpoint_tools.torch_dist import TorchDistReader
@@ -37,21 +38,6 @@ from model_providers.weight_map import load_hf_weights
 SHARDING = "fully_reshardable"
 EXTRA_STATE = re.compile(r".*\._extra_state\d*")
 """Of a layer, or of one expert of several in a layer."""
-
-
-def hf_directory(path: Path) -> Path:
-    """Where the config and processor of a Hugging Face or Megatron directory lie.
-
-    Raises FileNotFoundError if `path` is neither.
-    """
-    if (path / "metadata.json").exists() and (path / "hf" / "config.json").exists():
-        return path / "hf"
-    if (path / "config.json").exists():
-        return path
-    raise FileNotFoundError(
-        f"{path} is neither a Hugging Face directory (no config.json) nor a complete Megatron "
-        "checkpoint (no metadata.json with hf/config.json)"
-    )
 
 
 def load_model(

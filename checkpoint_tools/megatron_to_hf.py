@@ -18,8 +18,8 @@ import torch.distributed as dist
 from checkpoint_tools import hf_writer, world
 from checkpoint_tools.command import exit_status
 from checkpoint_tools.files import identity, new_folder
+from checkpoint_tools.headers import hf_directory
 from checkpoint_tools.hf_writer import TransformersLayout
-from checkpoint_tools.megatron_directory import hf_directory
 from checkpoint_tools.megatron_weights import MegatronWeights
 
 

@@ -17,8 +17,9 @@ import torch
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from torch import Tensor
 
+from checkpoint_tools.headers import OPTIMIZER
 from checkpoint_tools.hf_directory import HFDirectory
-from checkpoint_tools.torch_dist import OPTIMIZER, Piece, TorchDistReader
+from checkpoint_tools.torch_dist import Piece, TorchDistReader
 from checkpoint_tools.weights import StoredWeights
 from model_providers import backend as backends
 from model_providers.architecture import Qwen3VLConfig

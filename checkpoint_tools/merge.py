@@ -19,9 +19,10 @@ from torch import Tensor
 from checkpoint_tools import hf_writer, hub, world
 from checkpoint_tools.command import exit_status
 from checkpoint_tools.files import identity, new_folder
+from checkpoint_tools.headers import hf_directory
 from checkpoint_tools.hf_directory import HFDirectory
 from checkpoint_tools.hf_writer import TransformersLayout
-from checkpoint_tools.megatron_directory import differences, hf_directory
+from checkpoint_tools.megatron_directory import differences
 from checkpoint_tools.megatron_weights import structure_of
 from checkpoint_tools.verify import open_weights
 from checkpoint_tools.weights import StoredWeights

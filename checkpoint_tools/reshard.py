@@ -28,10 +28,10 @@ from torch import Tensor
 from checkpoint_tools import world
 from checkpoint_tools.command import exit_status
 from checkpoint_tools.files import identity, new_folder, prepare_staging, staging_of
+from checkpoint_tools.headers import OPTIMIZER, hf_directory
 from checkpoint_tools.hf_writer import copy_config
-from checkpoint_tools.megatron_directory import hf_directory
 from checkpoint_tools.megatron_weights import Entry, MegatronWeights, box
-from checkpoint_tools.torch_dist import OPTIMIZER, Piece, TorchDistReader, TorchDistWriter
+from checkpoint_tools.torch_dist import Piece, TorchDistReader, TorchDistWriter
 from checkpoint_tools.weights import unequal
 from model_providers import checks
 from model_providers.architecture import Qwen3VLConfig

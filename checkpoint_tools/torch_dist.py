@@ -47,9 +47,8 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.distributed.checkpoint.utils import _create_file_view
 
 from checkpoint_tools.files import WriteBehind, forget, publish, write_atomically
+from checkpoint_tools.headers import leading_ones, read_metadata
 
-OPTIMIZER = "optimizer."
-"""How the keys of optimizer state begin."""
 COMMON = "common_state/shard_0_1"
 """Where megatron.core keeps what is no tensor of the model or the optimizer."""
 
@@ -70,10 +69,7 @@ class TorchDistReader:
         Raises ValueError if the folder's metadata is missing or unreadable.
         """
         self.path = path
-        metadata = metadata or _read_metadata(path / ".metadata")
-        files = {info.relative_path for info in metadata.storage_data.values()}
-        if outside := sorted(file for file in files if Path(file).name != file):
-            raise ValueError(f"{path}/.metadata names {outside[:3]}; its files lie beside it")
+        metadata = metadata or _metadata([read_metadata(path)])
         self._chunks: dict[MetadataIndex, _StorageInfo] = metadata.storage_data
         found = metadata.state_dict_metadata
         self.tensors = {k: v for k, v in found.items() if isinstance(v, TensorStorageMetadata)}
@@ -146,13 +142,13 @@ class TorchDistReader:
         stored = self.tensors[key]
         if key not in self._by_place:
             # the axes on which layers and experts are stacked: no chunk has two of them
-            depth = min(_leading_ones(chunk.sizes) for chunk in stored.chunks)
+            depth = min(leading_ones(chunk.sizes) for chunk in stored.chunks)
             places: dict[tuple[int, ...], list[ChunkStorageMetadata]] = {}
             for chunk in stored.chunks:
                 places.setdefault(tuple(chunk.offsets[:depth]), []).append(chunk)
             self._by_place[key] = depth, places
         depth, places = self._by_place[key]
-        if _leading_ones(sizes) < depth:
+        if leading_ones(sizes) < depth:
             return stored
         chunks = places.get(tuple(offsets[:depth]), [])
         return TensorStorageMetadata(stored.properties, stored.size, chunks)
@@ -165,58 +161,10 @@ class TorchDistReader:
             return file.read(info.length)
 
 
-def _leading_ones(sizes: Sequence[int]) -> int:
-    return next((axis for axis, size in enumerate(sizes) if size != 1), len(sizes))
-
-
 def _box(tensor: Tensor, offsets: Sequence[int], sizes: Sequence[int]) -> Tensor:
     for dim, (offset, size) in enumerate(zip(offsets, sizes, strict=True)):
         tensor = tensor.narrow(dim, offset, size)
     return tensor
-
-
-_METADATA = (
-    "BytesStorageMetadata",
-    "ChunkStorageMetadata",
-    "Metadata",
-    "MetadataIndex",
-    "StorageMeta",
-    "TensorProperties",
-    "TensorStorageMetadata",
-    "_MEM_FORMAT_ENCODING",
-)
-_PLAIN = {
-    *(("torch.distributed.checkpoint.metadata", name) for name in _METADATA),
-    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
-    ("torch.serialization", "_get_layout"),
-    ("torch", "Size"),
-    # where the checkpoint was written, if a caller gave no string
-    ("pathlib", "PosixPath"),
-}
-
-
-class _PlainUnpickler(pickle.Unpickler):
-    """What torch's metadata is made of and nothing else: a pickle could run any code."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
-        if is_dtype or (module, name) in _PLAIN:
-            return super().find_class(module, name)
-        raise pickle.UnpicklingError(f"{module}.{name} has no place in a checkpoint's metadata")
-
-
-def _read_metadata(file: Path) -> Metadata:
-    try:
-        with file.open("rb") as stream:
-            metadata = _PlainUnpickler(stream).load()
-    except FileNotFoundError:
-        raise ValueError(f"{file} is missing; the checkpoint is incomplete") from None
-    # whatever the instructions of a damaged pickle come to
-    except Exception as error:
-        raise ValueError(f"{file} is truncated or no torch_dist metadata: {error!r}") from error
-    if not isinstance(metadata, Metadata) or not isinstance(metadata.storage_data, dict):
-        raise ValueError(f"{file} is no torch_dist metadata: it holds {type(metadata).__name__}")
-    return metadata
 
 
 @dataclass(frozen=True)

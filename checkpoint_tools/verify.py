@@ -26,8 +26,9 @@ from transformers import AutoModelForImageTextToText
 
 from checkpoint_tools import hub, world
 from checkpoint_tools.command import exit_status
+from checkpoint_tools.headers import hf_directory
 from checkpoint_tools.hf_directory import HFDirectory
-from checkpoint_tools.megatron_directory import hf_directory, load_model
+from checkpoint_tools.megatron_directory import load_model
 from checkpoint_tools.megatron_weights import MegatronWeights, head_of, ignored_names
 from checkpoint_tools.weights import Difference, compare
 from model_providers import backend as backends

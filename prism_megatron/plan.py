@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from checkpoint_tools.megatron_directory import hf_directory
+from checkpoint_tools.headers import hf_directory
 from model_providers import checks, memory
 from model_providers.architecture import Qwen3VLConfig
 from model_providers.config import Recompute

@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from checkpoint_tools.megatron_directory import hf_directory
+from checkpoint_tools.headers import hf_directory
 from model_providers import backend as backends
 from model_providers import checks
 from model_providers.architecture import Qwen3VLConfig

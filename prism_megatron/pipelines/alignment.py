@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from checkpoint_tools.megatron_directory import hf_directory
+from checkpoint_tools.headers import hf_directory
 from prism_megatron.config import schema
 from prism_megatron.data.packing import plan_micro_batches
 from prism_megatron.data.prompts import PromptEncoder

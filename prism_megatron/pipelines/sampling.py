@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from checkpoint_tools.files import identity
+from checkpoint_tools.headers import hf_directory
 from checkpoint_tools.hf_directory import SafetensorsDirectory
-from checkpoint_tools.megatron_directory import hf_directory
 from prism_megatron.config import schema
 from prism_megatron.data.files import JSONItems, scan_lines
 from prism_megatron.data.prompts import PromptEncoder

@@ -20,7 +20,8 @@ from rich.table import Table
 
 from checkpoint_tools import hf_writer, world
 from checkpoint_tools.files import write_atomically
-from checkpoint_tools.megatron_directory import hf_directory, load_model
+from checkpoint_tools.headers import hf_directory
+from checkpoint_tools.megatron_directory import load_model
 from checkpoint_tools.quantize import quantize
 from model_providers.parallel import ParallelState
 from model_providers.qwen3_vl import Qwen3VLModel

@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from checkpoint_tools.files import write_atomically
-from checkpoint_tools.megatron_directory import hf_directory
+from checkpoint_tools.headers import hf_directory
 from model_providers.architecture import Qwen3VLConfig
 from model_providers.parallel import Layout
 from model_providers.presets import PRESETS

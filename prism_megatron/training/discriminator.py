@@ -26,7 +26,7 @@ from torch import Tensor
 
 from checkpoint_tools import hf_writer, world
 from checkpoint_tools.files import replace_folder, staging_of
-from checkpoint_tools.megatron_directory import hf_directory
+from checkpoint_tools.headers import hf_directory
 from model_providers.architecture import SECTIONS
 from prism_megatron.config import schema
 from prism_megatron.config.schema import Defect

@@ -22,9 +22,10 @@ import torch
 import torch.distributed as dist
 from torch.utils.tensorboard import SummaryWriter
 
-from checkpoint_tools import hf_writer, megatron_directory
+from checkpoint_tools import hf_writer
 from checkpoint_tools.command import REQUEUE
 from checkpoint_tools.files import write_atomically
+from checkpoint_tools.headers import hf_directory
 from model_providers.weight_plan import WeightPlan
 from prism_megatron import phases
 from prism_megatron.config.schema import Stage
@@ -203,7 +204,7 @@ class TrainingLoop:
         """Write run.dir/hf: that model in Hugging Face format."""
         runner, source = self.runners[name]
         plan = WeightPlan(runner.model, receivers=[0])
-        config_from = megatron_directory.hf_directory(source)
+        config_from = hf_directory(source)
         hf_writer.write(self.dir / "hf", plan.weights(), plan.nbytes, config_from)
 
     def _save(self, metrics: Metrics) -> None:

@@ -22,6 +22,7 @@ import torch.distributed as dist
 
 from checkpoint_tools import megatron_directory
 from checkpoint_tools.files import staging_of, sync
+from checkpoint_tools.headers import hf_directory
 from prism_megatron.config import schema
 from prism_megatron.training.runner import ModelRunner
 from prism_megatron.training.watchdog import reached
@@ -83,9 +84,7 @@ class Checkpoints:
             staging.mkdir(parents=True)
         dist.barrier()
         self._models = [
-            runner.begin_save(
-                staging / name, megatron_directory.hf_directory(source), self.config.async_save
-            )
+            runner.begin_save(staging / name, hf_directory(source), self.config.async_save)
             for name, (runner, source) in self.runners.items()
         ]
         # on all ranks, which may have to wait for each other

@@ -9,7 +9,8 @@ from typing import Literal
 import torch
 import torch.distributed as dist
 
-from checkpoint_tools.megatron_directory import hf_directory, load_model
+from checkpoint_tools.headers import hf_directory
+from checkpoint_tools.megatron_directory import load_model
 from model_providers import backend as backends
 from model_providers import checks, fp8_weights
 from model_providers.architecture import Qwen3VLConfig

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
-from checkpoint_tools.megatron_directory import hf_directory
+from checkpoint_tools.headers import hf_directory
 from model_providers.architecture import Qwen3VLConfig
 from prism_megatron.bench import command, workload
 from prism_megatron.config import schema

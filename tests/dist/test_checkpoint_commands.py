@@ -18,7 +18,8 @@ import pytest
 from torch import Tensor
 
 from checkpoint_tools import hf_to_megatron, megatron_to_hf, reshard, verify
-from checkpoint_tools.hf_directory import SINGLE, HFDirectory
+from checkpoint_tools.headers import SINGLE
+from checkpoint_tools.hf_directory import HFDirectory
 from model_providers.parallel import Layout
 from tests import tiny_models
 from tests.dist import test_checkpoint_tools as tools

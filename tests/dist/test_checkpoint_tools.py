@@ -10,6 +10,8 @@ import os
 import random
 import shutil
 import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -30,7 +32,8 @@ from checkpoint_tools import (
     torch_dist,
     verify,
 )
-from checkpoint_tools.hf_directory import SINGLE, HFDirectory
+from checkpoint_tools.headers import SINGLE
+from checkpoint_tools.hf_directory import HFDirectory
 from checkpoint_tools.inspect import inspect
 from checkpoint_tools.megatron_weights import MegatronWeights
 from checkpoint_tools.merge import merge
@@ -375,7 +378,7 @@ def _outside(ckpt: Path) -> str:
 
 def _no_instructions(ckpt: Path) -> str:
     (ckpt / ".metadata").write_bytes(b"N.")
-    return "is no torch_dist metadata: it holds NoneType"
+    return ".metadata is truncated or no torch_dist metadata"
 
 
 @pytest.mark.parametrize(
@@ -579,7 +582,17 @@ def test_inspect_says_what_a_checkpoint_is(sources: dict[str, Path], ckpt: Path)
     assert ours["parameters"] == theirs["parameters"] > 100_000
     assert ours["dtypes"] == theirs["dtypes"] == {"float32": ours["parameters"]}
     assert (ours["layers"], ours["experts"], ours["optimizer"]) == (4, 0, False)
+    assert (ours["written_in_pieces"], theirs["bytes"]) == (1, 4 * theirs["parameters"])
     assert inspect(sources["judge"])["discriminator"] == "shared"
+
+
+def test_inspect_imports_nothing_that_takes_seconds(sources: dict[str, Path], ckpt: Path) -> None:
+    for path in (ckpt, sources["dense"]):
+        code = f"import checkpoint_tools.inspect as i, sys; i.main(['--ckpt', {str(path)!r}])"
+        code += "; assert not {'torch', 'megatron', 'transformers'} & sys.modules.keys()"
+        ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        assert ended.returncode == 0, ended.stderr
+        assert "parameters" in ended.stdout
 
 
 def test_merge_adds_up_what_it_is_given(

@@ -17,7 +17,9 @@ from torch import Tensor
 from transformers import Qwen3VLForConditionalGeneration
 
 from checkpoint_tools import hf_to_megatron, megatron_directory, megatron_to_hf
+from checkpoint_tools.headers import hf_directory
 from checkpoint_tools.hf_directory import HFDirectory
+from checkpoint_tools.inspect import inspect
 from checkpoint_tools.reshard import reshard
 from checkpoint_tools.torch_dist import TorchDistReader
 from checkpoint_tools.upcycle import upcycle
@@ -279,6 +281,7 @@ def test_resharding_carries_a_vocabulary_over_another_padding(
     key = "language_model.embedding.word_embeddings.weight"
     sizes = [tuple(TorchDistReader(path).tensors[key].size) for path in (whole, halves, again)]
     assert sizes == [(VOCAB, 56), (VOCAB + 1, 56), (VOCAB, 56)]
+    assert [inspect(path)["written_in_pieces"] for path in (whole, halves, again)] == [1, 2, 1]
     for path in (halves, again):
         assert ranks(1).run(verify, hf_models["dense"], path, False)[0]["differences"] == []
 
@@ -446,7 +449,7 @@ def test_a_killed_save_leaves_nothing_under_the_final_name(
 def test_neither_format_is_refused(tmp_path: Path) -> None:
     (tmp_path / "metadata.json").write_text("{}")
     with pytest.raises(FileNotFoundError, match="neither a Hugging Face directory"):
-        megatron_directory.hf_directory(tmp_path)
+        hf_directory(tmp_path)
 
 
 def test_an_export_loads_in_transformers_without_a_complaint(

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from checkpoint_tools import hf_writer
 from checkpoint_tools.files import identity
-from checkpoint_tools.hf_directory import INDEX, SINGLE, HFDirectory
+from checkpoint_tools.headers import INDEX, SINGLE
+from checkpoint_tools.hf_directory import HFDirectory
 from checkpoint_tools.hf_writer import write
 from model_providers.architecture import Qwen3VLConfig
 from tests import tiny_models

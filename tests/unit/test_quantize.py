@@ -13,7 +13,8 @@ import torch
 from safetensors.torch import load_file
 
 from checkpoint_tools import hf_writer, quantize
-from checkpoint_tools.hf_directory import SINGLE, HFDirectory, SafetensorsDirectory
+from checkpoint_tools.headers import SINGLE
+from checkpoint_tools.hf_directory import HFDirectory, SafetensorsDirectory
 from checkpoint_tools.quantize import dequantized
 from checkpoint_tools.upcycle import upcycle
 from model_providers.fp8_blocks import quantize_blocks
