@@ -236,6 +236,9 @@ class Sampled(PolicyUpdate):
     sampling: Sampling
     rollout: Rollout = Rollout()
     """Where responses are sampled."""
+    samples_every: int = Field(0, ge=0)
+    """Steps between records of responses: samples/step_NNNNNN.jsonl in run.dir has the text of each
+    that is trained on, how it was judged and its advantage; 0 writes none."""
 
     @model_validator(mode="after")
     def _the_policy_itself_is_sampled(self) -> Self:

@@ -55,6 +55,7 @@ from prism_megatron.training.alarms import Alarms
 from prism_megatron.training.loop import Metrics, TrainingLoop
 from prism_megatron.training.policy import policy_update
 from prism_megatron.training.runner import ModelRunner
+from prism_megatron.training.samples import write_samples
 from prism_megatron.training.setup import (
     build_encoder,
     build_policy,
@@ -225,6 +226,10 @@ class Game:
             options=config,
             accuracy=accuracy,
         )
+        if config.samples_every and (number + 1) % config.samples_every == 0:
+            judgement = self._judgement(streams, groups, valid, accuracy)
+            folder, encoder = config.run.dir / "samples", self.reader.encoder
+            write_samples(folder, number + 1, encoder, samples, advantages, judgement)
         judged = self._update_judge(streams, groups, valid, self._micro_batches(samples), number)
         policy = policy_update(
             self.policy,
@@ -442,6 +447,25 @@ class Game:
             gaps = teacher[groups] - student
             found[f"{name}_accuracy"] = discriminator.accuracy(teachers, stream.student, gaps)
         return {"discriminator_accuracy": sum(found.values()) / len(found), **found}
+
+    def _judgement(
+        self,
+        streams: dict[str, Stream],
+        groups: Tensor,
+        valid: Tensor,
+        accuracy: Tensor | None,
+    ) -> dict[str, list[Any]]:
+        """What a record says of each response, [B]: whether it is valid, its scores and those of
+        its teacher, None of an invalid one."""
+        judgement: dict[str, list[Any]] = {"valid": valid.tolist()}
+        if accuracy is not None:
+            judgement["accuracy"] = accuracy.tolist()
+        for name, stream in streams.items():
+            teacher, student, _ = stream.split(self._bounded(stream.scores))
+            found = iter(student.tolist())
+            judgement[f"{name}_score"] = [next(found) if v else None for v in valid]
+            judgement[f"teacher_{name}_score"] = teacher[groups].tolist()
+        return judgement
 
     def _means(self, streams: dict[str, Stream], groups: Tensor, valid: Tensor) -> Metrics:
         """Mean scores of both sides, and how far the teacher is above on average; what needs a

@@ -31,6 +31,7 @@ from prism_megatron.training.dynamic_sampling import Batch, DynamicSampler, Grou
 from prism_megatron.training.loop import Metrics, TrainingLoop
 from prism_megatron.training.policy import policy_update
 from prism_megatron.training.runner import ModelRunner
+from prism_megatron.training.samples import write_samples
 from prism_megatron.training.setup import build_encoder, build_policy, open_quarantine, start
 from prism_megatron.types import Prompt, Rollout
 
@@ -138,10 +139,13 @@ class Trainer:
         groups = torch.arange(len(batch.groups)).repeat_interleave(config.sampling.n)
         rewards = torch.cat([self._totals(group) for group in batch.groups])
         samples = [(g.task.prompt, rollout) for g in batch.groups for rollout in g.rollouts]
+        advantages = group_normalise(rewards, groups, by_std=config.norm_adv_by_std)
+        if config.samples_every and (number + 1) % config.samples_every == 0:
+            self._record(batch.groups, samples, rewards, advantages, number + 1)
         policy = policy_update(
             self.policy,
             samples,
-            group_normalise(rewards, groups, by_std=config.norm_adv_by_std),
+            advantages,
             config,
             max_tokens=config.sampling.max_new_tokens,
             reference=self.reference,
@@ -158,6 +162,24 @@ class Trainer:
             "sync_s": synced["total"],
             **slept,
         }
+
+    def _record(
+        self,
+        groups: list[Group[Task]],
+        samples: list[tuple[Prompt, Rollout]],
+        totals: Tensor,
+        advantages: Tensor,
+        step: int,
+    ) -> None:
+        rewards = [reward for group in groups for reward in group.rewards]
+        judged = {
+            "reward": totals.tolist(),
+            **{
+                name: [getattr(r, name) for r in rewards] for name in ("accuracy", "format", "rule")
+            },
+        }
+        folder = self.config.run.dir / "samples"
+        write_samples(folder, step, self.encoder, samples, advantages, judged)
 
     def _item(self, task: Task, rollout: Rollout) -> RewardItem:
         text = self.encoder.decode(rollout.ids, self.config.rewards.rules)

@@ -126,6 +126,7 @@ def _align(root: Path, out: Path, judge: Path, variant: str, **options: Any) -> 
                     "discriminator_optimizer": {"lr": 1e-4},
                     "prompts_per_step": 3,
                     "sampling": {"n": len(RESPONSES)},
+                    "samples_every": 2,
                 }
                 | options
             )
@@ -174,6 +175,19 @@ def test_warm_up_and_alignment_with_every_discriminator(
         assert step["score_gap"] == pytest.approx(sum(gaps) / len(gaps), abs=1e-4)
     judged = {key.removesuffix("_accuracy") for key in steps[0] if key.endswith("_accuracy")}
     assert judged == {*streams, "discriminator"}
+    [file] = (tmp_path / "align/samples").iterdir()
+    assert file.name == "step_000002.jsonl"
+    samples = [json.loads(line) for line in file.read_text().splitlines()]
+    assert [sample["response"] for sample in samples] == [
+        f"{text}<|im_end|>" for text in RESPONSES
+    ] * 3
+    for name in streams:
+        # what the metrics say of all of them, each with its own teacher
+        of_valid = [s[f"{name}_score"] for s in samples if s["valid"]]
+        assert sum(of_valid) / len(of_valid) == pytest.approx(steps[1][f"student_{name}_score"])
+        teachers = {s["row"]: s[f"teacher_{name}_score"] for s in samples}
+        mean = sum(teachers.values()) / len(teachers)
+        assert len(teachers) == 3 and mean == pytest.approx(steps[1][f"teacher_{name}_score"])
 
 
 def _contradicts(root: Path, out: Path, judge: Path) -> str:

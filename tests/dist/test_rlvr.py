@@ -164,6 +164,28 @@ def test_the_references_rewards_do_not_see_control_tokens(
     assert (step["accuracy"] > 0) == (rate > 0)
 
 
+def _recorded(root: Path, out: Path) -> None:
+    _run(root, out, 4, samples_every=2)
+
+
+def test_what_was_sampled_is_there_to_look_at(ranks: Worlds, root: Path, tmp_path: Path) -> None:
+    ranks(2).run(_recorded, root, tmp_path)
+    files = sorted((tmp_path / "samples").iterdir())
+    assert [file.name for file in files] == ["step_000002.jsonl", "step_000004.jsonl"]
+    samples = [json.loads(line) for file in files for line in file.read_text().splitlines()]
+    assert [sample["response"][9:12] for sample in samples] == ["0</", "1</", "2</", "3</"] * 4
+    assert [sample["weight_version"] for sample in samples] == [1] * 8 + [3] * 8
+    for sample in samples:
+        assert sample["response"].endswith("</answer><|im_end|>")
+        assert sample["prompt"].startswith("<|im_start|>system")
+        assert sample["prompt"].count("<|image_pad|>") == 1
+        assert sample["finish_reason"] == "stop"
+        right = sample["accuracy"] == 1
+        assert sample["reward"] == pytest.approx(0.8 * right + 0.2)
+        assert sample["rule"] and right == (sample["advantage"] > 0)
+    assert {sample["accuracy"] for sample in samples} == {0, 1}
+
+
 DAPO = {"algorithm": "dapo", "gen_batch_size": 7}
 AHEAD = {"rollout": {"kind": "local", "ahead": True}, "rollout_is": "tis"}
 
