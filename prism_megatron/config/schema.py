@@ -37,6 +37,7 @@ from prism_megatron.config.sections import (
     Section,
     Source,
     Train,
+    Validation,
 )
 
 __all__ = [
@@ -86,6 +87,7 @@ __all__ = [
     "TinyModel",
     "Train",
     "Upcycle",
+    "Validation",
     "Warmup",
 ]
 
@@ -236,6 +238,7 @@ class Sampled(PolicyUpdate):
     sampling: Sampling
     rollout: Rollout = Rollout()
     """Where responses are sampled."""
+    validation: Validation | None = None
     samples_every: int = Field(0, ge=0)
     """Steps between records of responses: samples/step_NNNNNN.jsonl in run.dir has the text of each
     that is trained on, how it was judged and its advantage; 0 writes none."""
@@ -256,6 +259,12 @@ class Sampled(PolicyUpdate):
             raise ValueError(
                 "rollout.ahead trains on responses of older weights, for which nothing corrects; "
                 "set rollout_is to tis, mis or icepop"
+            )
+        if self.rollout.partial and self.validation is not None:
+            raise ValueError(
+                "validation asks engines right after a sync, when rollout.partial has them go on "
+                "with the next step's responses; set partial to false, or leave validation out and "
+                "look at checkpoints with the stage evaluate"
             )
         if self.router_replay == "R3" and self.rollout.kind not in ("sglang", "vllm"):
             raise ValueError(

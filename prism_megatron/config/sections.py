@@ -354,12 +354,29 @@ class Sampling(Section):
     """Responses a prompt."""
     max_new_tokens: int = Field(6144, ge=1)
     """Longest response."""
-    temperature: float = Field(1.0, gt=0)
-    """Softmax temperature; 1 where responses are trained on, which are the policy's own then."""
+    temperature: float = Field(1.0, ge=0)
+    """Softmax temperature, 0 for the likeliest token; 1 where responses are trained on, which are
+    the policy's own then."""
     top_p: float = Field(1.0, gt=0, le=1)
     """Nucleus mass; 1 where responses are trained on."""
     batch_size: int = Field(64, ge=1)
     """Responses that the embedded engine decodes at once."""
+
+
+class Validation(Section):
+    """Held-out prompts that the policy answers while it is trained; what comes of it is among the
+    metrics as validation/*, so that train.keep_best can go by it."""
+
+    path: Path
+    """The prompts, as data.path; data has the rest."""
+    every: int = Field(ge=1)
+    """Steps between validations; the last step is always followed by one."""
+    rows: int | None = Field(None, ge=1)
+    """Use so many rows, the same ones every time; all if not set."""
+    n: int = Field(1, ge=1)
+    """Responses a prompt."""
+    temperature: float = Field(0.0, ge=0)
+    """As sampling.temperature."""
 
 
 class Rollout(Section):
@@ -468,6 +485,12 @@ class Rollout(Section):
     @property
     def engines_per_node(self) -> int:
         return self.engines // self.nodes
+
+    @property
+    def patience(self) -> float:
+        """Seconds that a batch may take: an engine may fail, start again, and be asked once
+        more."""
+        return self.request_timeout * self.max_attempts + self.start_timeout
 
 
 class PolicyUpdate(Section):

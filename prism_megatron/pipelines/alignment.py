@@ -50,6 +50,7 @@ from prism_megatron.rollout import fleet
 from prism_megatron.rollout.fleet import share_out
 from prism_megatron.rollout.rewards import reward_item
 from prism_megatron.rollout.sampler import Sampler, cache_shares, stale_share
+from prism_megatron.rollout.validation import Validator
 from prism_megatron.training import discriminator
 from prism_megatron.training.alarms import Alarms
 from prism_megatron.training.loop import Metrics, TrainingLoop
@@ -203,8 +204,9 @@ class Game:
         self.config, self.reader = config, reader
         self.policy, self.frozen, self.judge, self.sampler = policy, frozen, judge, sampler
         self.alarms = Alarms(config.alarms)
-        judges_answers = config.advantage_mode != "default"
-        self.scorer = Scorer(config.rewards) if judges_answers else None
+        # its processes start when there is something to compare
+        self.scorer = Scorer(config.rewards)
+        self.validator = Validator(config, reader.encoder, sampler.engine, self.scorer)
 
     def step(self, number: int) -> Metrics:
         """Sample, judge, train the judge, train the policy, hand its weights to the engine."""
@@ -253,6 +255,7 @@ class Game:
             "weight_version": self.sampler.engine.weight_version,
             "sync_s": synced["total"],
             **slept,
+            **self.validator.metrics(number + 1),
         }
         return metrics | self.alarms.check(metrics, number + 1)
 
@@ -272,7 +275,7 @@ class Game:
     def _accuracy(self, tasks: list[Task], samples: list[tuple[Prompt, Rollout]]) -> Tensor | None:
         """Whether each response's answer is right, [B], if advantage_mode asks for it; 0 for an
         ill-formed one."""
-        if self.scorer is None:
+        if self.config.advantage_mode == "default":
             return None
         rows = [task.row for task in tasks for _ in range(self.config.sampling.n)]
         decode, rules = self.reader.encoder.decode, self.config.rewards.rules

@@ -27,6 +27,7 @@ from prism_megatron.rollout import fleet
 from prism_megatron.rollout.fleet import share_out
 from prism_megatron.rollout.rewards import reward_item
 from prism_megatron.rollout.sampler import Sampler, cache_shares, stale_share
+from prism_megatron.rollout.validation import Validator
 from prism_megatron.training.dynamic_sampling import Batch, DynamicSampler, Group
 from prism_megatron.training.loop import Metrics, TrainingLoop
 from prism_megatron.training.policy import policy_update
@@ -121,6 +122,7 @@ class Trainer:
         self.config, self.encoder = config, encoder
         self.policy, self.reference, self.sampler = policy, reference, sampler
         self.scorer = Scorer(config.rewards)
+        self.validator = Validator(config, encoder, sampler.engine, self.scorer)
 
     @phase("score")
     def reward(self, answered: list[tuple[Task, list[Rollout]]]) -> list[Group[Task]]:
@@ -161,6 +163,7 @@ class Trainer:
             "weight_version": self.sampler.engine.weight_version,
             "sync_s": synced["total"],
             **slept,
+            **self.validator.metrics(number + 1),
         }
 
     def _record(

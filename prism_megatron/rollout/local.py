@@ -295,10 +295,13 @@ def _finish_reason(length: int, longest: int, has_ended: bool) -> str:
 def sample_tokens(logits: Tensor, uniforms: Tensor, temperature: float, top_p: float) -> Tensor:
     """One token a row by inverting the cumulative distribution at a given uniform number.
 
-    logits [R, vocab] (-inf: never), uniforms [R] float64 in [0, 1); returns [R] int64. top_p keeps
+    logits [R, vocab] (-inf: never), uniforms [R] float64 in [0, 1); returns [R] int64. At
+    temperature 0 it is the likeliest one. top_p keeps
     the fewest most probable tokens whose mass reaches it. One number a token, whatever the batch,
     is what makes a response independent of the rows it is decoded beside.
     """
+    if temperature == 0:
+        return logits.argmax(dim=-1)
     probs = torch.softmax(logits.double() / temperature, dim=-1)
     if top_p < 1:
         ordered, order = probs.sort(dim=-1, descending=True)

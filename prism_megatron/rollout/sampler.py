@@ -46,8 +46,6 @@ class Sampler[T: HasPrompt]:
         self, stream: BatchStream[Any, T], engine: Fleet, sampling: Sampling, config: schema.Rollout
     ) -> None:
         self.stream, self.engine, self.sampling, self.config = stream, engine, sampling, config
-        # an engine may fail, start again, and be asked once more
-        self._patience = config.request_timeout * config.max_attempts + config.start_timeout
         self._asked: list[T] | None = None
         self._ready: list[tuple[T, list[Rollout]]] | None = None
 
@@ -72,7 +70,7 @@ class Sampler[T: HasPrompt]:
         """See Fleet; what is being sampled is waited for, or goes on afterwards."""
         if not self.config.partial:
             self._wait(version)
-        reached("a weight sync", self._patience)
+        reached("a weight sync", self.config.patience)
         return self.engine.sync(version)
 
     def state_dict(self) -> dict[str, Any]:
@@ -104,7 +102,7 @@ class Sampler[T: HasPrompt]:
     def _wait(self, version: int) -> None:
         """version: see Fleet.collect."""
         if self._asked is not None:
-            reached("rollouts", self._patience)
+            reached("rollouts", self.config.patience)
             self._ready = list(zip(self._asked, self.engine.collect(version), strict=True))
             self._asked = None
 

@@ -127,6 +127,7 @@ def _align(root: Path, out: Path, judge: Path, variant: str, **options: Any) -> 
                     "prompts_per_step": 3,
                     "sampling": {"n": len(RESPONSES)},
                     "samples_every": 2,
+                    "validation": {"path": root / "data/heldout.parquet", "every": 2, "n": 4},
                 }
                 | options
             )
@@ -175,6 +176,7 @@ def test_warm_up_and_alignment_with_every_discriminator(
         assert step["score_gap"] == pytest.approx(sum(gaps) / len(gaps), abs=1e-4)
     judged = {key.removesuffix("_accuracy") for key in steps[0] if key.endswith("_accuracy")}
     assert judged == {*streams, "discriminator"}
+    assert [step.get("validation/format_rate") for step in steps] == [None, 0.75]
     [file] = (tmp_path / "align/samples").iterdir()
     assert file.name == "step_000002.jsonl"
     samples = [json.loads(line) for line in file.read_text().splitlines()]

@@ -186,6 +186,35 @@ def test_what_was_sampled_is_there_to_look_at(ranks: Worlds, root: Path, tmp_pat
     assert {sample["accuracy"] for sample in samples} == {0, 1}
 
 
+def _validated(root: Path, out: Path) -> list[str]:
+    validation = {"path": root / "data" / "prompts.parquet", "every": 3, "n": 4, "rows": 10}
+    train = {"steps": 5, "micro_batch_tokens": 1024, "keep_best": {"metric": "validation/accuracy"}}
+    return _run(root, out, 5, validation=validation, train=train)
+
+
+def test_held_out_prompts_are_answered_while_it_trains(
+    ranks: Worlds, root: Path, tmp_path: Path
+) -> None:
+    """Half of the prompts get two right answers of four, the others none."""
+    shares = ranks(2).run(_validated, root, tmp_path)
+    steps = _metrics(tmp_path)
+    assert ["validation/accuracy" in step for step in steps] == [False, False, True, False, True]
+    odd = [sum(row % 2 for row in rows) for rows in _held_out(shares)]
+    for step, number in zip((steps[2], steps[4]), odd, strict=True):
+        assert step["validation/accuracy"] == number / 10 / 2
+        assert step["validation/best_of_n"] == number / 10
+        assert step["validation/format_rate"] == step["validation/finished_rate"] == 1
+        assert step["validation/response_tokens"] > 10
+    assert odd[0] == odd[1] and 0 < odd[0] < 10
+
+
+def _held_out(shares: list[list[str]]) -> list[list[int]]:
+    """Rows that both ranks' engines were asked for in each validation: the only ten at once."""
+    first, second = ([int(name.split(":")[1]) for name in share] for share in shares)
+    # a step asks each rank for one of its two prompts, a validation for five of ten
+    return [first[3:8] + second[3:8], first[10:15] + second[10:15]]
+
+
 DAPO = {"algorithm": "dapo", "gen_batch_size": 7}
 AHEAD = {"rollout": {"kind": "local", "ahead": True}, "rollout_is": "tis"}
 

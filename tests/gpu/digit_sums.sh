@@ -42,5 +42,5 @@ for gpus in 1 2; do
         "run.dir=$run/rlvr-$gpus"
 done
 ((available < 2)) || stage rlvr 1 rlvr-ahead "${common[@]}" "rollout.gpus=[1]" rollout.sleep=false \
-    rollout.ahead=true rollout.partial=true rollout_is=tis policy.parallel.tensor=1 \
+    rollout.ahead=true rollout.partial=true rollout_is=tis validation=null policy.parallel.tensor=1 \
     "policy.path=$run/sft/hf" "run.dir=$run/rlvr-ahead"

@@ -446,6 +446,10 @@ def test_an_option_wins_over_its_algorithm(write: Write) -> None:
         (("dual_clip=1.0",), "greater than 1"),
         (("sampling.temperature=0.7",), r"temperature=0\.7, top_p=1\.0: a policy is trained by"),
         (("sampling.top_p=0.9",), r"top_p=0\.9: a policy is trained by"),
+        (
+            ("rollout.kind=local", "rollout.ahead=true", "rollout.partial=true", "rollout_is=tis"),
+            "validation asks engines right after a sync, when rollout.partial has them go on",
+        ),
     ],
 )
 def test_options_that_contradict_each_other_are_refused(

@@ -214,6 +214,7 @@ def test_sampled_frequencies_are_the_softmax() -> None:
         (1.0, 0.51, [0, 667, 333, 0]),
         (1.0, 0.9, [0, 556, 278, 166]),
         (0.5, 1.0, [29, 724, 182, 65]),
+        (0.0, 1.0, [0, 1000, 0, 0]),
     ],
 )
 def test_temperature_and_top_p(temperature: float, top_p: float, kept: list[int]) -> None:
