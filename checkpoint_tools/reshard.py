@@ -7,9 +7,9 @@ Every checkpoint loads at any layout; a rank whose shard lies across several pie
 and keeps a part of each. Here every tensor is cut as the ranks of the given layout hold it, a file
 a layer, so that each reads its own bytes and no others. Data, context and expert parallelism do not
 cut tensors, and pipeline stages take whole layers, so only the two tensor-parallel sizes are asked
-for. Pieces pass through memory one at a time; under torchrun the ranks share the layers, and a run
-that was killed goes on after those it had finished. What was written is compared with the source
-bit by bit as soon as it is written.
+for, and whether the vision tower is split, too. Pieces pass through memory one at a time; under
+torchrun the ranks share the layers, and a run that was killed goes on after those it had finished.
+What was written is compared with the source bit by bit as soon as it is written.
 """
 
 from __future__ import annotations
@@ -56,7 +56,8 @@ def reshard(ckpt: Path, out: Path, layout: Layout) -> None:
     _check_complete(reader, plans)
     rank, size = world.rank_and_size()
     staging = staging_of(out)
-    job = {"from": identity(ckpt), "cut": [layout.tensor, layout.expert_tensor]}
+    cut = [layout.tensor, layout.expert_tensor, layout.vision_tensor]
+    job = {"from": identity(ckpt), "cut": cut}
     world.first(lambda: prepare_staging(out, job, reader.bytes))
     writer = TorchDistWriter(staging)
     mine = range(rank, len(layers), size)
@@ -81,6 +82,8 @@ def reshard(ckpt: Path, out: Path, layout: Layout) -> None:
 def _pieces(entry: Entry, reader: TorchDistReader, layout: Layout) -> Iterator[Piece]:
     """A parameter's pieces at the layout, and those of its optimizer state."""
     parts = layout.expert_tensor if entry.local.is_expert else layout.tensor
+    if entry.local.name.startswith("vision_model."):
+        parts = layout.vision_tensor
     for place in entry.places:
         for key in reader.tensors:
             if key == place.key or (key.startswith(OPTIMIZER) and key.endswith(f".{place.key}")):
@@ -165,10 +168,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=new_folder, required=True, help="checkpoint to write")
     parser.add_argument("--tensor", type=int, default=1, help="tensor-parallel size")
     parser.add_argument("--expert-tensor", type=int, default=1, help="that of the experts")
+    visions = ("sharded", "replicated")
+    parser.add_argument("--vision", choices=visions, default="sharded", help="the vision tower")
     options = parser.parse_args(argv)
     world.join()
     layout = Layout(
-        tensor=options.tensor, expert_tensor=options.expert_tensor, sequence_parallel=True
+        tensor=options.tensor,
+        expert_tensor=options.expert_tensor,
+        sequence_parallel=True,
+        vision=options.vision,
     )
     reshard(options.ckpt, options.out, layout)
     if dist.get_rank() == 0:

@@ -17,8 +17,8 @@ def check_layout(config: Qwen3VLConfig, layout: Layout) -> None:
     divisible = {
         "attention heads": (config.num_heads, layout.tensor),
         "key-value heads": (config.num_kv_heads, layout.tensor),
-        "vision heads": (config.vision.num_heads, layout.tensor),
-        "vision feed-forward size": (config.vision.intermediate_size, layout.tensor),
+        "vision heads": (config.vision.num_heads, layout.vision_tensor),
+        "vision feed-forward size": (config.vision.intermediate_size, layout.vision_tensor),
     }
     if config.num_experts:
         divisible["experts"] = (config.num_experts, layout.expert)
@@ -34,8 +34,10 @@ def check_layout(config: Qwen3VLConfig, layout: Layout) -> None:
             )
     for what, (number, parts) in divisible.items():
         if number % parts:
+            way_out = ", or vision=replicated" if what.startswith("vision") else ""
             raise ValueError(
                 f"{number} {what} can't be split in {parts}; choose sizes that divide {number}"
+                f"{way_out}"
             )
     if config.num_experts and layout.tensor > 1 and not layout.sequence_parallel:
         raise ValueError(

@@ -285,6 +285,7 @@ def vision_transformer_config(
     """The vision tower's blocks; they live whole on the first pipeline stage."""
     vision = config.vision
     common = _common(layout, backend)
+    common["tensor_model_parallel_size"] = layout.vision_tensor
     common["expert_model_parallel_size"] = common["expert_tensor_parallel_size"] = 1
     # images are shared out whole (image_shares.py)
     common["context_parallel_size"] = 1
@@ -299,8 +300,8 @@ def vision_transformer_config(
         # megatron.core has fused kernels for the functions that it knows by name only
         bias_activation_fusion=False,
         add_bias_linear=True,
-        # images are short and their number per micro-batch varies: the tower is split over tensor
-        # ranks by heads and features only
+        # images are short and their number per micro-batch varies: if tensor ranks split the tower,
+        # then by heads and features only
         sequence_parallel=False,
         **_recompute(Recompute("full" if recompute.vision else "none")),
         **common,

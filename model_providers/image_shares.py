@@ -1,4 +1,4 @@
-"""Each distinct image of the data-parallel ranks' k-th micro-batches is encoded by one rank.
+"""Each distinct image of the data-parallel ranks' k-th micro-batches is encoded once.
 
     images of all ranks' k-th rows
         | every rank plans the same (prism_megatron.data.image_plan), pixels do not travel
@@ -14,7 +14,9 @@ of them the tower gets its gradient.
 
 The exchange is one collective of the data- and context-parallel ranks, in which a rank that has
 nothing to send or to receive takes part, too. Where every image is encoded by the one rank that
-shows it, all ranks know that and there is no exchange.
+shows it, all ranks know that and there is no exchange. A rank is a group of tensor-parallel ranks
+here, which split the tower's work on each image. With a replicated tower each of these is a rank of
+its own, and all of a group show the same images.
 """
 
 from __future__ import annotations

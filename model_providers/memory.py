@@ -5,7 +5,8 @@
     fp8          what Transformer Engine keeps of the decoder's matrices to compute with (2): as
                  they are and transposed; with fp8_param_gather the first are the weights (1 each)
     optimizer    fp32 weights and moments (12 bytes, or 8 with BF16 moments) of what is trained,
-                 spread over data-parallel ranks
+                 spread over data-parallel ranks; a replicated tower has it, as the first two, on
+                 all tensor-parallel ranks
     language     what a decoder layer keeps of each token for its backward pass
     head         logits in BF16, whose gradient takes their place, and the gradient of the head
                  before it is added to the others
@@ -21,6 +22,7 @@ tests/unit/test_measured_memory.py compares the sums with measured peaks.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import cache
 
@@ -165,6 +167,14 @@ def training_bytes(
     return max(stages, key=lambda stage: stage.peak(offload))
 
 
+def images_of_a_rank(layout: Layout, images: float) -> float:
+    """Images that a rank encodes, of `images` alike in a data-parallel rank's row. A replicated
+    tower has whole ones on each of its many ranks, and the others wait for the rank with most."""
+    each = images / (layout.context * layout.towers)
+    # but for what the division leaves behind
+    return math.ceil(each - 1e-6) if layout.vision == "replicated" else each
+
+
 def stages_that_differ(layout: Layout) -> list[int]:
     """Stages among which the slowest and the largest are: those between the second and the last
     are like the second, and hold fewer micro-batches."""
@@ -194,18 +204,19 @@ def _stage_bytes(
     head = count.head
     if config.tie_word_embeddings and layout.pipeline > 1:
         head += count.embedding  # a copy of its own
+    language_weights = layers * count.layer + first * count.embedding
     dense = {
-        "language": layers * count.layer + first * count.embedding + (last and not score) * head,
-        "vision": first * count.vision,
-        "mergers": first * count.mergers,
+        "language": (language_weights + (last and not score) * head) / layout.tensor,
+        "vision": first * count.vision / layout.vision_tensor,
+        "mergers": first * count.mergers / layout.vision_tensor,
     }
     trained = sum(part for name, part in dense.items() if name not in frozen)
     experts = layers * count.experts
     trained_experts = 0 if "language" in frozen else experts
-    shard = layout.tensor * layout.data(world) * layout.context
+    ranks = layout.data(world) * layout.context
     split = layout.expert * layout.expert_tensor
     expert_shard = split * layout.expert_data(world)
-    own, own_experts = sum(dense.values()) / layout.tensor, experts / split
+    own, own_experts = sum(dense.values()), experts / split
     chunks = layout.virtual_pipeline
     before_end = layout.pipeline - 1 - stage
     # micro-batches of each chunk that are computed forward before the first one's backward pass
@@ -227,7 +238,7 @@ def _stage_bytes(
     language += here * kept * recomputed
     vision = 0.0
     if first and not {"vision", "mergers"} <= frozen:
-        every, again = patch_bytes(config, recompute, layout.tensor, "vision" in frozen)
+        every, again = patch_bytes(config, recompute, layout.vision_tensor, "vision" in frozen)
         vision = patches * (every * in_flight[0] + again)
     logits = 0.0
     if last and not score:
@@ -235,12 +246,12 @@ def _stage_bytes(
         logits *= tokens / layout.context + (0 if "language" in frozen else config.hidden_size)
     matrices = layers * (count.layer / layout.tensor) + own_experts
     gathered = matrices if fp8_param_gather else 0.0
-    own_matrices = layers * count.layer / shard + experts / expert_shard
+    own_matrices = layers * count.layer / layout.tensor / ranks + experts / expert_shard
     return Memory(
         weights=WEIGHT * (own + own_experts) - gathered,
-        gradients=GRADIENT * (trained / layout.tensor + trained_experts / split),
+        gradients=GRADIENT * (trained + trained_experts / split),
         fp8=(2 * matrices if fp8 else 0) - gathered,
-        optimizer=(4 + 2 * moment_bytes) * (trained / shard + trained_experts / expert_shard),
+        optimizer=(4 + 2 * moment_bytes) * (trained / ranks + trained_experts / expert_shard),
         language=language,
         head=logits,
         vision=vision,

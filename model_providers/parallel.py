@@ -7,6 +7,7 @@ every megatron.core call gets the ProcessGroupCollection of its model.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch.distributed as dist
 from megatron.core.hyper_comm_grid import HyperCommGrid
@@ -35,6 +36,19 @@ class Layout:
     loss_as_layer: bool = False
     """The embedding (with the vision tower) takes a layer's place on the first stage, the head and
     the loss take one on the last."""
+    vision: Literal["sharded", "replicated"] = "sharded"
+    """Tensor-parallel ranks split the tower's matrices, or each has all of it for images of its
+    own."""
+
+    @property
+    def vision_tensor(self) -> int:
+        """Tensor-parallel ranks that split the vision tower."""
+        return self.tensor if self.vision == "sharded" else 1
+
+    @property
+    def towers(self) -> int:
+        """Copies of the vision tower on the tensor-parallel ranks, each for images of its own."""
+        return self.tensor // self.vision_tensor
 
     def data(self, world: int) -> int:
         """Data-parallel size at `world` ranks; ValueError if that does not divide."""
@@ -76,9 +90,10 @@ class ParallelState:
     alone: dist.ProcessGroup
     """The group of this rank only."""
     features: dist.ProcessGroup
-    """The ranks of dp_cp, context parallel fastest, to exchange image features among. A group of
-    its own, since dp_cp reduces gradients beside the backward pass: where the exchange of a
-    backward pass comes between these reductions differs from rank to rank."""
+    """The ranks to exchange image features among: those of dp_cp, context parallel fastest, or with
+    a replicated tower those of tp_dp_cp, tensor parallel fastest. A group of its own, since others
+    reduce gradients beside the backward pass: where the exchange of a backward pass comes between
+    these reductions differs from rank to rank."""
 
     @classmethod
     def create(cls, layout: Layout) -> ParallelState:
@@ -119,17 +134,25 @@ class ParallelState:
         groups.embd = _embedding_group(groups.pp)
         groups.pos_embd = None
         alone, _ = dist.new_subgroups(group_size=1)
-        features, _ = dist.new_subgroups_by_enumeration(grid.get_rank_enum(["cp", "dp"]))
-        assert features.rank() == groups.dp.rank() * layout.context + groups.cp.rank()
+        replicated = layout.vision == "replicated"
+        sharing = ["tp", "cp", "dp"] if replicated else ["cp", "dp"]
+        features, _ = dist.new_subgroups_by_enumeration(grid.get_rank_enum(sharing))
+        place = groups.dp.rank() * layout.context + groups.cp.rank()
+        if replicated:
+            place = place * layout.tensor + groups.tp.rank()
+        assert features.rank() == place
         return cls(layout, groups, alone, features)
 
     @property
-    def groups_of_one_stage(self) -> ProcessGroupCollection:
-        """The groups as a module sees them that lives whole on one pipeline stage and whose work
-        context-parallel ranks do not split."""
-        one_stage = ProcessGroupCollection(**vars(self.groups))
-        one_stage.pp = one_stage.cp = self.alone
-        return one_stage
+    def vision_groups(self) -> ProcessGroupCollection:
+        """The groups as the vision tower sees them, which lives whole on one pipeline stage and
+        whose work context-parallel ranks do not split, nor tensor-parallel ones if it is
+        replicated."""
+        groups = ProcessGroupCollection(**vars(self.groups))
+        groups.pp = groups.cp = self.alone
+        if self.layout.vision == "replicated":
+            groups.tp = self.alone
+        return groups
 
     @property
     def tensor_rank(self) -> int:

@@ -20,7 +20,9 @@ With context parallelism all of this is for the rank's share of the T tokens (co
 
 With sequence parallelism every tensor-parallel rank holds its slice of these tokens and of the
 visual rows in it. A row belongs to one rank only, so features enter through a copy whose backward
-sums over the ranks; a plain slice would lose the other ranks' share of the tower's gradient.
+sums over the ranks; a plain slice would lose the other ranks' share of the tower's gradient. With a
+replicated tower the exchange's backward sums them, and without sequence parallelism, where every
+tensor-parallel rank has the same gradient of all rows, it gets one rank's.
 """
 
 from __future__ import annotations
@@ -504,13 +506,23 @@ class Qwen3VLChunk(MegatronModule):
         if not self.config.sequence_parallel:
             hidden = hidden.transpose(0, 1).contiguous()
         features = self._image_features(batch)
-        if self.config.sequence_parallel:
+        if self.parallel.layout.vision == "sharded" and self.config.sequence_parallel:
             features = tensor_parallel.copy_to_tensor_model_parallel_region(
                 features, group=self.parallel.groups.tp
             )
+        if self._repeats_gradients and features.requires_grad:
+            features.register_hook(torch.zeros_like)
         features = features[:, rows.feature]
         hidden = hidden.index_copy(0, rows.local, features[0].unsqueeze(1))
         return hidden, features[1:]
+
+    @property
+    def _repeats_gradients(self) -> bool:
+        """Whether another rank, too, hands this rank's gradient of the features to a replicated
+        tower, whose gradients are summed over tensor-parallel ranks."""
+        layout = self.parallel.layout
+        replicated = layout.vision == "replicated" and not self.config.sequence_parallel
+        return replicated and self.parallel.tensor_rank > 0
 
     def _noise(self, batch: Batch, share: ContextShare) -> Tensor:
         """Noise on this rank's context-parallel share of the tokens, [T_local, h]. Drawn on the

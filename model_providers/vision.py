@@ -19,6 +19,7 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_block import TransformerBlock
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 
 from model_providers.architecture import VisionConfig
 from model_providers.backend import Backend
@@ -43,12 +44,12 @@ class PatchMerger(MegatronModule):
         self,
         config: TransformerConfig,
         vision: VisionConfig,
-        parallel: ParallelState,
+        group: ProcessGroup,
         layers: BackendSpecProvider,
         norm_after_join: bool,
     ) -> None:
         super().__init__(config)
-        self.tp_group = parallel.groups.tp
+        self.tp_group = group
         self.joined = vision.hidden_size * vision.spatial_merge_size**2
         self.norm_after_join = norm_after_join
         self.norm = nn.LayerNorm(
@@ -62,7 +63,7 @@ class PatchMerger(MegatronModule):
             bias=True,
             skip_bias_add=False,
             is_expert=False,
-            tp_group=parallel.groups.tp,
+            tp_group=group,
         )
         self.linear_fc1 = layers.column_parallel_linear()(
             self.joined, self.joined, gather_output=False, **shared
@@ -94,7 +95,8 @@ class ShardedModuleList(nn.ModuleList):
 
 
 class VisionModel(MegatronModule):
-    """See the top of the file. Every tensor-parallel rank gets all features."""
+    """See the top of the file. Tensor-parallel ranks split it and get all features each, or each
+    has all of it, for images of its own (Layout.vision)."""
 
     def __init__(
         self,
@@ -104,7 +106,9 @@ class VisionModel(MegatronModule):
         backend: Backend,
     ) -> None:
         super().__init__(config)
-        self.tp_group = parallel.groups.tp
+        groups = parallel.vision_groups
+        self.tp_group = groups.tp
+        self.tensor_replica = parallel.tensor_rank if parallel.layout.vision == "replicated" else 0
         self.vision = vision
         self.backend = backend
         self.patch_embed = nn.Linear(vision.patch_dim, vision.hidden_size, dtype=backend.dtype)
@@ -115,13 +119,29 @@ class VisionModel(MegatronModule):
             config,
             vision_block(config, backend.layers),
             post_layer_norm=False,
-            pg_collection=parallel.groups_of_one_stage,
+            pg_collection=groups,
         )
-        build = partial(PatchMerger, config, vision, parallel, backend.layers)
+        build = partial(PatchMerger, config, vision, groups.tp, backend.layers)
         self.merger = build(norm_after_join=False)
         self.deepstack_merger_list = ShardedModuleList(
             build(norm_after_join=True) for _ in vision.deepstack_visual_indexes
         )
+        if parallel.layout.vision == "replicated":
+            for parameter in self.parameters():
+                # linear layers say so of all that they could split; the gradient norm would count
+                # the copies
+                parameter.tensor_model_parallel = False  # type: ignore[attr-defined]
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: Any = None
+    ) -> dict[str, Any]:
+        state = super().sharded_state_dict(prefix, sharded_offsets, metadata)
+        if self.tensor_replica:
+            for entry in state.values():
+                # pipeline, tensor, data: the first tensor-parallel rank's copies are written
+                pipeline, _, data = entry.replica_id
+                entry.replica_id = (pipeline, self.tensor_replica, data)
+        return state
 
     def forward(self, pixel_values: Tensor, grids: Sequence[Grid]) -> Tensor:
         """pixel_values [P, D], grids (t, h, w) -> [1 + deepstack, P / merge^2, out_hidden].

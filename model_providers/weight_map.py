@@ -369,7 +369,12 @@ def _chunk_tasks(model: Qwen3VLChunk) -> Iterator[Local]:
         layer = int(found.get("L", -1))
         if name.startswith("language_model.") and layer >= 0:
             layer = model.language_model.layers[layer]
-        group = parallel.groups.expt_tp if is_expert else parallel.groups.tp
+        if is_expert:
+            group = parallel.groups.expt_tp
+        elif name.startswith("vision_model."):
+            group = model.vision_model.tp_group
+        else:
+            group = parallel.groups.tp
         is_split = rule.transform.dim is not None
         task = Task(
             hf=tuple(hf.replace("{L}", str(layer)) for hf in rule.hf),

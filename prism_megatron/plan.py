@@ -118,7 +118,7 @@ def _need(config: Stage, name: str, model: Model, architecture: Qwen3VLConfig, g
         layout,
         gpus,
         tokens=config.train.micro_batch_tokens,
-        patches=_patches(config, architecture) / layout.context,
+        patches=_patches(config, architecture) / (layout.context * layout.towers),
         recompute=Recompute(**model.recompute.model_dump()),
         offload_layers=model.offload_layers,
         frozen=frozenset(part for part, value in model.freeze if value),

@@ -37,7 +37,18 @@ from prism_megatron.config.schema import Optimizer
 from prism_megatron.training.runner import ModelRunner
 from prism_megatron.types import PackedBatch, Sequence
 
-SWEPT = ("tensor", "context", "pipeline", "virtual_pipeline", "expert", "fp8", "recompute")
+SWEPT = (
+    "tensor",
+    "context",
+    "pipeline",
+    "virtual_pipeline",
+    "expert",
+    "fp8",
+    "recompute",
+    "vision",
+)
+PLAIN = (1, "off", "none", "sharded")
+"""Values that a result's name leaves out."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -52,6 +63,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--fp8", choices=recipes, nargs="+", default=["off"])
     add("--fp8-param-gather", action="store_true", help="the decoder's weights in FP8 as well")
     add("--recompute", choices=("none", "full"), nargs="+", default=["none"])
+    add("--vision", choices=("sharded", "replicated"), nargs="+", default=["sharded"])
     add("--recompute-vision", action="store_true")
     add("--offload-layers", type=int, default=0, help="decoder layers' activations in host memory")
     add("--moments", choices=("float32", "bfloat16"), default="float32")
@@ -81,7 +93,7 @@ def run(options: argparse.Namespace) -> Iterator[tuple[str, dict[str, Any]]]:
     for values in product(*(getattr(options, name) for name in SWEPT)):
         chosen = argparse.Namespace(**vars(options) | dict(zip(SWEPT, values, strict=True)))
         sizes = dict(zip(SWEPT, values, strict=True))
-        parts = [f"{name}{size}" for name, size in sizes.items() if size not in (1, "off", "none")]
+        parts = [f"{name}{size}" for name, size in sizes.items() if size not in PLAIN]
         name = "-".join(["train", Path(options.model).name, f"{dist.get_world_size()}gpus", *parts])
         backend.reset_peak_memory()
         yield name, _measure(chosen, config, shape, backend)
@@ -152,6 +164,7 @@ def _build(options: argparse.Namespace, config: Qwen3VLConfig, backend: Backend)
         virtual_pipeline=options.virtual_pipeline,
         expert=options.expert,
         sequence_parallel=options.tensor > 1,
+        vision=options.vision,
     )
     # before the first collective
     layout.data(dist.get_world_size()), layout.expert_data(dist.get_world_size())

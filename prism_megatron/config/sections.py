@@ -85,6 +85,9 @@ class Parallel(Section):
     sequence: bool = True
     """Sequence parallelism: activations between blocks are split over the tensor-parallel ranks.
     Has no effect at tensor=1."""
+    vision: Literal["sharded", "replicated"] = "sharded"
+    """The vision tower: tensor-parallel ranks split its matrices and encode each image together, or
+    each has all of it and encodes images of its own. Has no effect at tensor=1."""
 
     @property
     def sequence_parallel(self) -> bool:

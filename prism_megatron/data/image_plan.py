@@ -3,7 +3,8 @@
     what each rank shows --share_out--> the rank that encodes each distinct image
                          --plan_images--> one rank's images, and the rows that it sends and receives
 
-Ranks are those of one pipeline stage that differ in data and context, numbered context first.
+Ranks are those of one pipeline stage that differ in data and context, numbered context first; with
+a replicated tower also those that differ in tensor, which is numbered before context.
 Every rank knows all sequences of a step, so each plans for itself, and all plan the same.
 """
 

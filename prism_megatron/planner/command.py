@@ -90,6 +90,9 @@ def _parser() -> argparse.ArgumentParser:
     add("--patches", type=int, default=4096, metavar="N", help="of each sequence's image; 4096")
     add("--fp8", choices=("tensorwise", "blockwise"), help="of the decoder; default BF16")
     add("--fp8-param-gather", action="store_true", help="and its weights; see the key of that name")
+    add(
+        "--vision", choices=("sharded", "replicated"), default="sharded", help="as the key; sharded"
+    )
     add("--top", type=int, default=3, metavar="N", help="how many to print; 3")
     add("--out", type=Path, metavar="DIR", help="write them as overlays of the stage")
     return parser
@@ -137,6 +140,7 @@ def _request(options: argparse.Namespace, model: str, gpus: int) -> Request:
         stage=options.stage,
         fp8=options.fp8,
         fp8_param_gather=options.fp8_param_gather,
+        vision=options.vision,
     )
 
 
@@ -184,6 +188,7 @@ def describe(layout: Layout, gpus: int) -> str:
         "ETP": layout.expert_tensor,
     }
     found = [f"{name}{size}" for name, size in parts.items() if size > 1]
+    found += ["replicated tower"] * (layout.vision == "replicated")
     return " ".join([*found, f"DP{layout.data(gpus)}"])
 
 

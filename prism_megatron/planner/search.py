@@ -10,6 +10,7 @@ from bisect import bisect_left
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
+from typing import Literal
 
 from model_providers import checks, memory
 from model_providers.architecture import Qwen3VLConfig
@@ -58,6 +59,8 @@ class Request:
     fp8: str | None = None
     fp8_param_gather: bool = False
     moments: str = "float32"
+    vision: Literal["sharded", "replicated"] = "sharded"
+    """See Layout."""
 
     @property
     def moment_bytes(self) -> int:
@@ -112,7 +115,8 @@ class Candidate:
             self.layout,
             asked.gpus,
             tokens=self.row_tokens,
-            patches=asked.patches * self.row_tokens / asked.sequence / self.layout.context,
+            patches=asked.patches
+            * memory.images_of_a_rank(self.layout, self.row_tokens / asked.sequence),
             micro_batches=self.micro_batches,
             recompute=self.recompute,
             moment_bytes=asked.moment_bytes,
@@ -212,7 +216,7 @@ def search(request: Request) -> Found:
     """All that fits, the fastest of each tensor, pipeline and expert size."""
     best: dict[tuple[int, ...], Candidate] = {}
     least = float("inf")
-    for layout in layouts(request.config, request.gpus, request.sequence):
+    for layout in layouts(request.config, request.gpus, request.sequence, request.vision):
         for row in _rows(request, layout):
             found, needed = _fit(request, layout, row)
             least = min(least, needed)
@@ -232,7 +236,12 @@ def fewest_gpus(request: Request) -> tuple[int, Candidate] | None:
     return None
 
 
-def layouts(config: Qwen3VLConfig, gpus: int, sequence: int) -> Iterator[Layout]:
+def layouts(
+    config: Qwen3VLConfig,
+    gpus: int,
+    sequence: int,
+    vision: Literal["sharded", "replicated"] = "sharded",
+) -> Iterator[Layout]:
     """What check_layout accepts, tensor parallelism within a host, powers of two."""
     for stages in _pipelines(config, gpus):
         for tensor in _powers(min(NODE, gpus // stages.pipeline)):
@@ -248,6 +257,7 @@ def layouts(config: Qwen3VLConfig, gpus: int, sequence: int) -> Iterator[Layout]
                         context=context,
                         expert=expert,
                         sequence_parallel=tensor > 1,
+                        vision=vision if tensor > 1 else "sharded",
                     )
                     if gpus % (stages.pipeline * expert) == 0 and _is_legal(config, layout):
                         yield layout

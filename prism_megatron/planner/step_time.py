@@ -24,6 +24,7 @@ from model_providers.architecture import Qwen3VLConfig
 from model_providers.config import Recompute, stage_layers
 from model_providers.memory import (
     NO_RECOMPUTE,
+    images_of_a_rank,
     num_stage_layers,
     parameters,
     patch_bytes,
@@ -248,21 +249,27 @@ def _add_vision(
     gpu: GPU,
     options: Options,
 ) -> None:
-    """The tower, whose images data- and context-parallel ranks share out."""
-    images = work.images / layout.data(world) / layout.context / work.micro_batches
+    """The tower, whose images data- and context-parallel ranks share out, or single ranks."""
+    shown = work.images / layout.data(world) / work.micro_batches
+    images, split = images_of_a_rank(layout, shown), layout.vision_tensor
     passes = 3 + options.forwards + options.recompute.vision
     linear, attention = frame_flops(config, work.patches)
-    spent.products += linear * images * passes / layout.tensor / (gpu.bf16 * hardware.PRODUCTS)
+    spent.products += linear * images * passes / split / (gpu.bf16 * hardware.PRODUCTS)
     rate = gpu.bf16 * hardware.ATTENTION
-    spent.attention += attention * images * passes / layout.tensor / rate
-    kept, _ = patch_bytes(config, NO_RECOMPUTE, layout.tensor, frozen=False)
+    spent.attention += attention * images * passes / split / rate
+    kept, _ = patch_bytes(config, NO_RECOMPUTE, split, frozen=False)
     moved = kept * work.patches * images * passes / 3 * hardware.PASSES
     spent.pointwise += moved / (gpu.hbm * hardware.HBM)
     spent.gaps += hardware.GAP * config.vision.depth
     # an all-reduce behind attention and behind the feed-forward part of a block
     sent = 2 * work.patches * images * config.vision.hidden_size * config.vision.depth
-    ring = 2 * (layout.tensor - 1) / layout.tensor
+    ring = 2 * (split - 1) / split
     spent.tensor += 2 * (passes - 1) * sent * ring / hardware.NVLINK
+    # features of the images of a row to all that show them, and their gradients back
+    others = 1 - 1 / layout.towers
+    rows = work.patches * shown / config.vision.spatial_merge_size**2
+    features = 2 * rows * config.vision.out_hidden_size * (1 + config.num_deepstack)
+    spent.tensor += (2 + options.forwards) * features * others / hardware.NVLINK
 
 
 def _add_collectives(
@@ -324,10 +331,10 @@ def _update(
     for stage in stages_that_differ(layout):
         first, last = stage == 0, stage == layout.pipeline - 1
         layers = num_stage_layers(config, layout, stage)
-        dense = layers * count.layer
-        dense += first * (count.embedding + count.vision + count.mergers)
+        dense = layers * count.layer + first * count.embedding
         dense += last * options.head * count.head
-        dense /= layout.tensor
+        tower = first * (count.vision + count.mergers) / layout.vision_tensor
+        dense = dense / layout.tensor + tower
         experts = layers * count.experts / (layout.expert * layout.expert_tensor)
         ranks = layout.data(world) * layout.context
         seconds, network = _ring(dense, ranks, layout.tensor)
@@ -345,6 +352,8 @@ def _update(
         update = moved / (gpu.hbm * hardware.HBM)
         if options.offload:
             update += 2 * shard * state / hardware.HOST
+        # of a replicated tower the gradients are summed over tensor-parallel ranks
+        update += 4 * tower * 2 * (layout.towers - 1) / layout.towers / hardware.NVLINK
         worst = max(worst, (4 * a_byte, weights, update, network or also))
     return worst
 

@@ -330,8 +330,10 @@ class ModelRunner:
     def _image_share(self, rows: list[list[Sequence]]) -> ImageShare:
         """This rank's share in the images of the data-parallel ranks' `rows`."""
         vision = self.model.architecture.vision
+        # tensor-parallel ranks with a tower each show the same images, of which each encodes some
+        towers = self.parallel.layout.towers
         share = plan_images(
-            [shown for row in rows for shown in self._shown(row)],
+            [shown for row in rows for shown in self._shown(row) for _ in range(towers)],
             self.parallel.features.rank(),
             work=vision.work,
             merge_size=vision.spatial_merge_size,
@@ -516,10 +518,23 @@ class ModelRunner:
         )
 
 
+def _sum_over_encoders(model: Qwen3VLModel) -> None:
+    """Sum the gradients of a replicated tower over the tensor-parallel ranks, of which each has
+    those of the images that it encoded; in place, as they are reduced over the data-parallel ranks.
+    """
+    trained = [p for p in model.vision_model.parameters() if p.requires_grad]
+    group = model.parallel.groups.tp
+    sums = [dist.all_reduce(p.main_grad, group=group, async_op=True) for p in trained]
+    for each in sums:
+        each.wait()
+
+
 def _wrap(model: Qwen3VLModel) -> list[DistributedDataParallel]:
     def finalize(models: list[Any], num_tokens: Tensor | None, **kwargs: Any) -> None:
         # None: gradients are already those of the normalised loss
         finalize_model_grads(models, None, **kwargs)
+        if model.parallel.layout.vision == "replicated" and model.parallel.is_first_stage:
+            _sum_over_encoders(model)
 
     model.config.finalize_model_grads_func = finalize
     overlap = model.backend.async_collectives

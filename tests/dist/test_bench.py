@@ -81,7 +81,7 @@ def test_training_of_every_combination(ranks: Worlds, root: Path, tmp_path: Path
     ]
     found = result(tmp_path / "train-tiny-2gpus.json")
     split = result(tmp_path / "train-tiny-2gpus-tensor2.json")
-    assert split["layout"]["tensor"] == 2
+    assert (split["layout"]["tensor"], split["layout"]["vision"]) == (2, "sharded")
     # the same rows, so at the same start the same loss
     assert split["shape"] == found["shape"] == vars(SHAPE)
     assert found["losses"][0] > found["losses"][1] - 1
@@ -106,6 +106,16 @@ def test_training_of_every_combination(ranks: Worlds, root: Path, tmp_path: Path
     size = sum(f.stat().st_size for f in (root / "tiny").glob("*.safetensors")) / 2**30
     assert 3.9 * size < first["gib"] < 4.4 * size
     assert not [path for path in tmp_path.iterdir() if path.is_dir()]
+
+
+def test_training_with_the_whole_tower_on_every_rank(
+    ranks: Worlds, root: Path, tmp_path: Path
+) -> None:
+    arguments = ["train", "--model", str(root / "tiny"), "--tensor", "2", "--vision", "replicated"]
+    arguments += ["--out", str(tmp_path), *TRAIN.split(), "--steps", "1", "--warmup", "0"]
+    ranks(2).run(_run, arguments)
+    found = result(tmp_path / "train-tiny-2gpus-tensor2-visionreplicated.json")
+    assert found["layout"]["vision"] == "replicated"
 
 
 def test_a_layout_that_does_not_divide_is_refused(

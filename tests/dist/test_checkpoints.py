@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -40,6 +41,7 @@ Worlds = Callable[[int], Ranks]
 # an eps that is not lost beside gradients of zero, whose sign differs from layout to layout
 ADAM = Optimizer(lr=1e-2, eps=1e-3, warmup_steps=5, weight_decay=0.1)
 TP2SP = Layout(tensor=2, sequence_parallel=True)
+TP2SP_TOWER = replace(TP2SP, vision="replicated")
 TP2EP2 = Layout(tensor=2, expert=2, sequence_parallel=True)
 ETP2 = Layout(expert_tensor=2)
 CP2EP2 = Layout(context=2, expert=2)
@@ -75,12 +77,13 @@ def _differing(path: Path, layout: Layout, ckpt: Path) -> list[str]:
     "kind, world, layout",
     [
         ("dense", 2, TP2SP),
+        ("dense", 2, TP2SP_TOWER),
         ("moe", 2, TP2EP2),
         ("moe", 2, ETP2),
         ("tied", 2, UNEVEN),
         ("moe", 2, CP2EP2),
     ],
-    ids=["dense-tp2", "moe-tp2-ep2", "moe-etp2", "tied-uneven", "moe-cp2-ep2"],
+    ids=["dense-tp2", "dense-tp2-tower", "moe-tp2-ep2", "moe-etp2", "tied-uneven", "moe-cp2-ep2"],
 )
 def test_weights_load_at_every_layout(
     ranks: Worlds, hf_models: dict[str, Path], tmp_path: Path, kind: str, world: int, layout: Layout
@@ -88,7 +91,7 @@ def test_weights_load_at_every_layout(
     ckpt = tmp_path / "ckpt"
     ranks(world).run(_save, hf_models[kind], layout, ckpt)
     others = [(1, Layout()), (2, Layout()), (2, Layout(pipeline=2)), (2, TP2SP), (2, UNEVEN)]
-    others.append((2, VPP2))
+    others += [(2, VPP2), (2, TP2SP_TOWER)]
     if kind == "moe":
         others += [(2, Layout(expert=2)), (2, ETP2), (2, CP2EP2)]
     for size, other in others:
@@ -146,7 +149,14 @@ CASES = {
     "deep": ("language", 2, Layout(pipeline=2, virtual_pipeline=3)),
 }
 OTHERS = {
-    "dense": [(1, Layout()), (2, Layout(pipeline=2)), (2, Layout()), (4, TP2SP)],
+    "dense": [
+        (1, Layout()),
+        (2, Layout(pipeline=2)),
+        (2, Layout()),
+        (4, TP2SP),
+        (2, TP2SP_TOWER),
+        (4, Layout(tensor=2, vision="replicated")),
+    ],
     "tied": [(1, Layout()), (2, TP2SP)],
     "moe": [(1, Layout()), (2, Layout(expert=2)), (2, ETP2), (2, VPP2), (2, CP2EP2)],
     "deep": [(1, Layout()), (2, UNEVEN), (4, DEEP), (2, Layout(context=2))],
@@ -240,7 +250,32 @@ def test_a_run_goes_from_tp2_to_pp2_to_tp1_with_the_same_loss(
     assert max(abs(a - b) for a, b in zip(found, wanted, strict=True)) < 1e-5
 
 
-RESHARDED = {"dense": Layout(), "tied": TP2SP, "moe": ETP2}
+def _pass_on(path: Path, layout: Layout, ckpt: Path, out: Path) -> None:
+    """Load and save again."""
+    runner = checks.make_runner(path, layout, optimizer=ADAM)
+    runner.load(ckpt)
+    runner.save(out, path)
+
+
+@pytest.mark.parametrize("stopped", ["dense"], indirect=True)
+def test_a_checkpoint_goes_from_a_sharded_to_a_replicated_tower_and_back_bit_equal(
+    ranks: Worlds, hf_models: dict[str, Path], stopped: tuple[str, Path, Training], tmp_path: Path
+) -> None:
+    """Weights and the optimizer's state."""
+    kind, ckpt, _ = stopped
+    there, back = tmp_path / "there", tmp_path / "back"
+    ranks(2).run(_pass_on, hf_models[kind], TP2SP_TOWER, ckpt, there)
+    ranks(2).run(_pass_on, hf_models[kind], TP2SP, there, back)
+    source, found = TorchDistReader(ckpt), TorchDistReader(back)
+    assert source.tensors.keys() == found.tensors.keys()
+    assert len([key for key in found.tensors if "exp_avg_sq.vision_model" in key]) > 10
+    for key, stored in source.tensors.items():
+        start, size = [0] * len(stored.size), [*stored.size]
+        same = torch.equal(found.read(key, start, size), source.read(key, start, size))
+        assert same, key
+
+
+RESHARDED = {"dense": TP2SP_TOWER, "tied": TP2SP, "moe": ETP2}
 
 
 @pytest.mark.parametrize("stopped", RESHARDED, indirect=True)
@@ -264,6 +299,7 @@ def test_a_resharded_checkpoint_trains_on_and_each_rank_reads_its_own_pieces(
         if key.endswith("mlp.linear_fc1.weight") and key.count("language_model"):
             assert {c.sizes[-2] for c in stored.chunks} == {stored.size[-2] // 2 // parts}, key
         if key.endswith("linear_proj.weight"):
+            parts = layout.vision_tensor if "vision_model" in key else layout.tensor
             assert {c.sizes[-1] for c in stored.chunks} == {stored.size[-1] // parts}, key
     assert sorted(f.name for f in (out / "hf").iterdir()) == sorted(
         f.name for f in (ckpt / "hf").iterdir()

@@ -54,6 +54,8 @@ ETP2 = Layout(expert_tensor=2)
 TP2ETP2 = Layout(tensor=2, expert_tensor=2, sequence_parallel=True)
 EP2ETP2 = Layout(expert=2, expert_tensor=2)
 TP2EP2ETP2 = Layout(tensor=2, expert=2, expert_tensor=2, sequence_parallel=True)
+TP2_TOWER = Layout(tensor=2, vision="replicated")
+TP2SP_TOWER = Layout(tensor=2, sequence_parallel=True, vision="replicated")
 
 DENSE = {
     "tp2": (2, TP2),
@@ -70,6 +72,15 @@ DENSE = {
     "cp2-pp2": (4, Layout(context=2, pipeline=2)),
     "cp2-tp2": (4, Layout(context=2, tensor=2)),
     "cp2-tp2-sp": (4, CP2TP2SP),
+    # each tensor-parallel rank with the whole vision tower
+    "tp2-tower": (2, TP2_TOWER),
+    "tp2-sp-tower": (2, TP2SP_TOWER),
+    "tp2-dp2-tower": (4, TP2_TOWER),
+    "tp2-sp-dp2-tower": (4, TP2SP_TOWER),
+    "tp2-pp2-tower": (4, replace(TP2PP2, vision="replicated")),
+    "tp2-pp2-sp-tower": (4, replace(TP2PP2SP, vision="replicated")),
+    "cp2-tp2-tower": (4, Layout(context=2, tensor=2, vision="replicated")),
+    "cp2-tp2-sp-tower": (4, replace(CP2TP2SP, vision="replicated")),
 }
 EXPERTS = {
     "ep2": (2, EP2),
@@ -80,6 +91,7 @@ EXPERTS = {
     "ep2-dp2": (4, EP2),
     "ep4": (4, Layout(expert=4)),
     "tp2-ep2-sp-dp2": (4, TP2EP2),
+    "tp2-ep2-sp-dp2-tower": (4, replace(TP2EP2, vision="replicated")),
     "ep2-pp2": (4, EP2PP2),
     "etp2": (2, ETP2),
     "tp2-etp2-sp": (2, TP2ETP2),
@@ -191,7 +203,7 @@ def test_stages_of_experts_equal_one_rank(
     _compare(found, one_rank("deep-moe", "score", options))
 
 
-@pytest.mark.parametrize("layout", ["tp2-sp", "pp2", "dp2", "cp2"])
+@pytest.mark.parametrize("layout", ["tp2-sp", "tp2-sp-tower", "pp2", "dp2", "cp2"])
 def test_videos_equal_one_rank(
     ranks: Worlds, hf_models: dict[str, Path], one_rank: OneRank, layout: str
 ) -> None:
@@ -369,7 +381,7 @@ def test_recompute_changes_nothing_at_other_layouts(
         _compare(found, one_rank(kind, head, {}))
 
 
-@pytest.mark.parametrize("layout", ["tp2-sp", "pp2"])
+@pytest.mark.parametrize("layout", ["tp2-sp", "tp2-sp-tower", "pp2"])
 def test_recompute_with_a_frozen_decoder_still_trains_the_tower(
     ranks: Worlds, hf_models: dict[str, Path], one_rank: OneRank, layout: str
 ) -> None:
@@ -381,7 +393,7 @@ def test_recompute_with_a_frozen_decoder_still_trains_the_tower(
 
 
 @pytest.mark.parametrize("frozen", checks.FREEZES, ids="+".join)
-@pytest.mark.parametrize("layout", ["tp2-sp", "pp2", "cp2"])
+@pytest.mark.parametrize("layout", ["tp2-sp", "tp2-tower", "pp2", "cp2"])
 def test_frozen_parts_leave_the_other_gradients_alone(
     ranks: Worlds,
     hf_models: dict[str, Path],
@@ -527,6 +539,13 @@ CP2_DP2_VISION = [
     ([[4]], [0, 6]),
     ([[24]], [0, 6]),
 ]
+# two tensor-parallel ranks show what their row shows, and encode different images of it
+TOWERS_VISION = [
+    ([[16], [24]], [5, 6, 0]),
+    ([[4]], [5, 6, 0]),
+    ([[24]], [0, 6, 7]),
+    ([[4]], [0, 6, 7]),
+]
 
 
 @pytest.mark.parametrize(
@@ -537,8 +556,18 @@ CP2_DP2_VISION = [
         (4, TP2SP, [DP2_VISION[0]] * 2 + [DP2_VISION[1]] * 2),
         (4, Layout(pipeline=2, virtual_pipeline=2), [*DP2_VISION, ([], []), ([], [])]),
         (4, CP2, CP2_DP2_VISION),
+        (4, TP2_TOWER, TOWERS_VISION),
+        (4, TP2SP_TOWER, TOWERS_VISION),
     ],
-    ids=["dp2", "dp4", "tp2-sp-dp2", "pp2-vpp2-dp2", "cp2-dp2"],
+    ids=[
+        "dp2",
+        "dp4",
+        "tp2-sp-dp2",
+        "pp2-vpp2-dp2",
+        "cp2-dp2",
+        "tp2-dp2-tower",
+        "tp2-sp-dp2-tower",
+    ],
 )
 def test_each_image_is_encoded_once_and_its_features_go_where_it_is_shown(
     ranks: Worlds,
@@ -558,10 +587,14 @@ def test_each_image_is_encoded_once_and_its_features_go_where_it_is_shown(
     [
         ("dense", "dp2", {"freeze": ("vision", "mergers")}),
         ("dense", "dp2", {"shown": "text"}),
+        ("dense", "tp2-dp2-tower", {"freeze": ("vision", "mergers")}),
+        ("dense", "tp2-dp2-tower", {"shown": "text"}),
+        ("dense", "tp2-sp-dp2-tower", {"freeze": ("language",), "recompute": True}),
         ("dense", "cp2-dp2", {"freeze": ("language",), "recompute": True}),
         # other ranks' tokens ask this rank's experts for gradients, whatever its own row shows
         ("moe", "ep2", {"freeze": ("language",)}),
         ("moe", "ep2", {"shown": "text", "freeze": ("language",)}),
+        ("moe", "tp2-ep2-sp-dp2-tower", {"freeze": ("language",)}),
     ],
 )
 def test_ranks_without_images_neither_wait_nor_dilute_gradients(
@@ -604,6 +637,34 @@ def test_the_comparison_sees_an_exchange_without_the_gradients_of_other_ranks(
     assert loss == pytest.approx(wanted[0], rel=1e-5)
     name = f"model.visual.{name}"
     assert distance(gradients[name], wanted[2][name]) > 1e-2
+
+
+def _with_another_sum_over_towers(path: Path, layout: Layout, left_out: str) -> Gradients:
+    """Gradients of a tower each of whose copies keeps its own, or is told of every image by two
+    tensor-parallel ranks that have the same gradient."""
+    without = {
+        "sum": mock.patch.object(runner, "_sum_over_encoders", lambda model: None),
+        "choice": mock.patch.object(qwen3_vl.Qwen3VLChunk, "_repeats_gradients", False),
+    }
+    with without[left_out]:
+        return checks.gradients(path, layout)
+
+
+@pytest.mark.parametrize(
+    "layout, left_out", [(TP2_TOWER, "sum"), (TP2SP_TOWER, "sum"), (TP2_TOWER, "choice")]
+)
+def test_the_comparison_sees_towers_that_are_not_summed_or_told_twice(
+    ranks: Worlds,
+    hf_models: dict[str, Path],
+    one_rank: OneRank,
+    layout: Layout,
+    left_out: str,
+) -> None:
+    wanted = one_rank("dense", "language", {})
+    found = ranks(2).run(_with_another_sum_over_towers, hf_models["dense"], layout, left_out)
+    assert found[0][0] == pytest.approx(wanted[0], rel=1e-5)
+    name = "model.visual.deepstack_merger_list.1.linear_fc2.weight"
+    assert distance(found[0][2][name], wanted[2][name]) > 1e-2
 
 
 def _with_gate_and_up_in_one_piece(path: Path) -> Gradients:

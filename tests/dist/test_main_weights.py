@@ -28,6 +28,7 @@ Worlds = Callable[[int], Ranks]
 LAYOUTS = {
     "dp2": ("dense", 2, Layout()),
     "tp2-sp-dp2": ("dense", 4, Layout(tensor=2, sequence_parallel=True)),
+    "tp2-sp-tower": ("dense", 2, Layout(tensor=2, sequence_parallel=True, vision="replicated")),
     "cp2-pp2": ("dense", 4, Layout(context=2, pipeline=2)),
     "ep2-dp2": ("moe", 4, Layout(expert=2)),
     "tp2-ep2-sp": ("moe", 2, Layout(tensor=2, expert=2, sequence_parallel=True)),

@@ -172,6 +172,46 @@ def test_delayed_scaling_lacks_scales_until_a_gradient_was_seen(
     assert Qwen3VLModel.lacks_gradient_scales(cast(Any, model)) is lacks
 
 
+def _tower(path: Path, layout: Layout) -> tuple[list[float], Weights, list[str]]:
+    """Gradient norms of two steps, the weights after them, and names of the tower's parameters that
+    are not those of the first tensor-parallel rank."""
+    settings = Optimizer(lr=1e-2, eps=1e-3, weight_decay=0.3, clip_grad=0.5)
+    runner = checks.make_runner(path, layout, optimizer=settings)
+    norms = [
+        runner.train_step(checks.mixed_batch(), checks.weighted_loss(30)).grad_norm
+        for _ in range(2)
+    ]
+    copies = {}
+    if runner.parallel.is_first_stage:
+        copies = {name: p.detach() for name, p in runner.model.vision_model.named_parameters()}
+    gathered: list[dict[str, Tensor]] = [{}] * layout.tensor
+    dist.all_gather_object(gathered, copies, group=runner.parallel.groups.tp)
+    differing = [name for name, copy in copies.items() if not torch.equal(copy, gathered[0][name])]
+    return norms, _weights(runner), differing
+
+
+@pytest.mark.parametrize(
+    "world, layout",
+    [
+        (2, Layout(tensor=2, vision="replicated")),
+        (2, replace(TP2SP, vision="replicated")),
+        (4, replace(TP2SP, pipeline=2, vision="replicated")),
+        (4, replace(TP2SP, vision="replicated")),
+    ],
+    ids=["tp2", "tp2-sp", "tp2-pp2-sp", "tp2-dp2-sp"],
+)
+def test_copies_of_a_tower_are_updated_alike_and_counted_once(
+    ranks: Worlds, hf_models: dict[str, Path], world: int, layout: Layout
+) -> None:
+    [(wanted_norms, wanted, _)] = ranks(1).run(_tower, hf_models["dense"], Layout())
+    found = ranks(world).run(_tower, hf_models["dense"], layout)
+    assert min(wanted_norms) > 0.5, "clipped, so that the norm counts"
+    for norms, _, differing in found:
+        assert norms == pytest.approx(wanted_norms, rel=1e-4)
+        assert not differing
+    assert _largest_gap(found[0][1], wanted) < 1e-5
+
+
 def _frozen(
     path: Path, layout: Layout, freeze: tuple[str, ...]
 ) -> tuple[set[str], set[str], int, int, float]:

@@ -75,6 +75,7 @@ def _round_trip(path: Path, layout: Layout) -> list[str]:
         ("moe", 2, Layout(expert_tensor=2)),
         ("moe", 4, Layout(context=2, expert=4)),
         ("tied", 4, Layout(context=2, tensor=2, sequence_parallel=True)),
+        ("dense", 4, Layout(tensor=2, pipeline=2, vision="replicated")),
         ("moe", 4, Layout(tensor=2, expert=2, expert_tensor=2, sequence_parallel=True)),
     ],
 )
@@ -113,6 +114,7 @@ def _planned(path: Path, layout: Layout, receivers: list[int], bucket_bytes: int
     [
         ("dense", 2, Layout(tensor=2), [1], 2**14),
         ("dense", 4, Layout(tensor=2, pipeline=2), [0], 1),
+        ("dense", 2, Layout(tensor=2, vision="replicated"), [0, 1], 2**14),
         ("tied", 4, Layout(tensor=2, sequence_parallel=True), [0, 1, 3], 2**16),
         ("deep", 4, Layout(pipeline=4, first_stage_layers=3), [3], 2**15),
         ("deep-moe", 4, Layout(expert=2, pipeline=2, virtual_pipeline=3), [0, 2], 2**16),

@@ -2,7 +2,7 @@ r"""The CUDA backend against the CPU backend: the same weights and batch, loss a
 
     python -m tests.gpu.check_cuda_backend reference DIR        # anywhere: model, loss, gradients
     torchrun --nproc-per-node N -m tests.gpu.check_cuda_backend compare DIR --tensor T --expert E \
-        --context C --pipeline P --virtual-pipeline V
+        --context C --pipeline P --virtual-pipeline V --vision replicated
 
 BF16 with Transformer Engine can't equal fp32 to the last bit: what is asked is that every gradient
 points where the fp32 one points (cosine above 0.98), as long as it (within 6 percent), and that ten
@@ -164,7 +164,7 @@ def reference(directory: Path) -> None:
         print(head, "loss", loss, "gradients", len(grads))
 
 
-def compare(directory: Path, sizes: dict[str, int]) -> dict[str, Any]:
+def compare(directory: Path, sizes: dict[str, Any]) -> dict[str, Any]:
     backend = backends.create("cuda")
     backend.init_process_group()
     result: dict[str, Any] = dict(sizes)
@@ -216,12 +216,14 @@ def main() -> None:
     parser.add_argument("directory", type=Path)
     for size in SIZES:
         parser.add_argument(f"--{size.replace('_', '-')}", type=int, default=1)
+    parser.add_argument("--vision", choices=("sharded", "replicated"), default="sharded")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     if options.what == "reference":
         reference(options.directory)
         return
-    result = compare(options.directory, {size: getattr(options, size) for size in SIZES})
+    sizes = {size: getattr(options, size) for size in (*SIZES, "vision")}
+    result = compare(options.directory, sizes)
     names = ("torch", "megatron-core", "transformer-engine")
     result["versions"] = {name: importlib.metadata.version(name) for name in names}
     result["device"] = torch.cuda.get_device_name()

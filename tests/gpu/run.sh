@@ -81,6 +81,7 @@ parity() {
     job parity-pp2-vpp2 "$(from 2 2)" 2 check_cuda_backend compare "$reference" --pipeline 2 \
         --virtual-pipeline 2 &
     wait
+    job parity-tp2-tower 0 2 check_cuda_backend compare "$reference" --tensor 2 --vision replicated
     job parity-tp2-cp2 0 4 check_cuda_backend compare "$reference" --tensor 2 --context 2
     job parity-ep4 0 4 check_cuda_backend compare "$reference" --expert 4
     rm -rf "$reference"

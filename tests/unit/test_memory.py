@@ -147,6 +147,28 @@ def test_the_tower_is_on_the_first_stage_and_split_but_for_its_norms() -> None:
     assert again < one / 5
 
 
+def test_a_replicated_tower_is_whole_on_every_tensor_parallel_rank() -> None:
+    count = parameters(DENSE)
+    tower = count.vision + count.mergers
+    layout = Layout(tensor=4, vision="replicated")
+    weights, optimizer = held(DENSE, layout, 8)
+    rest = (count.total - tower) / 4
+    assert weights == 6 * (rest + tower)
+    # spread over the two data-parallel ranks
+    assert optimizer == 12 * (rest + tower) / 2
+    assert activations(layout, patches=1000).vision == activations(Layout(), patches=1000).vision
+    frozen = training_bytes(DENSE, layout, 8, tokens=7, frozen=frozenset({"vision"}))
+    assert frozen.gradients == 4 * (rest + count.mergers)
+
+
+@pytest.mark.parametrize(
+    "vision, images, most", [("sharded", 3, 1.5), ("replicated", 3, 1), ("replicated", 11, 2)]
+)
+def test_images_of_a_replicated_tower_are_whole(vision: Any, images: int, most: float) -> None:
+    """Five tensor-parallel ranks of two that differ in context."""
+    assert memory.images_of_a_rank(Layout(tensor=5, context=2, vision=vision), images) == most
+
+
 def test_a_schedule_holds_as_many_micro_batches_as_there_are_stages() -> None:
     none = activations(Layout(), score=True).language
     assert activations(Layout(pipeline=4), score=True).language == none

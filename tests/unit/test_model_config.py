@@ -73,8 +73,9 @@ def test_the_vision_tower_is_checked_too(
 ) -> None:
     config = configs["dense"]
     config = replace(config, vision=replace(config.vision, **{field: value}))
-    with pytest.raises(ValueError, match=f"{value} vision .* can't be split in 2"):
+    with pytest.raises(ValueError, match=f"{value} vision .* can't be split in 2.*=replicated"):
         checks.check_layout(config, Layout(tensor=2))
+    checks.check_layout(config, Layout(tensor=2, vision="replicated"))
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from model_providers import checks
+from model_providers import checks, memory
 from model_providers.config import Recompute
 from model_providers.memory import training_bytes
 from model_providers.parallel import Layout
@@ -17,8 +17,9 @@ from prism_megatron import cli
 from prism_megatron.config import load as configuration
 from prism_megatron.planner import search as planner
 from prism_megatron.planner.command import SEQUENCES
-from prism_megatron.planner.hardware import H100, H200
+from prism_megatron.planner.hardware import H100, H200, NVLINK
 from prism_megatron.planner.search import Request, layouts, search
+from prism_megatron.planner.step_time import Options, StepTime, Work, estimate
 from prism_megatron.training.setup import layout_of
 
 RECIPE = Path(__file__).resolve().parents[2] / "configs" / "prism"
@@ -119,6 +120,7 @@ def test_an_engine_of_a_large_model_is_spread_over_a_host() -> None:
 def test_overlays_are_valid(stage: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["plan", "--model", "qwen3-vl-8b", "--gpus", "16", "--gpu-memory", "80"]
     arguments += ["--seq", "10240", "--stage", stage, "--out", str(tmp_path), "--top", "2"]
+    arguments += ["--vision", "replicated"]
     assert cli.main(arguments) == 0
     printed = capsys.readouterr().out
     assert "optimizer" in printed and "bubble" in printed and "NVLink" in printed
@@ -127,7 +129,8 @@ def test_overlays_are_valid(stage: str, tmp_path: Path, capsys: pytest.CaptureFi
         f"qwen3-vl-8b-16x80gb-{stage}-{i}.yaml" for i in (1, 2)
     ]
     model = "model" if stage == "sft" else "policy"
-    asked = request("qwen3-vl-8b", 16, stage=stage, sequence=10240, sequences=SEQUENCES[stage])
+    batch: dict[str, Any] = dict(sequence=10240, sequences=SEQUENCES[stage])
+    asked = request("qwen3-vl-8b", 16, stage=stage, vision="replicated", **batch)
     for file, planned in zip(files, search(asked).candidates, strict=False):
         # the recipe's overlay for 8B has a layout, of which nothing may be left
         base = [str(RECIPE / STAGES[stage]), str(RECIPE / "8b.yaml"), str(file)]
@@ -202,6 +205,35 @@ def test_a_directory_is_a_model_too(tmp_path: Path, capsys: pytest.CaptureFixtur
     arguments = ["plan", "--model", str(tmp_path / "mine"), "--gpus", "2", "--gpu-memory", "141"]
     assert cli.main([*arguments, "--seq", "4096", "--fp8", "blockwise"]) == 0
     assert "mine, 2 GPUs of 141 GB" in capsys.readouterr().out
+
+
+def test_a_replicated_tower_sends_features_alone_and_encodes_whole_images() -> None:
+    config, sharded = PRESETS["qwen3-vl-8b"], Layout(tensor=4, sequence_parallel=True)
+    replicated = replace(sharded, vision="replicated")
+
+    def time(layout: Layout, images: int) -> StepTime:
+        """One micro-batch of 8 rows on each of two data-parallel ranks."""
+        work = Work(2 * 8 * 8192, 2 * 8 * 8192**2, 2 * images, 4096, 1)
+        return estimate(config, layout, 8, work, H200, Options())
+
+    many, few = 8, 1
+    assert time(replicated, many).tensor < time(sharded, many).tensor
+    assert time(replicated, many).products == pytest.approx(time(sharded, many).products)
+    # gradients of all four towers of a tensor-parallel group are summed
+    tower = memory.parameters(config).vision + memory.parameters(config).mergers
+    summed = 2 * 3 / 4 * memory.GRADIENT * tower / NVLINK
+    assert time(replicated, many).update > time(sharded, many).update + summed
+    # three ranks of four have nothing to do
+    more = time(replicated, few).products - time(replicated, 0).products
+    assert more == pytest.approx(4 * (time(sharded, few).products - time(sharded, 0).products))
+
+
+def test_a_replicated_tower_is_planned_where_it_makes_a_difference() -> None:
+    asked = request("qwen3-vl-8b", 8, vision="replicated", memory=134e9)
+    found = search(asked).candidates
+    assert {one.layout.tensor for one in found} >= {1, 2}
+    for one in found:
+        assert one.layout.vision == ("replicated" if one.layout.tensor > 1 else "sharded")
 
 
 def test_fp8_is_faster() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch.distributed as dist
@@ -68,7 +69,7 @@ def test_a_section_says_how_its_model_is_trained() -> None:
 
 
 def test_every_key_of_the_configuration_reaches_the_layout() -> None:
-    sizes = dict(
+    sizes: dict[str, Any] = dict(
         tensor=2,
         context=3,
         pipeline=5,
@@ -79,6 +80,7 @@ def test_every_key_of_the_configuration_reaches_the_layout() -> None:
         last_stage_layers=19,
         embedding_as_layer=True,
         loss_as_layer=True,
+        vision="replicated",
     )
     assert setup.layout_of(schema.Parallel(**sizes)) == Layout(**sizes, sequence_parallel=True)
     assert setup.layout_of(schema.Parallel(tensor=2, sequence=False)) == Layout(tensor=2)

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from model_providers import checks
 from model_providers.config import Recompute
 from model_providers.memory import CONTEXT, training_bytes
 from model_providers.presets import PRESETS
@@ -43,7 +44,7 @@ def test_a_shipped_layout_fits(path: Path, tmp_path: Path) -> None:
     facts = yaml.safe_load(path.read_text())["vars"]
     assert path.stem.startswith(facts["model"])
     layout = layout_of(config.model.parallel)
-    PRESETS[facts["model"]].check_layout(layout)
+    checks.check_layout(PRESETS[facts["model"]], layout)
     assert facts["gpus"]
     recompute = Recompute(**config.model.recompute.model_dump())
     moment_bytes = 2 if config.optimizer.moments == "bfloat16" else 4
