@@ -56,6 +56,7 @@ ROOT = Path(__file__).resolve().parents[1]
 FIRST_SEED = 1234
 
 _PROMPTS, _ONE_RANK = "data.path={digit-sums}/prompts.parquet", "policy.parallel.tensor=1"
+_HELD_OUT = "validation.path={digit-sums}/heldout.parquet"
 COMMANDS: dict[str, tuple[str, ...]] = {
     "digit-sums": ("out={here}",),
     "tiny-model": ("out={here}", "data={digit-sums}/sft.json"),
@@ -81,8 +82,9 @@ COMMANDS: dict[str, tuple[str, ...]] = {
         "discriminator.path={warmup}/hf",
         "discriminator.parallel.expert=1",
         _ONE_RANK,
+        _HELD_OUT,
     ),
-    "rlvr": ("run.dir={here}", _PROMPTS, "policy.path={policy}/hf", _ONE_RANK),
+    "rlvr": ("run.dir={here}", _PROMPTS, "policy.path={policy}/hf", _ONE_RANK, _HELD_OUT),
     "evaluate": (
         "run.dir={here}",
         "data.path={digit-sums}/heldout.parquet",
