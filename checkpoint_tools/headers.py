@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import pickle
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -165,6 +164,11 @@ def leading_ones(sizes: Sequence[int]) -> int:
     return next((axis for axis, size in enumerate(sizes) if size != 1), len(sizes))
 
 
+def place_of(info: Any) -> dict[str, Any]:
+    """File, start and length of what torch's _StorageInfo says."""
+    return {"file": info.relative_path, "start": info.offset, "length": info.length}
+
+
 class _Value:
     """In the place of an object of torch: its attributes."""
 
@@ -201,14 +205,17 @@ _VALUES: dict[tuple[str, str], type] = {
     # where the checkpoint was written, if a caller gave no string
     ("pathlib", "PosixPath"): _Value,
 }
-_DTYPE = re.compile(r"bool|(bfloat|float|uint|int|complex)[0-9]+(_\w+)?")
+_DTYPES = {
+    *(*DTYPES.values(), *QUANTISED.values(), "float8_e5m2", "float64"),
+    *("bool", "int8", "int16", "int32", "int64"),
+}
 
 
 class _Unpickler(pickle.Unpickler):
     """What torch's metadata is made of and nothing else."""
 
     def find_class(self, module: str, name: str) -> Any:
-        if module == "torch" and _DTYPE.fullmatch(name):
+        if module == "torch" and name in _DTYPES:
             return name
         if (module, name) not in _VALUES:
             raise pickle.UnpicklingError(f"{module}.{name} has no place in a checkpoint's metadata")
@@ -217,18 +224,11 @@ class _Unpickler(pickle.Unpickler):
 
 def _record(metadata: Any) -> dict[str, list[dict[str, Any]]]:
     """Raises whatever comes of values that torch would not have written."""
-    places = {
-        (index.fqn, index.offset): {
-            "file": info.relative_path,
-            "start": info.offset,
-            "length": info.length,
-        }
-        for index, info in metadata.storage_data.items()
-    }
+    stored_at = {(index.fqn, index.offset): info for index, info in metadata.storage_data.items()}
     tensors, objects = [], []
     for key, stored in metadata.state_dict_metadata.items():
         if not hasattr(stored, "chunks"):
-            objects.append({"key": key, **places[key, None]})
+            objects.append({"key": key, **place_of(stored_at[key, None])})
             continue
         if not stored.chunks:
             raise ValueError(f"{key} has no chunks")
@@ -241,7 +241,7 @@ def _record(metadata: Any) -> dict[str, list[dict[str, Any]]]:
                     "offsets": chunk.offsets,
                     "sizes": chunk.sizes,
                     "dtype": dtype,
-                    **places[key, chunk.offsets],
+                    **place_of(stored_at[key, chunk.offsets]),
                 }
             )
     return {"tensors": tensors, "objects": objects}

@@ -47,7 +47,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.distributed.checkpoint.utils import _create_file_view
 
 from checkpoint_tools.files import WriteBehind, forget, publish, write_atomically
-from checkpoint_tools.headers import leading_ones, read_metadata
+from checkpoint_tools.headers import leading_ones, place_of, read_metadata
 
 COMMON = "common_state/shard_0_1"
 """Where megatron.core keeps what is no tensor of the model or the optimizer."""
@@ -229,12 +229,12 @@ class TorchDistWriter:
                     "offsets": piece.offsets,
                     "sizes": piece.sizes,
                     "dtype": str(piece.dtype).removeprefix("torch."),
-                    **_place(stored[piece.index]),
+                    **place_of(stored[piece.index]),
                 }
                 for piece in pieces
             ],
             "objects": [
-                {"key": key, **_place(stored[MetadataIndex(key)])} for key in objects or {}
+                {"key": key, **place_of(stored[MetadataIndex(key)])} for key in objects or {}
             ],
         }
         file = self.path / f"__{part}_0.distcp"
@@ -270,10 +270,6 @@ class TorchDistWriter:
 
     def _record(self, part: int) -> Path:
         return self._records / f"{part}.json"
-
-
-def _place(info: _StorageInfo) -> dict[str, Any]:
-    return {"file": info.relative_path, "start": info.offset, "length": info.length}
 
 
 def _metadata(records: Iterable[dict[str, Any]]) -> Metadata:

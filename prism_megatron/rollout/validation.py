@@ -6,17 +6,16 @@ after the sync of every validation.every-th step and the last one:
 
 from __future__ import annotations
 
-import torch.distributed as dist
-
 from prism_megatron.config import schema
 from prism_megatron.data.prompts import PromptEncoder
 from prism_megatron.data.rows import PromptRow, read_prompts
 from prism_megatron.data.sources import open_sources
-from prism_megatron.data.stream import Quarantine, convert_all
+from prism_megatron.data.stream import convert_all
 from prism_megatron.objectives.rewards.scorer import Scorer
 from prism_megatron.phases import phase
 from prism_megatron.rollout.fleet import Fleet, share_out
 from prism_megatron.rollout.rewards import reward_item
+from prism_megatron.training.setup import open_quarantine
 from prism_megatron.training.watchdog import reached
 from prism_megatron.types import Prompt
 
@@ -79,15 +78,17 @@ class Validator:
 def _read(
     config: schema.Align | schema.RLVR, section: schema.Validation, encoder: PromptEncoder
 ) -> list[tuple[PromptRow, Prompt]]:
-    path = config.run.dir / "validation_quarantine.jsonl"
+    quarantine = open_quarantine(config.run, config.data, "validation_quarantine.jsonl")
     source = schema.Source(path=section.path, num_samples=section.rows)
     examples = convert_all(
         open_sources(
             config.data.model_copy(update={"path": None, "sources": (source,)}), read_prompts
         ),
         lambda row: (row, encoder.encode_prompt(row)),
-        Quarantine(path, config.data.max_bad_share, write=dist.get_rank() == 0),
+        quarantine,
     )
     if not examples:
-        raise ValueError(f"validation.path={section.path} has no row that can be used: see {path}")
+        raise ValueError(
+            f"validation.path={section.path} has no row that can be used: see {quarantine.path}"
+        )
     return examples

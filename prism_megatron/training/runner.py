@@ -533,7 +533,7 @@ def _wrap(model: Qwen3VLModel) -> list[DistributedDataParallel]:
     def finalize(models: list[Any], num_tokens: Tensor | None, **kwargs: Any) -> None:
         # None: gradients are already those of the normalised loss
         finalize_model_grads(models, None, **kwargs)
-        if model.parallel.layout.vision == "replicated" and model.parallel.is_first_stage:
+        if model.parallel.layout.towers > 1 and model.parallel.is_first_stage:
             _sum_over_encoders(model)
 
     model.config.finalize_model_grads_func = finalize

@@ -168,7 +168,7 @@ def build_encoder(path: Path, data: Data) -> PromptEncoder:
     return PromptEncoder.from_config(hf_directory(path), data)
 
 
-def open_quarantine(run: Run, data: Data) -> Quarantine:
-    """run.dir/quarantine.jsonl; every rank reads the same rows, rank 0 writes them down."""
+def open_quarantine(run: Run, data: Data, name: str = "quarantine.jsonl") -> Quarantine:
+    """The file `name` in run.dir; every rank reads the same rows, rank 0 writes them down."""
     run.dir.mkdir(parents=True, exist_ok=True)
-    return Quarantine(run.dir / "quarantine.jsonl", data.max_bad_share, write=dist.get_rank() == 0)
+    return Quarantine(run.dir / name, data.max_bad_share, write=dist.get_rank() == 0)
