@@ -34,8 +34,8 @@ from prism_megatron.rollout.ray_fleet import RayFleet, send_through_ray
 from prism_megatron.types import Prompt, Rollout
 from tests.dist.ranks import Ranks
 from tests.engine_contract import CASES, SEEDED, VERSION, WEIGHTS_SEED
+from tests.processes import gone
 from tests.unit.test_local_engine import full_forward_logprobs, prompts, save, tiny_model
-from tests.unit.test_server import gone
 
 ROOT = Path(__file__).resolve().parents[2]
 SEED = 7

@@ -19,6 +19,7 @@ import yaml
 from checkpoint_tools import tiny_qwen3vl
 from prism_megatron.config import schema
 from prism_megatron.data import digit_sums
+from tests.processes import started_by
 
 ROOT = Path(__file__).resolve().parents[2]
 # engines take one at a time, so that 40 are two batches
@@ -114,8 +115,7 @@ def test_what_is_killed_is_sampled_once_and_gives_the_same_file(
         )
     try:
         wait(job, killed, 5)
-        started = psutil.Process(job.pid).children(recursive=True)
-        next(p for p in started if PROCESS[kind] in " ".join(p.cmdline())).kill()
+        started_by(job.pid, lambda p: PROCESS[kind] in " ".join(p.cmdline()))[0].kill()
         wait(job, killed, 12)
     finally:
         started = psutil.Process(job.pid).children(recursive=True)

@@ -17,6 +17,7 @@ import psutil
 from prism_megatron.config import schema
 from prism_megatron.data import digit_sums
 from prism_megatron.pipelines import tiny_model
+from tests.processes import started_by
 
 ROOT = Path(__file__).resolve().parents[2]
 QUICKSTART = ROOT / "configs" / "quickstart"
@@ -81,22 +82,18 @@ class Job:
 
     def ranks(self) -> list[psutil.Process]:
         """The ranks that are there now, in their order."""
-        found = {}
+        found = dict[int, psutil.Process]()
         for process in psutil.Process(self.process.pid).children(recursive=True):
             with contextlib.suppress(psutil.NoSuchProcess, KeyError):
                 # the launcher has no number, and Ray, which has rank 0's, another command
                 if "prism_megatron" in process.cmdline():
-                    found[int(process.environ()["LOCAL_RANK"])] = process
+                    # a rank before what it has just forked
+                    found.setdefault(int(process.environ()["LOCAL_RANK"]), process)
         return [found[rank] for rank in sorted(found)]
 
     def others(self, name: str) -> list[psutil.Process]:
         """Processes that ranks have started, with that in their program's name."""
-        found = []
-        for process in psutil.Process(self.process.pid).children(recursive=True):
-            with contextlib.suppress(psutil.NoSuchProcess):
-                if name in "".join(process.cmdline()[:1]):
-                    found.append(process)
-        return found
+        return started_by(self.process.pid, lambda process: name in "".join(process.cmdline()[:1]))
 
     def end(self, seconds: float = 300) -> tuple[int, str]:
         """Wait for its end; exit status and what was printed."""

@@ -12,10 +12,11 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
-import psutil
 import pytest
+
+from tests.e2e.stages import metrics
+from tests.processes import started_by
 
 ROOT = Path(__file__).resolve().parents[2]
 CLUSTER = ROOT / "tests" / "fixtures" / "cluster"
@@ -123,10 +124,6 @@ def on_hosts(
     ]
 
 
-def metrics(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
 def wait_for(event: Callable[[], object], launcher: subprocess.Popen[str]) -> None:
     deadline = time.monotonic() + 400
     while not event():
@@ -142,11 +139,9 @@ def checkpoints(folder: Path) -> list[Path]:
 def kill_a_rank(launcher: subprocess.Popen[str], folder: Path) -> None:
     """Kill a rank of this host as soon as there is a checkpoint."""
     wait_for(lambda: checkpoints(folder), launcher)
-    [rank] = [
-        process
-        for process in psutil.Process(launcher.pid).children(recursive=True)
-        if process.cmdline()[1:4] == ["-u", "-m", "prism_megatron"]
-    ]
+    rank, *_ = started_by(
+        launcher.pid, lambda p: p.cmdline()[1:4] == ["-u", "-m", "prism_megatron"]
+    )
     rank.kill()
 
 
@@ -274,14 +269,16 @@ def test_a_slurm_job_that_is_asked_to_end_saves_on_all_hosts_and_goes_on_when_re
         stderr=subprocess.STDOUT,
         text=True,
     )
-    wait_for(lambda: (out / "metrics.jsonl").exists() and metrics(out), job)
+    wait_for(lambda: metrics(out), job)
     # the launcher on the second host, which srun would signal
-    [launcher, *_] = [
-        process
-        for process in psutil.Process(job.pid).children(recursive=True)
-        if process.cmdline()[1:2] and process.cmdline()[1].endswith("launch/node.py")
-        if process.environ()["SLURM_NODEID"] == "1"
-    ]
+    launcher, *_ = started_by(
+        job.pid,
+        lambda p: (
+            p.cmdline()[1:2] != []
+            and p.cmdline()[1].endswith("launch/node.py")
+            and p.environ()["SLURM_NODEID"] == "1"
+        ),
+    )
     launcher.send_signal(signal.SIGUSR1)
     said = job.communicate(timeout=600)[0]
     assert job.returncode == 0, said[-6000:]

@@ -15,6 +15,8 @@ from pathlib import Path
 import psutil
 import pytest
 
+from tests.processes import matching
+
 ROOT = Path(__file__).resolve().parents[2]
 LAUNCH = ROOT / "launch"
 SFT = ("sft", "--config", "configs/quickstart/sft.yaml", "vars.dir=/r")
@@ -103,16 +105,14 @@ def start(tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
     assert not left, left
 
 
-def running(folder: Path) -> list[psutil.Process]:
-    """Processes that a launcher started, by the mark in their environment."""
-    found = []
-    for process in psutil.process_iter():
-        try:
-            if process.environ().get("LAUNCH_TEST") == str(folder):
-                found.append(process)
-        except psutil.Error:
-            continue
-    return found
+def running(folder: Path, program: str = "", **environment: str) -> list[psutil.Process]:
+    """Processes that a launcher started, by the mark in their environment: those of a program, if
+    named, and with these variables."""
+    wanted = {"LAUNCH_TEST": str(folder), **environment}.items()
+    return matching(
+        psutil.process_iter(),
+        lambda p: program in ("", p.name()) and wanted <= p.environ().items(),
+    )
 
 
 def free_ports() -> str:
@@ -206,12 +206,8 @@ def test_ray_that_ends_ends_the_job(
     job = {"NNODES": "2", "ENGINE_NODES": "1", "MASTER_PORT": free_ports()}
     nodes = [start(node, "stuck", *RLVR, **job) for node in range(2)]
     wait_for(tmp_path / "node-0.up")
-    [raylet] = [
-        process
-        for process in running(tmp_path)
-        if process.name() == "raylet" and process.environ()["NODE_RANK"] == "1"
-    ]
-    raylet.kill()
+    # whatever else has that name has just been forked by it
+    running(tmp_path, "raylet", NODE_RANK="1")[0].kill()
     statuses, said = ended(*nodes)
     assert statuses == [1, 1] and "node 1: Ray ended; see /tmp/prism-ray-" in said
 

@@ -7,7 +7,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 import urllib.error
 import urllib.request
 from functools import partial
@@ -25,6 +24,7 @@ from prism_megatron.rollout.engine import EngineDied
 from prism_megatron.rollout.server import Endpoint, Server, ServerKind, address_of
 from prism_megatron.rollout.weight_sync import BroadcastSync
 from prism_megatron.types import Prompt, Rollout
+from tests.processes import gone
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "tests" / "fixtures" / "tiny_server.py"
@@ -117,26 +117,13 @@ def test_a_server_that_gets_the_port_of_its_predecessor_is_another(
     asked = []
     monkeypatch.setattr(outer_group, "join", lambda *arguments: None)
     sync = object.__new__(BroadcastSync)
-    sync.engine_ranks, sync.host, sync._groups, sync._joined = 1, "127.0.0.1", 0, [old]
+    sync.engine_ranks, sync.host, sync._joined = 1, "127.0.0.1", [old]
     sync.backend = SimpleNamespace(process_group_backend="gloo")  # type: ignore[assignment]
     for client in (old, new):
         client.join_group = lambda *arguments, client=client: asked.append(client)
     for servers in ([old], [new], [new]):
         sync._join(servers)
     assert asked == [new]
-
-
-def gone(pids: list[int], within: float = 10) -> bool:
-    """Whether all these processes end; a zombie that nobody has waited for has ended too."""
-    deadline = time.monotonic() + within
-    while time.monotonic() < deadline:
-        if not any(
-            psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
-            for pid in pids
-        ):
-            return True
-        time.sleep(0.05)
-    return False
 
 
 def test_a_server_has_its_gpus_and_its_key_and_ends_with_its_children(tmp_path: Path) -> None:
