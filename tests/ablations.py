@@ -56,7 +56,8 @@ ROOT = Path(__file__).resolve().parents[1]
 FIRST_SEED = 1234
 
 _PROMPTS, _ONE_RANK = "data.path={digit-sums}/prompts.parquet", "policy.parallel.tensor=1"
-_HELD_OUT = "validation.path={digit-sums}/heldout.parquet"
+# every policy is evaluated at its end, which is what is compared
+_UNWATCHED = ("validation=null", "samples_every=0")
 COMMANDS: dict[str, tuple[str, ...]] = {
     "digit-sums": ("out={here}",),
     "tiny-model": ("out={here}", "data={digit-sums}/sft.json"),
@@ -82,9 +83,9 @@ COMMANDS: dict[str, tuple[str, ...]] = {
         "discriminator.path={warmup}/hf",
         "discriminator.parallel.expert=1",
         _ONE_RANK,
-        _HELD_OUT,
+        *_UNWATCHED,
     ),
-    "rlvr": ("run.dir={here}", _PROMPTS, "policy.path={policy}/hf", _ONE_RANK, _HELD_OUT),
+    "rlvr": ("run.dir={here}", _PROMPTS, "policy.path={policy}/hf", _ONE_RANK, *_UNWATCHED),
     "evaluate": (
         "run.dir={here}",
         "data.path={digit-sums}/heldout.parquet",
