@@ -455,6 +455,20 @@ def merged(result: dict[str, Any], before: Mapping[str, Any], order: Sequence[st
     }
 
 
+def _differing(arms: Mapping[str, Any], stage: str, ran: str) -> dict[str, Any]:
+    """Arms that have the stage, without those that share the first one's runs of it."""
+    own = {
+        name: [run["folders"].get(stage) for run in arm["runs"].values()]
+        for name, arm in arms.items()
+    }
+    first = next(iter(arms))
+    return {
+        name: arm
+        for name, arm in arms.items()
+        if arm[ran] and (name == first or arm["failures"] or own[name] != own[first])
+    }
+
+
 def markdown(result: Mapping[str, Any]) -> str:
     """The tables, what each arm changes, and what failed."""
     arms, seeds = result["arms"], result["seeds"]
@@ -464,7 +478,7 @@ def markdown(result: Mapping[str, Any]) -> str:
         f"Held-out rows after each stage, greedy decoding, {len(seeds)} seeds; shares in percent."
     ]
     for stage, (title, ran, names) in SHOWN.items():
-        shown = {name: arm for name, arm in arms.items() if arm[ran]}
+        shown = _differing(arms, stage, ran)
         columns = [(f"{stage}/{name}", heading) for name, heading in names.items()]
         lines += ["", f"## After {title}: mean and standard deviation over seeds", ""]
         lines += _table(shown, columns, values)
@@ -528,8 +542,7 @@ def write_results(result: Mapping[str, Any], out: Path) -> None:
                 for metric, heading in plots.BARS.items()
                 if (summary := arm["summary"].get(f"{stage}/{metric}"))
             }
-            for name, arm in arms.items()
-            if arm[ran]
+            for name, arm in _differing(arms, stage, ran).items()
         }
         write_atomically(out / f"ablations_{stage}.png", plots.differences_png(rows))
     curves = {
@@ -537,8 +550,7 @@ def write_results(result: Mapping[str, Any], out: Path) -> None:
             heading: [run["curves"][metric] for run in arm["runs"].values()]
             for metric, heading in CURVES.items()
         }
-        for name, arm in arms.items()
-        if arm["alignment"]
+        for name, arm in _differing(arms, "align", "alignment").items()
     }
     if curves:
         write_atomically(out / "ablations_curves.png", plots.arm_curves_png(curves))

@@ -149,3 +149,5 @@ def test_arms_that_run_later_are_compared_with_the_first_one_as_it_was(tmp_path:
         0.1
     )
     assert found["commits"] == ["c0ffee", "decade"]
+    after_rlvr, after_alignment = markdown(found).split("## After alignment: mean", 1)
+    assert "| gspo |" in after_rlvr and "| gspo |" not in after_alignment
