@@ -78,7 +78,9 @@ class Job:
         if self.resource and has_engines:
             place += ["--resources", json.dumps({self.resource: 1})]
         place += ["--node-ip-address", own, "--temp-dir", str(self.ray_folder)]
-        return Command(("ray", "start", *place), (("RAY_USAGE_STATS_ENABLED", "0"),))
+        # of 30 s, a busy host or a cold file system needs more
+        patience = ("RAY_raylet_start_wait_time_s", "180")
+        return Command(("ray", "start", *place), (("RAY_USAGE_STATS_ENABLED", "0"), patience))
 
     def start_ranks(self, head: str) -> Command:
         """torchrun on this node; head: address of node 0."""

@@ -29,7 +29,8 @@ def started_by(pid: int, wanted: Callable[[psutil.Process], bool]) -> list[psuti
 
 def gone(pids: Iterable[int], within: float = 10) -> bool:
     """Whether all these processes end; a zombie that nobody has waited for has ended too."""
-    left = matching(psutil.process_iter(), lambda process: process.pid in set(pids))
+    wanted = set(pids)
+    left = [process for process in psutil.process_iter() if process.pid in wanted]
     deadline = time.monotonic() + within
     while left and time.monotonic() < deadline:
         time.sleep(0.05)

@@ -259,6 +259,8 @@ class RayFleet:
         """First rank: start Ray and all engines; Ray's address and the manager's name."""
         if not ray.is_initialized():
             os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+            # of 30 s, a busy host or a cold file system needs more
+            os.environ.setdefault("RAY_raylet_start_wait_time_s", "180")
             own: dict[str, Any] = {}
             if "RAY_ADDRESS" not in os.environ:
                 # a head of our own does not come back: this rank ends soon after it, and the

@@ -72,13 +72,14 @@ class Job:
         command = [sys.executable, "launch/node.py", *stage]
         return cls(command, NPROC_PER_NODE=ranks, MAX_RESTARTS=restarts)
 
-    def wait_for(self, event: Callable[[], object], seconds: float = 300) -> None:
-        """Until something is so; AssertionError if the job ends before."""
+    def wait_for[T](self, event: Callable[[], T], seconds: float = 300) -> T:
+        """Until something is so, which is returned; AssertionError if the job ends before."""
         deadline = time.monotonic() + seconds
-        while not event():
+        while not (found := event()):
             assert self.process.poll() is None, self.process.communicate()[0][-6000:]
             assert time.monotonic() < deadline, f"not within {seconds} s"
             time.sleep(0.01)
+        return found
 
     def ranks(self) -> list[psutil.Process]:
         """The ranks that are there now, in their order."""

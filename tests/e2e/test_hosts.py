@@ -190,7 +190,7 @@ def test_the_pipeline_over_hosts_each_stage_with_what_the_one_before_wrote(
     on_one_host(cluster, stage("make-warmup-pairs"))
     on_one_host(cluster, stage("upcycle"))
     submit(cluster, 2, stage("warmup", "batch_size=8"))
-    assert all(entry["grad_norm"] > 0 for entry in metrics(quickstart / "warmup"))
+    assert [entry["grad_norm"] > 0 for entry in metrics(quickstart / "warmup")] == [True, True]
 
     small = ["prompts_per_step=8", "sampling.n=2", "rollout.kind=local"]
     submit(cluster, 3, stage("align", *small), ENGINE_NODES="1")
@@ -229,7 +229,7 @@ def test_a_host_that_is_cut_off_ends_the_job_and_a_restart_ends_as_if_it_had_not
     assert statuses == [1, 1], said[-6000:]
     assert "launch: node 1 is gone" in said and "node 1: node 0 is gone; ending" in said
     print(f"both hosts ended within {seconds:.0f} s")
-    assert len(metrics(quickstart / "cut")) < 16
+    assert 0 < len(metrics(quickstart / "cut")) < 16
 
     statuses, said = outputs(on_hosts(cluster, 2, *job("cut")))
     assert statuses == [0, 0], said[-6000:]

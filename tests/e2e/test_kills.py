@@ -55,8 +55,7 @@ def test_dead_engines_do_not_stop_training_and_a_dead_ray_only_for_a_restart(
     job.wait_for(lambda: len(metrics(out)) >= 2)
     time.sleep(chance.uniform(0, 1))
     ranks = job.ranks()
-    job.wait_for(lambda: job.others("ray::AsyncLocalEngine"))
-    chance.choice(job.others("ray::AsyncLocalEngine")).kill()
+    chance.choice(job.wait_for(lambda: job.others("ray::AsyncLocalEngine"))).kill()
     job.wait_for(lambda: len(metrics(out)) >= 5)
     assert job.ranks() == ranks
     started = [*ranks, *job.others("ray"), *job.others("gcs_server")]

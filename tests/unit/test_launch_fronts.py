@@ -36,13 +36,15 @@ GLOO_SOCKET_IFNAME=ib0 NCCL_SOCKET_IFNAME=ib0 python launch/ranks.py --nnodes 2 
     f"""NNODES=2 NODE_RANK=0 MASTER_ADDR=node-a \
 bash launch/torchrun.sh --dry-run {RLVR} rollout.engines=2 rollout.nodes=2""": f"""
 # node 0 of 2: trainer
-RAY_USAGE_STATS_ENABLED=0 ray start --head --port 29502 --include-dashboard false \
+RAY_USAGE_STATS_ENABLED=0 RAY_raylet_start_wait_time_s=180 \
+ray start --head --port 29502 --include-dashboard false \
 --node-ip-address ADDRESS_OF_NODE_0 --temp-dir FOLDER
 RAY_ADDRESS=ADDRESS_OF_NODE_0:29502 python launch/ranks.py --nnodes 2 --node-rank 0 \
 --master-addr node-a --master-port 29500 --nproc-per-node gpu -m prism_megatron {RLVR} \
 rollout.engines=2 rollout.nodes=2
 # node 1 of 2: trainer
-RAY_USAGE_STATS_ENABLED=0 ray start --address ADDRESS_OF_NODE_0:29502 \
+RAY_USAGE_STATS_ENABLED=0 RAY_raylet_start_wait_time_s=180 \
+ray start --address ADDRESS_OF_NODE_0:29502 \
 --node-ip-address ADDRESS_OF_NODE_1 --temp-dir FOLDER
 RAY_ADDRESS=ADDRESS_OF_NODE_0:29502 python launch/ranks.py --nnodes 2 --node-rank 1 \
 --master-addr node-a --master-port 29500 --nproc-per-node gpu -m prism_megatron {RLVR} \
@@ -77,15 +79,18 @@ bash launch/torchrun.sh {SFT}
 # in the job: NNODES=3 ENGINE_NODES=2 MASTER_PORT=20000 RUN_ID=slurm-0 srun --kill-on-bad-exit=1 \
 bash launch/torchrun.sh {RLVR} rollout.engines=2 rollout.nodes=2
 # node 0 of 3: trainer
-RAY_USAGE_STATS_ENABLED=0 ray start --head --port 20002 --include-dashboard false \
+RAY_USAGE_STATS_ENABLED=0 RAY_raylet_start_wait_time_s=180 \
+ray start --head --port 20002 --include-dashboard false \
 --node-ip-address ADDRESS_OF_NODE_0 --temp-dir FOLDER
 RAY_ADDRESS=ADDRESS_OF_NODE_0:20002 {ALONE} --nproc-per-node gpu \
 -m prism_megatron {RLVR} rollout.engines=2 rollout.nodes=2 rollout.node_resource=engine_node
 # node 1 of 3: engines
-RAY_USAGE_STATS_ENABLED=0 ray start --address ADDRESS_OF_NODE_0:20002 \
+RAY_USAGE_STATS_ENABLED=0 RAY_raylet_start_wait_time_s=180 \
+ray start --address ADDRESS_OF_NODE_0:20002 \
 --resources '{{"engine_node": 1}}' --node-ip-address ADDRESS_OF_NODE_1 --temp-dir FOLDER
 # node 2 of 3: engines
-RAY_USAGE_STATS_ENABLED=0 ray start --address ADDRESS_OF_NODE_0:20002 \
+RAY_USAGE_STATS_ENABLED=0 RAY_raylet_start_wait_time_s=180 \
+ray start --address ADDRESS_OF_NODE_0:20002 \
 --resources '{{"engine_node": 1}}' --node-ip-address ADDRESS_OF_NODE_2 --temp-dir FOLDER
 """,
     f"{MLP} bash launch/mlp.sh --dry-run {SFT}": f"""
