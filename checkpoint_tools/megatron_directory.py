@@ -26,6 +26,7 @@ from checkpoint_tools.files import replace_folder, staging_of
 from checkpoint_tools.headers import hf_directory
 from checkpoint_tools.hf_directory import HFDirectory
 from checkpoint_tools.hf_writer import copy_config
+from checkpoint_tools.optimizer_state import OptimizerState
 from checkpoint_tools.torch_dist import TorchDistReader
 from model_providers.architecture import Qwen3VLConfig
 from model_providers.backend import Backend
@@ -35,7 +36,6 @@ from model_providers.parallel import ParallelState
 from model_providers.qwen3_vl import Head, Qwen3VLModel
 from model_providers.weight_map import load_hf_weights
 
-SHARDING = "fully_reshardable"
 EXTRA_STATE = re.compile(r".*\._extra_state\d*")
 """Of a layer, or of one expert of several in a layer."""
 
@@ -101,7 +101,7 @@ class Saving:
         # process in every rank, which outlives a killed run
         filesystem_async._results_queue = queue.Queue()
         self._request = dist_checkpointing.save(
-            _state(model, optimizer, scheduler),
+            _to_write(model, optimizer, scheduler),
             str(self._staging),
             async_sharded_save=True,
             async_strategy="mcore",
@@ -198,8 +198,11 @@ def load(path: Path, model: Qwen3VLModel, optimizer: Any = None, scheduler: Any 
             shape than the model's.
     """
     _check_architecture(path, model)
-    wanted = _state(model, optimizer, scheduler, is_loading=True)
-    _drop_extra_state(wanted["model"], path)
+    weights = _weights(model)
+    _drop_extra_state(weights, path)
+    wanted: dict[str, Any] = {"model": weights}
+    if parts := _optimizer_parts(optimizer, weights):
+        wanted["optimizer"] = {"parts": {i: part.to_read() for i, part in enumerate(parts)}}
     try:
         state = dist_checkpointing.load(wanted, str(path))
     except CheckpointException as error:
@@ -215,7 +218,10 @@ def load(path: Path, model: Qwen3VLModel, optimizer: Any = None, scheduler: Any 
         if optimizer is None:
             _keep(chunk, state["model"][i])
     if optimizer is not None:
-        _load_optimizer(optimizer, state["optimizer"])
+        for i, part in enumerate(parts):
+            # dist_checkpointing drops the empty state of a stage that has nothing to train
+            part.restore(state["optimizer"]["step"], state["optimizer"].get("parts", {}).get(i, {}))
+        _separate_steps(optimizer)
         scheduler.load_state_dict(state["scheduler"])
 
 
@@ -244,37 +250,6 @@ def differences(found: Qwen3VLConfig, wanted: Qwen3VLConfig) -> str:
     )
 
 
-def _optimizer_state(
-    optimizer: Any, weights: dict[int, Any], is_loading: bool, metadata: dict[str, Any]
-) -> dict[str, Any]:
-    """Moments and main weights under the names of the weights, and how many steps were taken.
-
-    megatron.core would also save what depends on the layout: how many optimizers it chains (the
-    experts have their own where they are spread over ranks) and their parameter groups.
-    """
-    parts = [
-        part.sharded_state_dict(weights, is_loading=is_loading, metadata=metadata)
-        for part in optimizer.chained_optimizers
-    ]
-    groups = [group for part in parts for group in part["optimizer"]["param_groups"]]
-    return {
-        "step": max(int(group.get("step") or 0) for group in groups),
-        "parts": {i: part["param_state"] for i, part in enumerate(parts)},
-    }
-
-
-def _load_optimizer(optimizer: Any, saved: dict[str, Any]) -> None:
-    for i, part in enumerate(optimizer.chained_optimizers):
-        state = part.state_dict()
-        for group in state["optimizer"]["param_groups"]:
-            group["step"] = saved["step"]
-        # dist_checkpointing drops the empty state of a stage that has nothing to train
-        state["param_state"] = saved.get("parts", {}).get(i, {})
-        state["param_state_sharding_type"] = SHARDING
-        part.load_state_dict(state)
-    _separate_steps(optimizer)
-
-
 def _separate_steps(optimizer: Any) -> None:
     """megatron.core gives torch's Adam one step counter for all parameters (DistributedOptimizer.
     load_state_dict), which each of them would then advance."""
@@ -284,25 +259,32 @@ def _separate_steps(optimizer: Any) -> None:
                 moments["step"] = moments["step"].clone()
 
 
-def _state(
-    model: Qwen3VLModel, optimizer: Any, scheduler: Any, is_loading: bool = False
-) -> dict[str, Any]:
-    metadata = {
-        "dp_cp_group": model.parallel.groups.dp_cp,
-        "distrib_optim_sharding_type": SHARDING,
-    }
-    # chunks repeat each other's names, but not those under which their weights are saved
-    weights = {i: c.sharded_state_dict(metadata=metadata) for i, c in enumerate(model.chunks)}
+def _weights(model: Qwen3VLModel) -> dict[int, Any]:
+    """Each chunk's, which repeat each other's names, but not those that they are saved under."""
+    metadata = {"dp_cp_group": model.parallel.groups.dp_cp}
+    return {i: c.sharded_state_dict(metadata=metadata) for i, c in enumerate(model.chunks)}
+
+
+def _optimizer_parts(optimizer: Any, weights: dict[int, Any]) -> list[OptimizerState]:
+    """megatron.core chains several where experts are spread over ranks."""
+    if optimizer is None:
+        return []
+    return [OptimizerState(part, weights) for part in optimizer.chained_optimizers]
+
+
+def _to_write(model: Qwen3VLModel, optimizer: Any, scheduler: Any) -> dict[str, Any]:
+    weights = _weights(model)
     state: dict[str, Any] = {"model": weights}
-    if optimizer is not None:
-        state["optimizer"] = _optimizer_state(optimizer, weights, is_loading, metadata)
+    if parts := _optimizer_parts(optimizer, weights):
+        state["optimizer"] = {
+            "step": max(part.step for part in parts),
+            "parts": {i: part.to_write() for i, part in enumerate(parts)},
+        }
         state["scheduler"] = scheduler.state_dict()
-    if not is_loading:
-        # after megatron.core has looked for the optimizer's parameters among them
-        for part in weights.values():
-            for entry in part.values():
-                if is_rounded(entry.data):
-                    entry.data = model.read_weight(entry.data)
+    for chunk in weights.values():
+        for entry in chunk.values():
+            if is_rounded(entry.data):
+                entry.data = model.read_weight(entry.data)
     return state
 
 

@@ -11,7 +11,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.tensor_parallel import random as megatron_random
 
 _CPU = torch.device("cpu")
@@ -47,15 +46,6 @@ def _get_rng_state(*args: object, **kwargs: object) -> torch.Tensor:
     return torch.get_rng_state()
 
 
-_set_states = DistributedOptimizer._set_main_param_and_optimizer_states
-
-
-def _set_states_without_step(self: Any, model_param: Any, tensors: dict[str, Any]) -> None:
-    """torch's Adam keeps its step count as a tensor among the moments, Transformer Engine's does
-    not; the loader looks for every tensor in the checkpoint (optimizer/distrib_optimizer.py)."""
-    _set_states(self, model_param, {"step": None, **tensors})
-
-
 PATCHES: dict[str, tuple[Any, str, Any]] = {
     # tensor_parallel/layers.py, p2p_communication.py, param_and_grad_buffer.py allocate on it
     "current_device": (torch.cuda, "current_device", lambda: _CPU),
@@ -67,13 +57,6 @@ PATCHES: dict[str, tuple[Any, str, Any]] = {
     "tensor": (torch, "tensor", _on_cpu(torch.tensor)),
     "zeros": (torch, "zeros", _on_cpu(torch.zeros)),
     "Tensor.type": (torch.Tensor, "type", _cuda_type_name),
-    # optimizer/distrib_optimizer.py moves its shards there to gather them for a checkpoint
-    "Tensor.cuda": (torch.Tensor, "cuda", lambda self, *args, **kwargs: self),
-    "_set_main_param_and_optimizer_states": (
-        DistributedOptimizer,
-        "_set_main_param_and_optimizer_states",
-        _set_states_without_step,
-    ),
     # the model-parallel random state lives in the CPU generator
     "get_rng_state": (torch.cuda, "get_rng_state", _get_rng_state),
     "manual_seed": (torch.cuda, "manual_seed", torch.manual_seed),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +16,7 @@ import torch.distributed as dist
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from safetensors.torch import load_file
 from torch import Tensor
+from torch.distributed.checkpoint import FileSystemReader
 from transformers import Qwen3VLForConditionalGeneration
 
 from checkpoint_tools import hf_to_megatron, megatron_directory, megatron_to_hf
@@ -248,6 +250,32 @@ def test_a_run_goes_from_tp2_to_pp2_to_tp1_with_the_same_loss(
     found, wanted = train(moved, tmp_path / "moved"), train([(2, TP2SP)] * 3, tmp_path / "stayed")
     assert wanted[0] - wanted[-1] > 0.1
     assert max(abs(a - b) for a, b in zip(found, wanted, strict=True)) < 1e-5
+
+
+@pytest.mark.parametrize(
+    "kind, world, layout",
+    [("dense", 2, Layout()), ("moe", 4, CP2EP2)],
+    ids=["dense-dp2", "moe-cp2"],
+)
+def test_each_rank_writes_its_own_part_of_the_optimizer_state(
+    ranks: Worlds, hf_models: dict[str, Path], tmp_path: Path, kind: str, world: int, layout: Layout
+) -> None:
+    """Of main weights and moments, once, and in no rank more than its share."""
+    path, ckpt = hf_models[kind], tmp_path / "ckpt"
+    ranks(world).run(_go_on, path, layout, None, ckpt)
+    elements = dict.fromkeys(range(world), 0)
+    stored = 0
+    for index, info in FileSystemReader(ckpt).read_metadata().storage_data.items():
+        if index.fqn.startswith("optimizer."):
+            elements[int(info.relative_path[2:].split("_")[0])] += info.length // 4
+    for key, tensor in TorchDistReader(ckpt).tensors.items():
+        if key.startswith("optimizer."):
+            stored += math.prod(tensor.size)
+            assert sum(math.prod(chunk.sizes) for chunk in tensor.chunks) == math.prod(tensor.size)
+    assert stored <= sum(elements.values())
+    share = stored / world
+    # a chunk has a kilobyte of its own besides
+    assert all(0.8 * share < count < 1.6 * share for count in elements.values()), elements
 
 
 def _pass_on(path: Path, layout: Layout, ckpt: Path, out: Path) -> None:

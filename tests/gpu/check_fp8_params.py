@@ -19,6 +19,7 @@ import gc
 import json
 import re
 import tempfile
+import time
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -72,9 +73,9 @@ class Case:
         parallel = ParallelState.create(self.layout)
         self.backend.seed(1, parallel)
         precision = Precision(self.options.recipe, param_gather=param_gather)
-        model = Qwen3VLModel(
-            self.config, parallel, self.backend, self.head, TrainingOptions(precision=precision)
-        )
+        options = TrainingOptions(precision=precision)
+        with torch.device(self.backend.device):
+            model = Qwen3VLModel(self.config, parallel, self.backend, self.head, options)
         return model.to(self.backend.device)
 
     def runner(self, model: Qwen3VLModel) -> ModelRunner:
@@ -105,11 +106,10 @@ def host(weights: Any) -> dict[str, Tensor]:
 def furthest(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> list[Any]:
     """The tensor that is furthest off, and how far, by its norm."""
     assert set(found) == set(wanted)
-    apart = {
-        name: float((found[name].double() - wanted[name].double()).norm())
-        / (float(wanted[name].double().norm()) + 1e-30)
-        for name in wanted
-    }
+    apart = {}
+    for name in wanted:
+        a, b = (weights[name].cuda().double() for weights in (found, wanted))
+        apart[name] = float((a - b).norm()) / (float(b.norm()) + 1e-30)
     worst = max(apart, key=apart.__getitem__)
     return [worst, apart[worst]]
 
@@ -133,6 +133,7 @@ def trained(case: Case, param_gather: bool, folder: Path) -> dict[str, Any]:
     found["start_moved"] = furthest(host(iter_hf_weights(model)), start)
     losses = [case.step(runner, number) for number in range(STEPS)]
     found["losses"] = losses
+    print(f"{case.head}, param_gather {param_gather}: trained to {losses[-1]:.3f}", flush=True)
     found["peak_gib"] = (case.backend.peak_memory() - before) / 2**30
     found["export"] = host(iter_hf_weights(model))
     # of a model in training nothing is kept but what its products see
@@ -149,7 +150,9 @@ def resumed(case: Case, first: ModelRunner, folder: Path) -> dict[str, Any]:
         (hf / "config.json").write_text(json.dumps(case.raw))
     dist.barrier()
     exported = host(iter_hf_weights(first.model))
+    started = time.perf_counter()
     first.save(path, hf)
+    print(f"{case.head}: saved in {time.perf_counter() - started:.1f} s", flush=True)
     run = partial(_steps, case)
     undisturbed = run(first)
     second = case.runner(_random(case, True))
