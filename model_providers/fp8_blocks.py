@@ -42,11 +42,14 @@ def quantize_blocks(weight: Tensor) -> tuple[Tensor, Tensor]:
     its blocks are to be multiplied. Both sizes are multiples of 128. The same bits on every
     device."""
     rows, columns = weight.shape
-    blocks = weight.float().reshape(rows // BLOCK, BLOCK, columns // BLOCK, BLOCK)
-    largest = blocks.abs().amax((1, 3), keepdim=True)
+    blocks = weight.reshape(rows // BLOCK, BLOCK, columns // BLOCK, BLOCK)
+    largest = torch.linalg.vector_norm(blocks, torch.inf, dim=(1, 3), keepdim=True).float()
     # by a tensor: CUDA would multiply by the rounded reciprocal of a number
-    scale = torch.where(largest > 0, largest / largest.new_full((), FP8_MAX), 1.0)
-    quantised = (blocks / scale).clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn)
+    scale = largest / largest.new_full((), FP8_MAX)
+    # blocks of zeros, and of what is next to them: quotients by subnormal numbers could be anything
+    scale = torch.where(scale < torch.finfo(torch.float32).tiny, 1.0, scale)
+    # at most FP8_MAX but for the division's rounding, which the cast rounds away
+    quantised = (blocks / scale).to(torch.float8_e4m3fn)
     return quantised.reshape(rows, columns), scale[:, 0, :, 0]
 
 

@@ -190,8 +190,9 @@ def main() -> None:
             far = found["offloaded_apart"][value]
             assert (far[1] if value == "gradient" else far) < NEAR, (name, value, found)
         saved = found["peak_gib"] - found["peak_gib_offloaded"]
-        # the largest micro-batch is not quite full, and small tensors stay
-        assert saved > 0.5 * found["planned_gib"], (name, "memory", found)
+        # two layers' are on their way at any time; the largest micro-batch is not quite full
+        share = (found["offloaded"] - 2) / found["offloaded"]
+        assert saved > 0.8 * share * found["planned_gib"], (name, "memory", found)
     dist.destroy_process_group()
 
 

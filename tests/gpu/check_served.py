@@ -27,8 +27,10 @@ from typing import Any
 from PIL import Image
 
 AGREES = 0.01
-"""Distance of log-probabilities between an engine and Megatron: in BF16 the mean over response
-tokens, in fp32 the largest."""
+"""Distance of log-probabilities between an engine and Megatron: in fp32 the largest."""
+AGREES_BF16 = {"dense": 0.01, "moe": 0.03}
+"""The same in BF16, the mean over response tokens: rounding sends some tokens of a random Mixture of
+Experts to other experts."""
 FP32 = "fp32"
 CLOSE = {"fp8-block": 0.15, "fp8": 0.15, "nvfp4": 0.5}
 """The same between a quantised checkpoint and the BF16 one, both in an engine, and between it and
@@ -218,7 +220,7 @@ def problems(report: dict[str, Any]) -> list[str]:
                     wrong.append(f"{kind} {form}: nearer to bf16 than to what was quantised")
                 continue
             for name in ("to_megatron_cpu", "to_megatron_cuda"):
-                if name in entry and entry[name]["mean"] > AGREES:
+                if name in entry and entry[name]["mean"] > AGREES_BF16[kind]:
                     wrong.append(f"{kind} {form}: {entry[name]} {name}")
             if entry["between_two_images"]["mean"] < 5 * AGREES:
                 wrong.append(f"{kind} {form}: the image makes no difference")
