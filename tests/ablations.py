@@ -49,7 +49,6 @@ import yaml
 
 from checkpoint_tools.files import write_atomically
 from prism_megatron import cli, plots, report
-from prism_megatron.compare import spread
 from prism_megatron.config.load import STAGES, load, provenance
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -439,7 +438,9 @@ def _summary(runs: Mapping[str, Any], base: Mapping[str, Any]) -> dict[str, Any]
             if seed in base
         ]
         gaps = [own - other for own, other in pairs if other is not None]
-        summary[name] = spread(values) | {
+        summary[name] = {
+            "mean": mean(values),
+            "std": stdev(values) if len(values) > 1 else None,
             "difference": mean(gaps) if gaps else None,
             "standard_error": stdev(gaps) / len(gaps) ** 0.5 if len(gaps) > 1 else None,
         }

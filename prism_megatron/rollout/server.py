@@ -164,17 +164,22 @@ def address_of(interface: str | None) -> str:
 
 
 _OF_RANKS = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+_NCCL = {"NCCL_CUMEM_ENABLE": "1", "NCCL_NVLS_ENABLE": "2"}
+"""NCCL's own defaults. Unless they are named, SGLang sets both to 0 (entrypoints/engine.py), vLLM
+the first, and NCCL hangs in a group whose ranks do not agree on them, such as that of a trainer and
+its engines in a weight sync."""
 
 
 def outside_of_ranks() -> dict[str, str]:
-    """This process's environment without what torchrun and srun tell a rank of the trainer.
+    """This process's environment without what torchrun and srun tell a rank of the trainer, and
+    with what the trainer's ranks and a server's have to have in common.
 
     Ray's processes inherit it. A server would look for torchrun's store instead of making its own
     (torch.distributed.rendezvous, TORCHELASTIC_USE_AGENT_STORE), and its allocator would get the
     trainer's settings, with which memory can't be given back.
     """
     prefixes = ("TORCHELASTIC_", "LOCAL_", "GROUP_", "ROLE_", "SLURM_", "PYTORCH_CUDA_ALLOC_CONF")
-    return {
+    return _NCCL | {
         name: value
         for name, value in os.environ.items()
         if name not in _OF_RANKS and not name.startswith((*prefixes, "PYTORCH_ALLOC_CONF"))

@@ -29,8 +29,8 @@ from PIL import Image
 AGREES = 0.01
 """Distance of log-probabilities between an engine and Megatron: in fp32 the largest."""
 AGREES_BF16 = {"dense": 0.01, "moe": 0.03}
-"""The same in BF16, the mean over response tokens: rounding sends some tokens of a random Mixture of
-Experts to other experts."""
+"""The same in BF16, the mean over response tokens: rounding sends some tokens of a random Mixture
+of Experts to other experts."""
 FP32 = "fp32"
 CLOSE = {"fp8-block": 0.15, "fp8": 0.15, "nvfp4": 0.5}
 """The same between a quantised checkpoint and the BF16 one, both in an engine, and between it and

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,14 +20,14 @@ from prism_megatron.planner.step_time import Options, StepTime, Work, estimate, 
 RESULTS = Path(__file__).resolve().parents[2] / "docs" / "results" / "h200"
 STEPS = {
     path.stem: found
-    for path in sorted((*RESULTS.glob("dense-*.json"), *RESULTS.glob("host-*.json")))
+    for kind in ("dense", "host", "save")
+    for path in sorted(RESULTS.glob(f"{kind}-*.json"))
     if "step_s" in (found := json.loads(path.read_text()))
 }
 LAYERS = json.loads((RESULTS / "decoder.json").read_text())
 DENSE, MOE = PRESETS["qwen3-vl-8b"], PRESETS["qwen3-vl-30b-a3b"]
-# lengths are uniform from 1,024 to 4,096, which makes three micro-batches of eight rows; an image
-# has 56 x 56 patches
-SQUARE, MICRO_BATCHES, PATCHES = (4096**3 - 1024**3) / (3 * 3072), 3, 56 * 56
+# lengths are uniform from 1,024 to 4,096, and an image has 56 x 56 patches
+SQUARE, PATCHES = (4096**3 - 1024**3) / (3 * 3072), 56 * 56
 
 
 @pytest.mark.parametrize("name", STEPS)
@@ -34,11 +35,12 @@ def test_a_measured_step_is_estimated(name: str) -> None:
     run = STEPS[name]
     gpus, rows = run["gpus"], run["gpus"] * run["rows_per_gpu"]
     tokens = run["tokens_per_s_per_gpu"] * run["step_s"] * gpus
+    micro_batches = math.ceil(tokens / gpus / run["micro_batch_tokens"])
     found = estimate(
         replace(PRESETS[run["model"]], num_layers=run["layers"]),
         Layout(**run["layout"]),
         gpus,
-        Work(tokens, rows * SQUARE, rows, PATCHES, MICRO_BATCHES),
+        Work(tokens, rows * SQUARE, rows, PATCHES, micro_batches),
         H200,
         Options(fp8=run["fp8"] != "off", offload=run.get("offload", False)),
     )

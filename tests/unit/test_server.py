@@ -21,7 +21,7 @@ from prism_megatron.config import schema
 from prism_megatron.config.schema import Sampling
 from prism_megatron.rollout import guard, outer_group, refit, sglang, vllm
 from prism_megatron.rollout.engine import EngineDied
-from prism_megatron.rollout.server import Endpoint, Server, ServerKind, address_of
+from prism_megatron.rollout.server import Endpoint, Server, ServerKind, address_of, outside_of_ranks
 from prism_megatron.rollout.weight_sync import BroadcastSync
 from prism_megatron.types import Prompt, Rollout
 from tests.processes import gone
@@ -83,6 +83,18 @@ def test_a_key_is_told_by_the_environment_alone(program: Any) -> None:
     told, environment = program.server_command(Path("none"), host="h", port=1, api_key="the-key")
     assert not any("the-key" in word for word in told)
     assert "the-key" in environment.values()
+
+
+def test_a_server_agrees_with_the_trainer_on_what_nccl_needs(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What SGLang and vLLM would otherwise set to 0; where the trainer says something, that."""
+    monkeypatch.delenv("NCCL_CUMEM_ENABLE", raising=False)
+    monkeypatch.setenv("NCCL_NVLS_ENABLE", "0")
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    found = outside_of_ranks()
+    assert (found["NCCL_CUMEM_ENABLE"], found["NCCL_NVLS_ENABLE"]) == ("1", "0")
+    assert "LOCAL_RANK" not in found
 
 
 def test_sglang_gets_its_key_as_the_argument_that_it_takes_it_by(tmp_path: Path) -> None:
