@@ -250,7 +250,7 @@ def _time_table(request: Request, best: list[Candidate]) -> Table:
     )
     table.add_column("layout")
     columns = ("micro-batches", "step", "tokens/s/GPU", "MFU", "compute", "HBM", "NVLink")
-    for name in (*columns, "network", "bubble", "waiting for links", "update", "gaps"):
+    for name in (*columns, "network", "host", "bubble", "waiting for links", "update", "gaps"):
         table.add_column(name, justify="right")
     for one in best:
         time, bounds = one.time, one.time.bounds
@@ -265,6 +265,7 @@ def _time_table(request: Request, best: list[Candidate]) -> Table:
             f"{bounds.hbm:.2f}",
             f"{bounds.nvlink:.2f}",
             f"{bounds.network:.2f}",
+            f"{bounds.host:.2f}",
             f"{time.bubble / time.total:.0%}",
             f"{links:.2f}",
             f"{time.update:.2f}",

@@ -13,7 +13,8 @@
     update       Adam, all-gather of weights, optimizer state from and to the host
 
 Times of a micro-batch are those of the slowest pipeline stage. hardware.py has the constants,
-tests/unit/test_measured_time.py compares with what was measured.
+tests/unit/test_measured_time.py compares with what was measured. The host queues kernels beside all
+that, and a step takes no less than it needs.
 """
 
 from __future__ import annotations
@@ -85,7 +86,8 @@ class StepTime:
 
     @property
     def total(self) -> float:
-        return sum(getattr(self, field.name) for field in fields(self) if field.name != "bounds")
+        parts = (getattr(self, field.name) for field in fields(self) if field.name != "bounds")
+        return max(sum(parts), self.bounds.host)
 
 
 @dataclass(frozen=True)
@@ -96,6 +98,8 @@ class Bounds:
     hbm: float
     nvlink: float
     network: float
+    host: float
+    """The host's, which queues the kernels."""
 
 
 @dataclass
@@ -112,10 +116,12 @@ class Spent:
     experts: float = 0.0
     experts_network: float = 0.0
     gaps: float = 0.0
+    host: float = 0.0
+    """Beside all that."""
 
     @property
     def total(self) -> float:
-        return sum(vars(self).values())
+        return sum(vars(self).values()) - self.host
 
 
 def estimate(
@@ -155,6 +161,7 @@ def estimate(
             + (0 if grads_on_network else collectives),
             network=count * (on_network + (sent if over_network else 0))
             + (collectives if grads_on_network else 0),
+            host=count * slowest.host,
         ),
     )
 
@@ -212,6 +219,7 @@ def micro_batch(
         traffic += head * (2 * (passes - 1) + 8)
         logits = 2 * tokens * config.vocab_size / layout.tensor
         spent.pointwise += logits * passes / 3 * hardware.PASSES / hbm
+    spent.host += hardware.LAUNCH * (layers * passes + again) / 3
     if stage == 0 and work.images:
         _add_vision(spent, config, layout, world, work, gpu, options)
     spent.weights += traffic / hbm
@@ -261,6 +269,7 @@ def _add_vision(
     moved = kept * work.patches * images * passes / 3 * hardware.PASSES
     spent.pointwise += moved / (gpu.hbm * hardware.HBM)
     spent.gaps += hardware.GAP * config.vision.depth
+    spent.host += hardware.LAUNCH * config.vision.depth * passes / 3
     # an all-reduce behind attention and behind the feed-forward part of a block
     sent = 2 * work.patches * images * config.vision.hidden_size * config.vision.depth
     ring = 2 * (split - 1) / split

@@ -84,6 +84,12 @@ def test_products_and_attention_are_those_of_the_flop_count() -> None:
     assert again.bounds.compute == pytest.approx(wanted)
 
 
+def test_small_micro_batches_wait_for_the_host() -> None:
+    few, many = (step(DENSE, Layout(), 8, micro_batches=n) for n in (8, 64))
+    assert many.bounds.host == pytest.approx(8 * few.bounds.host)
+    assert few.bounds.host < few.total < many.bounds.host == many.total
+
+
 def test_a_bubble_shrinks_with_micro_batches_and_virtual_stages() -> None:
     # 36 layers of 4 stages; the slowest takes t for a micro-batch
     one = step(DENSE, Layout(pipeline=4), 4)
