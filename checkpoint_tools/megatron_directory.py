@@ -7,6 +7,7 @@ and processor beside it in hf/, so that one path says everything about a model.
 
 from __future__ import annotations
 
+import logging
 import queue
 import re
 import shutil
@@ -35,6 +36,11 @@ from model_providers.fp8_weights import is_rounded, keep
 from model_providers.parallel import ParallelState
 from model_providers.qwen3_vl import Head, Qwen3VLModel
 from model_providers.weight_map import load_hf_weights
+
+# that another package, nvidia-resiliency-ext, would write in processes of its own
+logging.getLogger("megatron.core.dist_checkpointing.strategies.torch").addFilter(
+    lambda record: "async save is deprecated" not in record.getMessage()
+)
 
 EXTRA_STATE = re.compile(r".*\._extra_state\d*")
 """Of a layer, or of one expert of several in a layer."""
