@@ -12,6 +12,7 @@ into micro-batches, data-parallel ranks or pipeline stages.
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -56,6 +57,11 @@ from prism_megatron.types import ImageShare, PackedBatch, Sequence, VisualInputs
 
 LossFn = Callable[[Tensor, PackedBatch], tuple[Tensor, dict[str, Tensor]]]
 """(model output [T], micro-batch) -> (loss, sums to add up over the step)."""
+
+# of buffers, which it then computes as anybody would
+logging.getLogger("megatron.core.distributed.distributed_data_parallel").addFilter(
+    lambda record: "full_param_layout not provided" not in record.getMessage()
+)
 
 NOT_FINITE = "micro-batches with a loss that is not finite"
 
