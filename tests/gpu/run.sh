@@ -3,16 +3,17 @@
 #
 #   bash tests/gpu/run.sh OUT [PART ...]
 #
-# Parts: logits parity resume fp8params offload curves dense fp8 moe baseline served sync rollouts; all by
-# default. A part that wants more GPUs than there are is skipped and says so, and so are `served`, `sync`
+# Parts: logits parity resume fp8params offload curves host save dense fp8 moe baseline served sync
+# rollouts; all by default. A part that wants more GPUs than there are is skipped and says so, and so are `served`, `sync`
 # and `rollouts` where SGLang is not installed. Ends with a table, and with 1 if any part failed.
 # CPU_PYTHONPATH: packages without Transformer Engine, for the fp32 reference on a host where
-# megatron.core must not find it. VLLM_PYTHONPATH: packages of vLLM, which wants other versions.
+# megatron.core must not find it. VLLM_PYTHONPATH: packages of vLLM, which wants other versions. SAVES:
+# where `save` writes its checkpoints, 28 and 46 GiB; OUT by default.
 set -uo pipefail
 out=${1:?usage: run.sh OUT [PART ...]}
 shift
 parts=("$@")
-((${#parts[@]})) || parts=(logits parity resume fp8params offload curves dense fp8 moe baseline served sync rollouts)
+((${#parts[@]})) || parts=(logits parity resume fp8params offload curves host save dense fp8 moe baseline served sync rollouts)
 mkdir -p "$out"
 out=$(cd "$out" && pwd)
 cd "$(dirname "${BASH_SOURCE[0]}")/../.." || exit 1
@@ -121,6 +122,23 @@ curves() {
     python3 -m tests.gpu.fp8_curves --plot "$out/fp8_curves.png" "${files[@]}"
 }
 
+# 8B's width on one GPU: how long the device waits for the host
+host() {
+    local shape=(--model qwen3-vl-8b --moments bfloat16) recipe
+    for recipe in off tensorwise; do
+        bench host-16-layers-$recipe 1 "${shape[@]}" --layers 16 --rows 8 --fp8 $recipe \
+            --profile "$out/host-16-layers-$recipe.txt"
+        bench host-12-layers-16k-$recipe 1 "${shape[@]}" --layers 12 --rows 12 --fp8 $recipe \
+            --micro-batch-tokens 16384 --profile "$out/host-12-layers-16k-$recipe.txt"
+    done
+}
+# what training waits for checkpoints that are written beside it
+save() {
+    bench save-2b 1 --model qwen3-vl-2b --rows 8 --save "${SAVES:-$out}"
+    bench save-16-layers-2gpu 2 --model qwen3-vl-8b --layers 16 --rows 8 --moments bfloat16 \
+        --save "${SAVES:-$out}"
+}
+
 dense() { bench dense-bf16 4 --model qwen3-vl-8b --rows 8 --profile "$out/dense-bf16.txt"; }
 fp8() {
     local recipe
@@ -131,6 +149,8 @@ fp8() {
 }
 moe() {
     local flags=(--model qwen3-vl-30b-a3b --expert 4 --rows 8 --recompute-vision)
+    bench moe-12-layers-ep2 2 --model qwen3-vl-30b-a3b --layers 12 --expert 2 --rows 8 \
+        --moments bfloat16 --profile "$out/moe-12-layers-ep2.txt"
     bench moe-bf16 4 "${flags[@]}" --moments bfloat16 --micro-batch-tokens 4096 \
         --profile "$out/moe-bf16.txt"
 }
@@ -219,7 +239,7 @@ rollouts() {
 rm -f "$out/failed"
 for part in "${parts[@]}"; do
     case $part in
-        logits | parity | resume | fp8params | offload | curves | dense | fp8 | moe | baseline | served | sync | rollouts)
+        logits | parity | resume | fp8params | offload | curves | host | save | dense | fp8 | moe | baseline | served | sync | rollouts)
             "$part"
             ;;
         *) echo "run.sh: unknown part $part" >&2; exit 2 ;;
