@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from functools import cache
 from typing import Any
 
 import torch
@@ -42,15 +43,31 @@ def quantize_blocks(weight: Tensor) -> tuple[Tensor, Tensor]:
     its blocks are to be multiplied. Both sizes are multiples of 128. The same bits on every
     device."""
     rows, columns = weight.shape
-    blocks = weight.reshape(rows // BLOCK, BLOCK, columns // BLOCK, BLOCK)
-    largest = torch.linalg.vector_norm(blocks, torch.inf, dim=(1, 3), keepdim=True).float()
+    quantised = torch.empty_like(weight, dtype=torch.float8_e4m3fn)
+    scale = weight.new_empty((rows // BLOCK, columns // BLOCK), dtype=torch.float32)
+    round_blocks(weight, quantised, scale)
+    return quantised, scale
+
+
+@torch.no_grad()
+def round_blocks(weight: Tensor, quantised: Tensor, scale: Tensor) -> None:
+    """Write what quantize_blocks gives: a sync does it for each matrix, and the host queues these
+    few kernels no faster than the device computes them."""
+    rows, columns = weight.shape
+    grid = (rows // BLOCK, BLOCK, columns // BLOCK, BLOCK)
+    blocks = weight.reshape(grid)
+    largest = torch.linalg.vector_norm(blocks, torch.inf, dim=(1, 3)).float()
     # by a tensor: CUDA would multiply by the rounded reciprocal of a number
-    scale = largest / largest.new_full((), FP8_MAX)
+    torch.div(largest, _fp8_max(weight.device), out=scale)
     # blocks of zeros, and of what is next to them: quotients by subnormal numbers could be anything
-    scale = torch.where(scale < torch.finfo(torch.float32).tiny, 1.0, scale)
+    scale.masked_fill_(scale < torch.finfo(torch.float32).tiny, 1.0)
     # at most FP8_MAX but for the division's rounding, which the cast rounds away
-    quantised = (blocks / scale).to(torch.float8_e4m3fn)
-    return quantised.reshape(rows, columns), scale[:, 0, :, 0]
+    quantised.view(grid).copy_(blocks / scale[:, None, :, None])
+
+
+@cache
+def _fp8_max(device: torch.device) -> Tensor:
+    return torch.full((), FP8_MAX, device=device)
 
 
 def quantization_config(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Any]:

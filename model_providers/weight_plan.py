@@ -32,7 +32,7 @@ from model_providers.weight_map import Task, Transform, all_tasks, local_tasks, 
 # what any kernel wants that loads 16 bytes at once, and more than any element takes
 _ALIGNMENT = 256
 _BUCKET_BYTES = 2**26
-_QUANTISED_AT_ONCE = 2**24
+_QUANTISED_AT_ONCE = 2**25
 """Elements; rounding them takes a few times as much memory in fp32."""
 
 Quantization = Literal["fp8-block"]
@@ -384,8 +384,7 @@ def _quantise(source: Tensor, weight: Tensor, scale: Tensor) -> None:
     step = max(1, _QUANTISED_AT_ONCE // (block * weight.shape[1]))
     parts = source.view(weight.shape).split(step * block)
     for part, to, scales in zip(parts, weight.split(step * block), scale.split(step), strict=True):
-        for target, made in zip((to, scales), fp8_blocks.quantize_blocks(part), strict=True):
-            target.copy_(made)
+        fp8_blocks.round_blocks(part, to, scales)
 
 
 def _aligned(nbytes: int) -> int:

@@ -221,13 +221,13 @@ def _checked(path: Path, scratch: Path, factor: float) -> list[str]:
         engine = SGLangEngine(box[0], KEY, Vocabulary.of(offline))
         sync = IpcSync(model, {0: [0, 1]}, quantization="fp8-block", timeout_seconds=60)
         fleet = cast(Fleet, _OneServer(engine, sync))
-        rounded = fp8_blocks.quantize_blocks
+        rounded = fp8_blocks.round_blocks
 
-        def off(weight: Tensor) -> tuple[Tensor, Tensor]:
-            quantised, scale = rounded(weight)
-            return quantised, scale * factor
+        def off(weight: Tensor, quantised: Tensor, scale: Tensor) -> None:
+            rounded(weight, quantised, scale)
+            scale.mul_(factor)
 
-        stack.enter_context(mock.patch.object(fp8_blocks, "quantize_blocks", off))
+        stack.enter_context(mock.patch.object(fp8_blocks, "round_blocks", off))
         problems: list[str] = sync_check.weights_come(fleet, loaded=True)["problems"]
         asyncio.run(engine.close())
         return problems
