@@ -20,7 +20,7 @@ cut as the weights are, are read as well.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -42,6 +42,13 @@ class _Range(NamedTuple):
 
 
 Pieces = dict[int, dict[str, list[ShardedTensor]]]
+Box = tuple[tuple[int, ...], tuple[int, ...]]
+"""Offset and size."""
+Cut = Callable[
+    [ShardedTensor, int, int, Tensor],
+    Iterator[tuple[tuple[int, ...], tuple[int, ...], Tensor | torch.dtype]],
+]
+"""Elements start to stop of a place and their values -> boxes, with values or their type."""
 
 
 class OptimizerState:
@@ -78,27 +85,21 @@ class OptimizerState:
 
     def to_write(self) -> Pieces:
         """The state as it lies, this rank's part."""
-        return {
-            index: {
-                name: [
-                    _piece(name, place, offset, size, values)
-                    for place, start, stop, flat in _parts(found, tensor)
-                    for offset, size, values in _split(place, start, stop, flat)
-                ]
-                for name, tensor in self._tensors(found.parameter).items()
-            }
-            for index, found in enumerate(self._ranges)
-        }
+        return self._pieces(_split)
 
     def to_read(self) -> Pieces:
         """The whole rows that this rank needs some of, without data."""
         # which allocates the state where no update has been made yet
         self._part.load_state_dict(self._part.state_dict())
+        return self._pieces(_rows)
+
+    def _pieces(self, cut: Cut) -> Pieces:
         return {
             index: {
                 name: [
-                    _piece(name, place, *_rows(place, start, stop), tensor.dtype)
-                    for place, start, stop, _ in _parts(found, tensor)
+                    _piece(name, place, offset, size, values)
+                    for place, start, stop, flat in _parts(found, tensor)
+                    for offset, size, values in cut(place, start, stop, flat)
                 ]
                 for name, tensor in self._tensors(found.parameter).items()
             }
@@ -156,10 +157,6 @@ def _parts(found: _Range, tensor: Tensor) -> Iterator[tuple[ShardedTensor, int, 
             yield place, start - begin, stop - begin, values
 
 
-Box = tuple[tuple[int, ...], tuple[int, ...]]
-"""Offset and size."""
-
-
 def boxes(shape: Sequence[int], start: int, stop: int) -> Iterator[Box]:
     """The boxes, one after the other, that elements start to stop of a flattened tensor are."""
     if len(shape) == 1:
@@ -193,12 +190,14 @@ def _split(
         yield offset, size, values
 
 
-def _rows(place: ShardedTensor, start: int, stop: int) -> Box:
-    """The whole rows that have some of the elements start to stop."""
+def _rows(
+    place: ShardedTensor, start: int, stop: int, flat: Tensor
+) -> Iterator[tuple[tuple[int, ...], tuple[int, ...], torch.dtype]]:
+    """The box of the whole rows that have some of a range of a place."""
     shape = place.local_shape
     row = math.prod(shape[1:])
     first, last = start // row, -(-stop // row)
-    return (first, *[0] * len(shape[1:])), (last - first, *shape[1:])
+    yield (first, *[0] * len(shape[1:])), (last - first, *shape[1:]), flat.dtype
 
 
 def _piece(
@@ -212,11 +211,10 @@ def _piece(
     # layers and experts are axes before those of a parameter, one of them in each place
     ahead = place.prepend_axis_num
     shape = (*[1] * ahead, *size)
-    has_values = isinstance(values, Tensor)
     return ShardedTensor(
         key=f"{OPTIMIZER}state.{name}.{place.key}",
-        data=values.view(shape) if has_values else None,
-        dtype=values.dtype if has_values else values,
+        data=values.view(shape) if isinstance(values, Tensor) else None,
+        dtype=values.dtype if isinstance(values, Tensor) else values,
         local_shape=shape,
         global_shape=place.global_shape,
         global_offset=tuple(

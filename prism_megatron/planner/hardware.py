@@ -61,8 +61,8 @@ GAP = 0.8e-3
 dense-bf16-kernels.csv)."""
 LAUNCH = 5e-3
 """Seconds that the host takes to queue what a layer or a block of the tower computes for a
-micro-batch, forward and backward, at the fastest (save-2b.json: 156 of them in a step that waits
-for the host; a layer in FP8 takes half as long again, one of 64 experts several times)."""
+micro-batch, forward and backward, at the least (save-2b.json: 156 of them in a step of 0.90 s, of
+which the device computes less)."""
 NETWORK = 40e9
 """Bytes a second of a GPU's network card, an assumption: 400 Gb/s each, of which 80 % arrive."""
 NODE = 8

@@ -165,9 +165,9 @@ def address_of(interface: str | None) -> str:
 
 _OF_RANKS = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _NCCL = {"NCCL_CUMEM_ENABLE": "1", "NCCL_NVLS_ENABLE": "2"}
-"""NCCL's own defaults. Unless they are named, SGLang sets both to 0 (entrypoints/engine.py), vLLM
-the first, and NCCL hangs in a group whose ranks do not agree on them, such as that of a trainer and
-its engines in a weight sync."""
+"""NCCL's own defaults, which the trainer has. Unless they are named, SGLang 0.5.12 sets both to 0
+(entrypoints/engine.py), older vLLM the first, and NCCL wants the ranks of a group to agree on them:
+a trainer and its engines are one in a weight sync."""
 
 
 def outside_of_ranks() -> dict[str, str]:

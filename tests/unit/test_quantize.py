@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from itertools import product
 from pathlib import Path
 from unittest import mock
 
@@ -61,6 +62,21 @@ def test_a_block_is_scaled_by_its_largest_number() -> None:
     step = scale.repeat_interleave(128, 0).repeat_interleave(128, 1) * 2**-9
     assert ((found - weight).abs() <= weight.abs() * 2**-4 + step / 2).all()
     assert (found[128:, :256] == 0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("magnitude", [1e-30, 1e-3, 1.0, 3e4])
+def test_blocks_are_rounded_to_the_bits_of_the_definition(
+    dtype: torch.dtype, magnitude: float
+) -> None:
+    weight = (torch.randn(256, 384) * magnitude).to(dtype)
+    quantised, scale = quantize_blocks(weight)
+    for row, column in product(range(2), range(3)):
+        place = slice(128 * row, 128 * row + 128), slice(128 * column, 128 * column + 128)
+        block = weight[place].float()
+        assert scale[row, column] == block.abs().max() / torch.tensor(448.0)
+        wanted = (block / scale[row, column]).clamp(-448, 448).to(torch.float8_e4m3fn)
+        assert torch.equal(quantised[place].view(torch.uint8), wanted.view(torch.uint8))
 
 
 @pytest.mark.parametrize("kind", ["dense", "moe"])

@@ -88,7 +88,7 @@ def test_a_key_is_told_by_the_environment_alone(program: Any) -> None:
 def test_a_server_agrees_with_the_trainer_on_what_nccl_needs(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """What SGLang and vLLM would otherwise set to 0; where the trainer says something, that."""
+    """What SGLang would otherwise set to 0; where the trainer says something, that."""
     monkeypatch.delenv("NCCL_CUMEM_ENABLE", raising=False)
     monkeypatch.setenv("NCCL_NVLS_ENABLE", "0")
     monkeypatch.setenv("LOCAL_RANK", "3")
