@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+from megatron.core.transformer.mlp import apply_swiglu_sharded_factory
 from torch import Tensor
 
 from checkpoint_tools.headers import OPTIMIZER
@@ -25,7 +26,14 @@ from model_providers import backend as backends
 from model_providers.architecture import Qwen3VLConfig
 from model_providers.parallel import Layout, ParallelState
 from model_providers.qwen3_vl import Head, Qwen3VLModel
-from model_providers.weight_map import Local, Weights, check_names, local_tasks, unused_names
+from model_providers.weight_map import (
+    GatedUp,
+    Local,
+    Weights,
+    check_names,
+    local_tasks,
+    unused_names,
+)
 
 
 @dataclass(frozen=True)
@@ -86,6 +94,24 @@ def box(place: ShardedTensor) -> tuple[int, ...]:
     return (1,) * place.prepend_axis_num + tuple(place.local_shape)
 
 
+def _place(
+    local: Local, stored: ShardedTensor | ShardedTensorFactory
+) -> ShardedTensor | ShardedTensorFactory:
+    """Where the parameter is stored, or that one of its experts that `local` is."""
+    if local.index is None:
+        return stored
+    assert isinstance(stored, ShardedTensor), "the structure is one rank's"
+    # layer and expert
+    axes = stored.prepend_axis_num + 1
+    places = [*stored.global_offset[: axes - 1], stored.global_offset[axes - 1] + local.index]
+    offsets = tuple(zip(range(axes), places, stored.global_shape[:axes], strict=True))
+    place = ShardedTensor.from_rank_offsets(
+        stored.key, local.of(stored.data), *offsets, prepend_axis_num=axes
+    )
+    is_gated = isinstance(local.transform, GatedUp)
+    return apply_swiglu_sharded_factory(place, offsets) if is_gated else place
+
+
 def _pieces(stored: ShardedTensor | ShardedTensorFactory) -> list[ShardedTensor]:
     if isinstance(stored, ShardedTensor):
         return [stored]
@@ -115,7 +141,9 @@ class Structure:
         self.config = config
         [chunk] = self.model.chunks
         stored = chunk.sharded_state_dict(metadata={"dp_cp_group": parallel.groups.dp_cp})
-        self.entries = [Entry(local, stored[local.name]) for local in local_tasks(self.model)]
+        self.entries = [
+            Entry(local, _place(local, stored[local.name])) for local in local_tasks(self.model)
+        ]
         self.by_name: dict[str, list[Entry]] = {}
         for entry in self.entries:
             for name in entry.names:
@@ -154,7 +182,7 @@ class Structure:
         """Shape of the Hugging Face tensor, as a meta tensor."""
         entries = self.by_name[name]
         local = entries[0].local
-        full = local.parameter.detach()
+        full = local.of(local.parameter.detach())
         tensor = local.transform.to_hf(full, self.config)[local.task.hf.index(name)]
         return tensor if local.task.expert < 0 else torch.stack([tensor] * len(entries))
 

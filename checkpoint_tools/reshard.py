@@ -81,7 +81,7 @@ def reshard(ckpt: Path, out: Path, layout: Layout) -> None:
 
 def _pieces(entry: Entry, reader: TorchDistReader, layout: Layout) -> Iterator[Piece]:
     """A parameter's pieces at the layout, and those of its optimizer state."""
-    parts = layout.expert_tensor if entry.local.is_expert else layout.tensor
+    parts = layout.expert_tensor if entry.expert >= 0 else layout.tensor
     if entry.local.name.startswith("vision_model."):
         parts = layout.vision_tensor
     for place in entry.places:

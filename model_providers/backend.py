@@ -37,7 +37,6 @@ class Backend:
     """(logits [T, vocab / tensor], labels [T], tensor group) -> -log p(labels) [T] in fp32; may
     overwrite the logits."""
     moe_dispatcher: str
-    grouped_gemm: bool
     fp8: bool
     """Whether its linear layers can compute in FP8."""
     fused_kernels: bool
@@ -186,7 +185,6 @@ def _cpu() -> Backend:
         cross_entropy=cross_entropy,
         # alltoall wants CUDA streams
         moe_dispatcher="allgather",
-        grouped_gemm=False,
         fp8=False,
         fused_kernels=False,
         # megatron.core's recomputation of norms and activations wants Transformer Engine
@@ -222,7 +220,6 @@ def _cuda() -> Backend:
         layers=TransformerEngineSpecProvider(),
         cross_entropy=cross_entropy,
         moe_dispatcher="alltoall",
-        grouped_gemm=True,
         fp8=True,
         fused_kernels=True,
         recompute_modules=frozenset({"core_attn", "mlp", "moe", "layernorm", "moe_act"}),

@@ -46,6 +46,20 @@ def check_layout(config: Qwen3VLConfig, layout: Layout) -> None:
     _check_stages(config, layout)
 
 
+def check_experts(config: Qwen3VLConfig, layout: Layout, backend: Backend) -> None:
+    """ValueError if the kernel that computes all experts at once can't read rows of this length."""
+    if not config.num_experts:
+        return
+    size = backend.dtype.itemsize
+    features = config.moe_intermediate_size // layout.expert_tensor
+    for what, number in (("hidden size", config.hidden_size), ("expert features a rank", features)):
+        if number * size % 16:
+            raise ValueError(
+                f"{what} {number} in {backend.dtype} are {number * size} bytes, and experts are "
+                f"computed in pieces of 16 bytes; choose a multiple of {16 // size}"
+            )
+
+
 def check_recompute(config: Qwen3VLConfig, recompute: Recompute, backend: Backend) -> None:
     """ValueError if the backend or this model has no such module to compute again."""
     asked = set(recompute.modules)

@@ -230,7 +230,8 @@ def text_transformer_config(
             moe_z_loss_coeff=options.z_loss_coef / config.num_layers or None,
             moe_router_dtype="fp32",
             **_dispatch(options.dispatcher, backend),
-            moe_grouped_gemm=backend.grouped_gemm,
+            # megatron.core asks for it where activations of experts are computed again
+            moe_grouped_gemm=backend.fused_kernels,
             moe_permute_fusion=backend.fused_kernels,
             moe_router_fusion=backend.fused_kernels,
         )

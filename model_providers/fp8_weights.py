@@ -22,8 +22,9 @@ def is_rounded(parameter: object) -> bool:
 
 
 @torch.no_grad()
-def assign(parameter: nn.Parameter, values: Tensor) -> None:
-    """Give the parameter these values; one in FP8 rounds them and keeps them besides."""
+def assign(parameter: Tensor, values: Tensor) -> None:
+    """Give a parameter, or an expert's part of one, these values; one in FP8 rounds them and keeps
+    them besides."""
     if not is_rounded(parameter):
         parameter.copy_(values)
         return

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.backends import BackendSpecProvider
 from megatron.core.models.gpt.gpt_layer_specs import get_mlp_module_spec_for_backend
-from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec_for_backend
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -22,6 +21,7 @@ from megatron.core.transformer.transformer_layer import (
 )
 from torch import Tensor
 
+from model_providers.experts import StackedExperts
 from model_providers.router import SectionRouter
 
 
@@ -112,6 +112,6 @@ def _layer(
 
 
 def _experts(config: TransformerConfig, layers: BackendSpecProvider) -> Any:
-    """megatron.core's Mixture-of-Experts layer with our router."""
-    spec = get_moe_module_spec_for_backend(layers, config.num_moe_experts, config.moe_grouped_gemm)
-    return partial(spec.func, submodules=replace(spec.keywords["submodules"], router=SectionRouter))
+    """megatron.core's Mixture-of-Experts layer with our router and, but for FP8, our experts."""
+    experts = layers.grouped_mlp_modules(True) if config.fp8 else StackedExperts
+    return partial(MoELayer, submodules=MoESubmodules(experts=experts, router=SectionRouter))

@@ -247,9 +247,11 @@ def _stage_bytes(
     matrices = layers * (count.layer / layout.tensor) + own_experts
     gathered = matrices if fp8_param_gather else 0.0
     own_matrices = layers * count.layer / layout.tensor / ranks + experts / expert_shard
+    # of a layer's up and gate projections, before it is added to what other micro-batches gave
+    added = 0.0 if fp8 or not trained_experts else WEIGHT * 2 / 3 * count.experts / split
     return Memory(
         weights=WEIGHT * (own + own_experts) - gathered,
-        gradients=GRADIENT * (trained + trained_experts / split),
+        gradients=GRADIENT * (trained + trained_experts / split) + added,
         fp8=(2 * matrices if fp8 else 0) - gathered,
         optimizer=(4 + 2 * moment_bytes) * (trained / ranks + trained_experts / expert_shard),
         language=language,

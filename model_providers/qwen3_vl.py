@@ -239,6 +239,7 @@ class Qwen3VLModel(nn.Module):
         """Raises ValueError if layout or options do not fit the model or the backend."""
         backend.check(parallel.layout)
         checks.check_layout(config, parallel.layout)
+        checks.check_experts(config, parallel.layout, backend)
         checks.check_recompute(config, options.recompute, backend)
         checks.check_offload(
             config, options.offload_layers, parallel.layout, options.recompute, backend

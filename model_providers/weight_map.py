@@ -164,7 +164,8 @@ class Patches(Transform):
 class Rule:
     """Megatron name and Hugging Face names, with {L} for the layer and {E} for the expert.
 
-    An {E} on the Megatron side only means slice E of a fused [experts, ...] tensor.
+    An {E} on the Megatron side only means slice E of a fused [experts, ...] tensor; it is empty
+    where one parameter holds all experts of a rank.
     """
 
     megatron: tuple[str, ...]
@@ -257,18 +258,12 @@ RULES: tuple[Rule, ...] = (
     Rule((_LAYER + "mlp.linear_fc2.weight",), (_HF_LAYER + "mlp.down_proj.weight",), Split(1)),
     Rule((_LAYER + "mlp.router.weight",), (_HF_LAYER + "mlp.gate.weight",), SAME),
     Rule(
-        (
-            _LAYER + "mlp.experts.local_experts.{E}.linear_fc1.weight",
-            _LAYER + "mlp.experts.linear_fc1.weight{E}",
-        ),
+        (_LAYER + "mlp.experts.linear_fc1.weight{E}",),
         (_HF_LAYER + "mlp.experts.gate_up_proj",),
         FusedGatedUp(),
     ),
     Rule(
-        (
-            _LAYER + "mlp.experts.local_experts.{E}.linear_fc2.weight",
-            _LAYER + "mlp.experts.linear_fc2.weight{E}",
-        ),
+        (_LAYER + "mlp.experts.linear_fc2.weight{E}",),
         (_HF_LAYER + "mlp.experts.down_proj",),
         Split(1),
     ),
@@ -308,7 +303,7 @@ RULES: tuple[Rule, ...] = (
 
 
 def _pattern(template: str) -> re.Pattern[str]:
-    escaped = re.escape(template).replace(r"\{L\}", r"(?P<L>\d+)").replace(r"\{E\}", r"(?P<E>\d+)")
+    escaped = re.escape(template).replace(r"\{L\}", r"(?P<L>\d+)").replace(r"\{E\}", r"(?P<E>\d*)")
     return re.compile(escaped + "$")
 
 
@@ -339,14 +334,19 @@ class Local:
     name: str
     parameter: nn.Parameter
     transform: Transform
-    is_expert: bool
+    index: int | None
+    """Which of the experts that the parameter holds; None where it is one thing."""
+
+    def of(self, values: Tensor) -> Tensor:
+        """Its part of the parameter's values, or of other values by the same places."""
+        return values if self.index is None else values[self.index]
 
     def to_megatron(self, weights: Mapping[str, Tensor], config: Qwen3VLConfig) -> Tensor:
         """The whole parameter, of all tensor-parallel ranks."""
         return self.transform.to_megatron([self._part(weights, n) for n in self.task.hf], config)
 
     def _part(self, weights: Mapping[str, Tensor], name: str) -> Tensor:
-        if not self.is_expert:
+        if self.task.expert < 0:
             return weights[name]
         if isinstance(weights, Weights):
             return weights.expert(name, self.task.expert)
@@ -376,15 +376,18 @@ def _chunk_tasks(model: Qwen3VLChunk) -> Iterator[Local]:
         else:
             group = parallel.groups.tp
         is_split = rule.transform.dim is not None
-        task = Task(
-            hf=tuple(hf.replace("{L}", str(layer)) for hf in rule.hf),
-            expert=parallel.groups.ep.rank() * experts + int(found["E"]) if is_expert else -1,
-            part=group.rank() if is_split else 0,
-            parts=group.size() if is_split else 1,
-            shape=tuple(parameter.shape),
-            dtype=str(parameter.dtype).removeprefix("torch."),
-        )
-        yield Local(task, name, parameter, rule.transform, is_expert)
+        is_stacked = found.get("E") == ""
+        for index in range(experts) if is_stacked else [None]:
+            own = int(found["E"]) if index is None and is_expert else index
+            task = Task(
+                hf=tuple(hf.replace("{L}", str(layer)) for hf in rule.hf),
+                expert=parallel.groups.ep.rank() * experts + own if own is not None else -1,
+                part=group.rank() if is_split else 0,
+                parts=group.size() if is_split else 1,
+                shape=tuple(parameter.shape[1:] if is_stacked else parameter.shape),
+                dtype=str(parameter.dtype).removeprefix("torch."),
+            )
+            yield Local(task, name, parameter, rule.transform, index)
 
 
 def _match(name: str) -> tuple[re.Match[str], Rule]:
@@ -422,7 +425,7 @@ def load_hf_weights(model: Qwen3VLModel, tensors: Mapping[str, Tensor], source: 
     for entry in local:
         _check_shape(entry, model, shapes, source)
     for entry in local:
-        fp8_weights.assign(entry.parameter, _shard(entry, model, tensors))
+        fp8_weights.assign(entry.of(entry.parameter), _shard(entry, model, tensors))
 
 
 def check_names(model: Qwen3VLModel, wanted: set[str], given: set[str], source: str) -> None:
@@ -481,10 +484,10 @@ def _check_shape(entry: Local, model: Qwen3VLModel, shapes: _Shapes, source: str
         raise ValueError(
             f"{source}: {entry.task.hf} {found} can't be converted: {error}"
         ) from error
-    if tuple(shard.shape) != tuple(entry.parameter.shape):
+    if tuple(shard.shape) != entry.task.shape:
         raise ValueError(
             f"{source}: {', '.join(entry.task.hf)} with shape {found} gives a shard of "
-            f"{tuple(shard.shape)}, the model wants {tuple(entry.parameter.shape)}; config.json "
+            f"{tuple(shard.shape)}, the model wants {entry.task.shape}; config.json "
             "and weights are of different models"
         )
 

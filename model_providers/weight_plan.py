@@ -16,6 +16,7 @@ from __future__ import annotations
 import socket
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from itertools import groupby
 from math import prod
 from typing import Literal
@@ -125,7 +126,7 @@ class WeightPlan:
         """
         local = list(local_tasks(model))
         self.model, self.config, self.device = model, model.architecture, model.backend.device
-        self.parameters = {entry.task: entry.parameter for entry in local}
+        self.local = {entry.task: entry for entry in local}
         self.turned_experts = turned_experts and quantization is None
         self.quantization = quantization
         self.receivers = list(range(dist.get_world_size()) if receivers is None else receivers)
@@ -267,9 +268,12 @@ class WeightPlan:
         """This rank's shards; it reads those that nobody wants from it too, as ranks that hold the
         same ones may have to read them together."""
         own = {}
+        # a parameter may hold many experts
+        read = cache(read)
         for task in bucket.tasks:
-            if task in self.parameters:
-                own[task] = read(self.parameters[task]).contiguous()
+            if task in self.local:
+                entry = self.local[task]
+                own[task] = entry.of(read(entry.parameter)).contiguous()
                 assert own[task].dtype == getattr(torch, task.dtype), "others expect its dtype"
         return own
 

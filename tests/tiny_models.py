@@ -49,7 +49,7 @@ VISION = dict(
     in_channels=3,
     hidden_act="gelu_pytorch_tanh",
 )
-DEDICATED = dict(num_experts=8, num_experts_per_tok=3, moe_intermediate_size=44)
+DEDICATED = dict(num_experts=8, num_experts_per_tok=3, moe_intermediate_size=64)
 EXPERTS = dict(
     num_experts=4,
     num_experts_per_tok=2,

@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import cache
+from math import prod
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -70,8 +71,8 @@ def _check(name: str, layout: Layout, world: int) -> None:
             task = entry.task
             # experts are spread, of which this rank has the first ones
             stages[task.hf] += task.expert <= 0
-            ranks = task.parts * (layout.expert if entry.is_expert else 1)
-            sizes[task.hf] += entry.parameter.numel() * ranks
+            ranks = task.parts * (layout.expert if task.expert >= 0 else 1)
+            sizes[task.hf] += prod(task.shape) * ranks
     copies = 2 if PRESETS[name].tie_word_embeddings and layout.pipeline > 1 else 1
     assert stages.pop(EMBEDDING) == copies
     assert set(stages.values()) == {1}

@@ -79,6 +79,23 @@ def test_the_vision_tower_is_checked_too(
 
 
 @pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"moe_intermediate_size": 36}, "expert features a rank 18 .* are 72 bytes"),
+        ({"hidden_size": 58}, "hidden size 58 .* are 232 bytes.* a multiple of 4"),
+    ],
+)
+def test_experts_whose_rows_the_kernel_cannot_read_are_refused(
+    configs: dict[str, Qwen3VLConfig], changes: dict[str, int], message: str
+) -> None:
+    backend, layout = backends.create("cpu"), Layout(expert_tensor=2)
+    checks.check_experts(configs["moe"], layout, backend)
+    checks.check_experts(replace(configs["dense"], **changes), layout, backend)
+    with pytest.raises(ValueError, match=message):
+        checks.check_experts(replace(configs["moe"], **changes), layout, backend)
+
+
+@pytest.mark.parametrize(
     "kind, layout",
     [
         ("dense", Layout(tensor=2, pipeline=4)),
