@@ -3,8 +3,8 @@
 #
 #   bash tests/gpu/run.sh OUT [PART ...]
 #
-# Parts: logits parity resume fp8params offload curves host save dense fp8 moe baseline served sync
-# rollouts; all by default. A part that wants more GPUs than there are is skipped and says so, and so are `served`, `sync`
+# Parts: logits parity resume fp8params offload curves host save dense fp8 experts moe baseline served
+# sync rollouts; all by default. A part that wants more GPUs than there are is skipped and says so, and so are `served`, `sync`
 # and `rollouts` where SGLang is not installed. Ends with a table, and with 1 if any part failed.
 # CPU_PYTHONPATH: packages without Transformer Engine, for the fp32 reference on a host where
 # megatron.core must not find it. VLLM_PYTHONPATH: packages of vLLM, which wants other versions. SAVES:
@@ -13,7 +13,7 @@ set -uo pipefail
 out=${1:?usage: run.sh OUT [PART ...]}
 shift
 parts=("$@")
-((${#parts[@]})) || parts=(logits parity resume fp8params offload curves host save dense fp8 moe baseline served sync rollouts)
+((${#parts[@]})) || parts=(logits parity resume fp8params offload curves host save dense fp8 experts moe baseline served sync rollouts)
 mkdir -p "$out"
 out=$(cd "$out" && pwd)
 cd "$(dirname "${BASH_SOURCE[0]}")/../.." || exit 1
@@ -147,10 +147,13 @@ fp8() {
             --profile "$out/dense-$recipe.txt"
     done
 }
+experts() { job experts 0 1 check_experts; }
 moe() {
     local flags=(--model qwen3-vl-30b-a3b --expert 4 --rows 8 --recompute-vision)
-    bench moe-12-layers-ep2 2 --model qwen3-vl-30b-a3b --layers 12 --expert 2 --rows 8 \
-        --moments bfloat16 --profile "$out/moe-12-layers-ep2.txt"
+    local few=(--model qwen3-vl-30b-a3b --layers 12 --expert 2 --moments bfloat16)
+    bench moe-12-layers-ep2 2 "${few[@]}" --rows 8 --profile "$out/moe-12-layers-ep2.txt"
+    bench moe-12-layers-ep2-16k 2 "${few[@]}" --rows 16 --micro-batch-tokens 16384 \
+        --profile "$out/moe-12-layers-ep2-16k.txt"
     bench moe-bf16 4 "${flags[@]}" --moments bfloat16 --micro-batch-tokens 4096 \
         --profile "$out/moe-bf16.txt"
 }
@@ -239,7 +242,8 @@ rollouts() {
 rm -f "$out/failed"
 for part in "${parts[@]}"; do
     case $part in
-        logits | parity | resume | fp8params | offload | curves | host | save | dense | fp8 | moe | baseline | served | sync | rollouts)
+        logits | parity | resume | fp8params | offload | curves | host | save | dense | fp8 | experts | moe | \
+            baseline | served | sync | rollouts)
             "$part"
             ;;
         *) echo "run.sh: unknown part $part" >&2; exit 2 ;;
