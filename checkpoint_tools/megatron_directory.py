@@ -19,7 +19,9 @@ import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
+from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 
@@ -42,6 +44,8 @@ logging.getLogger("megatron.core.dist_checkpointing.strategies.torch").addFilter
     lambda record: "async save is deprecated" not in record.getMessage()
 )
 
+EXPERTS = ".mlp.experts."
+"""In the keys of what is replicated over the experts' data-parallel ranks."""
 EXTRA_STATE = re.compile(r".*\._extra_state\d*")
 """Of a layer, or of one expert of several in a layer."""
 
@@ -287,11 +291,28 @@ def _to_write(model: Qwen3VLModel, optimizer: Any, scheduler: Any) -> dict[str, 
             "parts": {i: part.to_write() for i, part in enumerate(parts)},
         }
         state["scheduler"] = scheduler.state_dict()
-    for chunk in weights.values():
-        for entry in chunk.values():
-            if is_rounded(entry.data):
-                entry.data = model.read_weight(entry.data)
+    entries = [entry for chunk in weights.values() for entry in chunk.values()]
+    for entry in entries:
+        if is_rounded(entry.data):
+            entry.data = model.read_weight(entry.data)
+    _share_out(entries, model.parallel.groups)
     return state
+
+
+def _share_out(entries: list[Any], groups: ProcessGroupCollection) -> None:
+    """Have data-parallel ranks write about as many bytes each of the weights that all of them
+    hold, where megatron.core has the first one write all. They agree without a word, since they
+    hold the same tensors in the same order."""
+    written = {group: [0] * group.size() for group in (groups.dp_cp, groups.expt_dp)}
+    # objects are small; a replica of other model-parallel ranks is written by those
+    tensors = [e for e in entries if not isinstance(e, ShardedObject) and not any(e.replica_id[:2])]
+    # the largest first, so that small ones fill up what they leave uneven
+    for entry in sorted(tensors, key=lambda e: e.data.nbytes, reverse=True):
+        group = groups.expt_dp if EXPERTS in entry.key else groups.dp_cp
+        bytes_of = written[group]
+        writer = bytes_of.index(min(bytes_of))
+        bytes_of[writer] += entry.data.nbytes
+        entry.replica_id = (0, 0, int(writer != group.rank()))
 
 
 def _keep(chunk: nn.Module, weights: dict[str, Tensor]) -> None:

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
 from torch import Tensor
-from torch.distributed.checkpoint import DefaultSavePlanner, FileSystemWriter, default_planner
+from torch.distributed.checkpoint import DefaultSavePlanner, FileSystemWriter
 from torch.distributed.checkpoint.filesystem import _StorageInfo, _StoragePrefix
 from torch.distributed.checkpoint.metadata import (
     BytesStorageMetadata,
@@ -42,12 +42,12 @@ from torch.distributed.checkpoint.planner import (
     WriteItem,
     WriteItemType,
 )
-from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.distributed.checkpoint.utils import _create_file_view
 
+from checkpoint_tools.chunks import Chunks
 from checkpoint_tools.files import WriteBehind, forget, publish, write_atomically
-from checkpoint_tools.headers import leading_ones, place_of, read_metadata
+from checkpoint_tools.headers import place_of, read_metadata
 
 COMMON = "common_state/shard_0_1"
 """Where megatron.core keeps what is no tensor of the model or the optimizer."""
@@ -74,8 +74,7 @@ class TorchDistReader:
         found = metadata.state_dict_metadata
         self.tensors = {k: v for k, v in found.items() if isinstance(v, TensorStorageMetadata)}
         self.objects = {k for k, v in found.items() if isinstance(v, BytesStorageMetadata)}
-        self._by_place: dict[str, tuple[int, dict[tuple[int, ...], list[ChunkStorageMetadata]]]]
-        self._by_place = {}
+        self._chunks_of: dict[str, Chunks] = {}
         self.bytes = sum(info.length for info in metadata.storage_data.values())
 
     def file_of(self, key: str) -> Path:
@@ -116,9 +115,10 @@ class TorchDistReader:
 
     def items(self, key: str, offsets: Sequence[int], sizes: Sequence[int]) -> list[ReadItem]:
         """What has to be read for a box; ValueError if not all of it is stored."""
-        stored = self._near(key, offsets, sizes)
+        if key not in self._chunks_of:
+            self._chunks_of[key] = Chunks(self.tensors[key])
         box = ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes))
-        items = create_read_items_for_chunk_list(key, stored, [box])
+        items = self._chunks_of[key].read_items(key, [box])
         covered = sum(math.prod(item.lengths) for item in items)
         if covered != math.prod(sizes):
             raise ValueError(
@@ -133,69 +133,12 @@ class TorchDistReader:
             info = self._chunks[item.storage_index]
             forget(self.path / info.relative_path, info.offset, info.length)
 
-    def _near(
-        self, key: str, offsets: Sequence[int], sizes: Sequence[int]
-    ) -> TensorStorageMetadata:
-        """The tensor with the chunks that may hold the box. All layers and experts are one tensor,
-        and looking at everyone's chunks for each of them would take time quadratic in their number.
-        """
-        stored = self.tensors[key]
-        if key not in self._by_place:
-            self._by_place[key] = _places(stored.chunks)
-        depth, places = self._by_place[key]
-        if leading_ones(sizes) < depth:
-            return stored
-        chunks = places.get(tuple(offsets[:depth]), [])
-        return TensorStorageMetadata(stored.properties, stored.size, chunks)
-
     def object_bytes(self, key: str) -> bytes:
         """An object as it is stored."""
         info = next(info for index, info in self._chunks.items() if index.fqn == key)
         with self.file_of(key).open("rb") as file:
             file.seek(info.offset)
             return file.read(info.length)
-
-
-def _places(
-    chunks: Sequence[ChunkStorageMetadata],
-) -> tuple[int, dict[tuple[int, ...], list[ChunkStorageMetadata]]]:
-    """On how many axes layers and experts are stacked, no chunk having two of them, and the chunks
-    by their places there."""
-    depth = min(leading_ones(chunk.sizes) for chunk in chunks)
-    found: dict[tuple[int, ...], list[ChunkStorageMetadata]] = {}
-    for chunk in chunks:
-        found.setdefault(tuple(chunk.offsets[:depth]), []).append(chunk)
-    return depth, found
-
-
-_validate = default_planner._validate_global_plan
-
-
-def _validate_by_place(global_plan: list[SavePlan], metadata: Metadata) -> bool:
-    """What torch does before a checkpoint is written: whether chunks fill their tensors and do not
-    overlap. It sorts a tensor's chunks along its longest axis, which all of them span where layers
-    and experts are stacked, and so compares all pairs; here, those at the same place alone are."""
-    parts: dict[str, Any] = {}
-    for key, stored in metadata.state_dict_metadata.items():
-        if isinstance(stored, BytesStorageMetadata) or not stored.chunks:
-            parts[key] = stored
-            continue
-        depth, places = _places(stored.chunks)
-        if len(global_plan) > 1 and len(places) != math.prod(stored.size[:depth]):
-            return False
-        size = torch.Size([1] * depth + [*stored.size[depth:]])
-        for place, chunks in places.items():
-            if any(not 0 <= at < end for at, end in zip(place, stored.size, strict=False)):
-                return False
-            moved = [
-                ChunkStorageMetadata(torch.Size([0] * depth + [*c.offsets[depth:]]), c.sizes)
-                for c in chunks
-            ]
-            parts[f"{key} {place}"] = TensorStorageMetadata(stored.properties, size, moved)
-    return _validate(global_plan, Metadata(parts))
-
-
-default_planner._validate_global_plan = _validate_by_place
 
 
 def _box(tensor: Tensor, offsets: Sequence[int], sizes: Sequence[int]) -> Tensor:
