@@ -73,7 +73,7 @@ def test_main_weights_are_read_whole(
 
 
 def _is_matrix(value: object) -> bool:
-    return isinstance(value, nn.Parameter) and value.dim() == 2
+    return isinstance(value, nn.Parameter) and value.dim() > 1
 
 
 def _checkpointed(path: Path, layout: Layout, ckpt: Path) -> dict[str, Tensor]:

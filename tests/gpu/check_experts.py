@@ -52,6 +52,7 @@ def build(experts: int) -> dict[str, nn.Module]:
         for parameter in module.parameters():
             # as megatron.core's wrapper gives them; theirs adds to it by itself
             parameter.main_grad = torch.zeros_like(parameter, dtype=torch.float32)
+            parameter.grad_added_to_main_grad = False
     return {"stacked": ours, "megatron": theirs}
 
 
@@ -59,9 +60,7 @@ def gradient(module: nn.Module, name: str) -> Tensor:
     """[experts, out, in] fp32, since the buffers were zeroed."""
     linear = getattr(module, name)
     found = [
-        parameter.main_grad
-        if getattr(parameter, "grad_added_to_main_grad", False)
-        else parameter.grad.float()
+        parameter.main_grad if parameter.grad_added_to_main_grad else parameter.grad.float()
         for parameter in linear.parameters()
     ]
     return found[0] if found[0].dim() == 3 else torch.stack(found)
@@ -126,7 +125,7 @@ def timed(module: nn.Module, tokens: Tensor, counts: list[int], weights: Tensor,
         out.backward(slope)
         for parameter in module.parameters():
             # what megatron.core's hook of each parameter does
-            if not getattr(parameter, "grad_added_to_main_grad", False):
+            if not parameter.grad_added_to_main_grad:
                 parameter.main_grad.add_(parameter.grad)
             parameter.grad = None
         queued.append(time.perf_counter() - started)
