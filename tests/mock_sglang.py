@@ -56,7 +56,7 @@ class MockSGLang:
         self.seen: list[list[int]] = []
         """Prompts since the last load, with an image's name in place of its tokens."""
         self.received: dict[str, Tensor] = {}
-        self.group: dist.ProcessGroup | None = None
+        self.groups: dict[str, dist.ProcessGroup] = {}
         self.refuse = ""
         """A path that is answered with status 400."""
         self.forget_version = False
@@ -95,20 +95,28 @@ class MockSGLang:
                 assert not any(unequal(tensor, update[name]) for update in updates)
             self.load(updates[0], int(body["weight_version"]))
         if path == "/init_weights_update_group":
-            address = f"tcp://{body['master_address']}:{body['master_port']}"
-            self.group = outer_group.join(
-                address,
+            self.groups[body["group_name"]] = outer_group.join(
+                body["master_address"],
+                body["master_port"],
                 body["world_size"],
                 body["rank_offset"],
                 body["group_name"],
                 body["backend"],
             )
+        if path == "/destroy_weights_update_group":
+            if body["group_name"] not in self.groups:
+                return 400, {
+                    "success": False,
+                    "message": "The group to be destroyed does not exist",
+                }
+            dist.destroy_process_group(self.groups.pop(body["group_name"]))
         if path == "/update_weights_from_distributed":
             for name, dtype, shape in zip(
                 body["names"], body["dtypes"], body["shapes"], strict=True
             ):
                 self.received[name] = torch.empty(shape, dtype=getattr(torch, dtype))
-                outer_group.broadcast(self.received[name], self.group)
+                group = self.groups[body["group_name"]]
+                outer_group.broadcast(self.received[name], group).wait()
             if body["weight_version"] is not None:
                 self.load(self.received, int(body["weight_version"]))
         if path == "/update_weights_from_disk":

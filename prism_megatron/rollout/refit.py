@@ -94,6 +94,8 @@ class ServerRefit:
         """Seconds by phase; an engine that fails is left out, and asked for its version later."""
         # an engine that was down when the others were placed has its place to be found, too
         if self._sync is None or not self._placed >= {lease.engine for lease in leases}:
+            if isinstance(self._sync, BroadcastSync):
+                self._sync.leave()
             self._sync = self._way(leases)
             self._placed = {lease.engine for lease in leases}
         servers = {lease.engine: self._client(lease.address) for lease in leases}

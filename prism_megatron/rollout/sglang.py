@@ -151,6 +151,10 @@ class SGLangEngine(HttpEngine):
             },
         )
 
+    def leave_group(self, name: str) -> None:
+        """Leave the group of that name, at the same time as the others do."""
+        self.post("/destroy_weights_update_group", {"group_name": name})
+
     def load_broadcast(
         self, tensors: Sequence[tuple[str, torch.Tensor]], name: str, version: int | None
     ) -> None:

@@ -152,12 +152,17 @@ class VLLMEngine(HttpEngine):
         """See SGLangEngine."""
         self._workers(
             "join_group",
-            address=f"tcp://{address}:{port}",
+            address=address,
+            port=port,
             first_rank=first_rank,
             world=world,
             name=name,
             backend=backend,
         )
+
+    def leave_group(self, name: str) -> None:
+        """See SGLangEngine; whatever its name, since workers are in one group at a time."""
+        self._workers("leave_group")
 
     def load_broadcast(
         self, tensors: Sequence[tuple[str, torch.Tensor]], name: str, version: int | None

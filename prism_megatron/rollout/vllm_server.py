@@ -50,10 +50,18 @@ class WeightExtension:
         gpu = f"GPU-{device.get_device_properties(self.device).uuid}"
         ipc_load.receive(handles[gpu], self.device, self._load, lambda: self._end_load(version))
 
-    def join_group(self, address, first_rank, world, name, backend):
+    def join_group(self, address, port, first_rank, world, name, backend):
         """Take part in the trainer's group as the engine's first rank or one of those after it."""
+        # it may have been asked to leave the last one when it could not answer
+        self.leave_group()
         rank = first_rank + self.rank
-        self.outer = outer_group.join(address, world, rank, name, backend)
+        self.outer = outer_group.join(address, port, world, rank, name, backend)
+
+    def leave_group(self):
+        """Leave the trainer's group, if this is in one."""
+        group, self.outer = self.outer, None
+        if group is not None:
+            outer_group.leave(group)
 
     def load_broadcast(self, names, dtypes, shapes, version):
         """Load tensors as rank 0 of the group sends them; version is None unless they are the
@@ -61,7 +69,7 @@ class WeightExtension:
         arrived = []
         for name, dtype, shape in zip(names, dtypes, shapes, strict=True):
             tensor = torch.empty(shape, dtype=getattr(torch, dtype), device=self.device)
-            outer_group.broadcast(tensor, self.outer)
+            outer_group.broadcast(tensor, self.outer).wait()
             arrived.append((name, tensor))
         self._load(arrived)
         if version is not None:

@@ -18,14 +18,16 @@ from __future__ import annotations
 
 import shutil
 import socket
+import sys
 import tempfile
+import threading
 import time
+import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
-from itertools import count
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from typing import Any, Protocol
@@ -42,8 +44,7 @@ from prism_megatron.rollout import outer_group
 from prism_megatron.rollout.engine import RolloutEngine
 
 BUCKET_BYTES = 2**30
-_groups = count(1)
-"""Of this process, which must not give a group the name of an earlier one."""
+LEAVE_SECONDS = 30
 
 
 class Server(Protocol):
@@ -59,6 +60,7 @@ class Server(Protocol):
     def join_group(
         self, address: str, port: int, first_rank: int, world: int, name: str, backend: str
     ) -> None: ...
+    def leave_group(self, name: str) -> None: ...
     def load_broadcast(
         self, tensors: Sequence[tuple[str, Tensor]], name: str, version: int | None
     ) -> None: ...
@@ -276,7 +278,12 @@ class _Lender:
 
 
 class BroadcastSync:
-    """Engines on GPUs of their own, which rank 0 sends to over NCCL."""
+    """Engines on GPUs of their own, which rank 0 sends to over NCCL.
+
+    NCCL waits for ever for a rank that died while the group was made, or before the first
+    broadcast. So rank 0 waits for the servers' answers and does its own part in threads, which it
+    leaves behind when a server fails.
+    """
 
     def __init__(
         self,
@@ -286,10 +293,12 @@ class BroadcastSync:
         host: str = "127.0.0.1",
         quantization: Quantization | None = None,
         bucket_bytes: int = BUCKET_BYTES,
+        timeout_seconds: float = 300,
     ) -> None:
-        """engine_ranks: GPUs of each engine; host: address of rank 0's host as engines reach it.
-        Every rank calls this."""
+        """engine_ranks: GPUs of each engine; host: address of rank 0's host as engines reach it;
+        timeout_seconds: how long joining and each bucket may take. Every rank calls this."""
         self.backend, self.engine_ranks, self.host = model.backend, engine_ranks, host
+        self.timeout = timeout_seconds
         self.plan = WeightPlan(
             model,
             receivers=[0],
@@ -298,37 +307,70 @@ class BroadcastSync:
             quantization=quantization,
         )
         self._joined: list[Server] = []
-        self._group: dist.ProcessGroup | None = None
+        self._group: Future[dist.ProcessGroup] | None = None
         self._name = ""
 
-    def _join(self, servers: Sequence[Server]) -> None:
+    def _join(self, servers: list[Server]) -> None:
         """Make a group with these servers, which a restarted one is not in yet, also where it got
         its predecessor's port."""
         if self._joined == servers:
             return
+        self.leave()
         # not what the host's own name leads to, which is loopback on many hosts
         host, port = self.host, _free_port()
         world = 1 + self.engine_ranks * len(servers)
-        self._name = f"prism_megatron_{next(_groups)}"
-        with ThreadPoolExecutor(len(servers)) as pool:
-            joining = [
-                pool.submit(
-                    server.join_group,
-                    host,
-                    port,
-                    1 + i * self.engine_ranks,
-                    world,
-                    self._name,
-                    self.backend.process_group_backend,
-                )
-                for i, server in enumerate(servers)
-            ]
-            self._group = outer_group.join(
-                f"tcp://{host}:{port}", world, 0, self._name, self.backend.process_group_backend
+        # a server may be in a group of a trainer that was started again
+        self._joined, self._name = servers, f"prism_megatron_{uuid.uuid4().hex}"
+        backend = self.backend.process_group_backend
+        # longer than servers may take, whose answers say more; NCCL would end this process then
+        patience = 2 * self.timeout
+        self._group = _begin(
+            partial(outer_group.join, host, port, world, 0, self._name, backend, patience)
+        )
+        joining: dict[Future[Any], str] = {self._group: "rank 0"}
+        for i, server in enumerate(servers):
+            first = 1 + i * self.engine_ranks
+            join = partial(server.join_group, host, port, first, world, self._name, backend)
+            joining[_begin(join)] = server.url
+        self._finish(joining, f"joined the group of {world} ranks at {host}:{port}")
+
+    def leave(self) -> None:
+        """Leave the group, on both sides; the next sync makes another. A server that can't is
+        named on stderr and not waited for."""
+        if self._group is None:
+            return
+        servers, self._joined = self._joined, []
+        # all at once, see outer_group.leave
+        leaving = {
+            _begin(partial(server.leave_group, self._name)): server.url for server in servers
+        }
+        leaving[_begin(self._leave)] = "rank 0"
+        seconds = min(LEAVE_SECONDS, self.timeout)
+        done, late = wait(leaving, seconds)
+        failed = {leaving[f]: _in_words(e) for f in done if (e := f.exception())}
+        failed |= {leaving[future]: f"no answer within {seconds:.0f} s" for future in late}
+        for who, what in failed.items():
+            words = f"{who} did not leave {self._name}, whose memory it may hold until it ends: "
+            print(words + what, file=sys.stderr, flush=True)
+
+    def _leave(self) -> None:
+        # the only reference, and none where a server kept the group from being made
+        group, self._group = self._group, None
+        if group is not None and group.exception() is None:
+            outer_group.leave(group.result())
+
+    def _finish(self, doing: Mapping[Future[Any], str], what: str) -> None:
+        """Wait until all have done it; RuntimeError with those that failed, or else are late."""
+        done, late = wait(doing, self.timeout, FIRST_EXCEPTION)
+        failed = {doing[f]: _in_words(e) for f in done if (e := f.exception())}
+        if failed:
+            raise RuntimeError(f"{', '.join(failed)} has not {what}: {'; '.join(failed.values())}")
+        if late:
+            names = ", ".join(doing[future] for future in late)
+            raise RuntimeError(
+                f"{names} has not {what} within {self.timeout:.0f} s; look into the server's log, "
+                f"and whether it reaches {self.host} (rollout.interface)"
             )
-            for future in joining:
-                future.result()
-        self._joined = list(servers)
 
     def sync(self, servers: Mapping[int, Server], version: int) -> dict[str, float]:
         """See WeightSync."""
@@ -338,30 +380,47 @@ class BroadcastSync:
             error = _try(lambda: [server.pause() for server in mine])
             error = error or _try(lambda: self._join(mine) if mine else None)
         buffers = [self.plan.buffer() if sends else None for _ in range(2)]
-        with ThreadPoolExecutor(max(1, len(mine))) as pool:
-            loading: list[Future[None]] = []
-            for index, bucket in enumerate(self.plan.buckets):
-                with phase("gather"):
-                    tensors = self.plan.fill(bucket, buffers[index % 2])
-                    self.backend.synchronize()
-                if not mine or error:
-                    continue
-                with phase("load"):
-                    error = _first_error(loading)
-                    last = index + 1 == len(self.plan.buckets)
-                    loading = [
-                        pool.submit(
-                            s.load_broadcast, tensors, self._name, version if last else None
-                        )
-                        for s in mine
-                    ]
-                    for _, tensor in tensors:
-                        outer_group.broadcast(tensor, self._group)
+        finish: Callable[[], None] = partial(self._finish, {}, "")
+        for index, bucket in enumerate(self.plan.buckets):
+            with phase("gather"):
+                tensors = self.plan.fill(bucket, buffers[index % 2])
+                self.backend.synchronize()
+            if not mine or error:
+                continue
             with phase("load"):
-                error = error or _first_error(loading)
+                error = _try(finish)
+                last = index + 1 == len(self.plan.buckets)
+                if not error:
+                    finish = self._send(tensors, version if last else None)
+        with phase("load"):
+            error = error or _try(finish)
+            # ranks may be anywhere in it
+            if error:
+                self.leave()
         with phase("resume"):
             _resume(mine, version, error)
         return phase.result()
+
+    def _send(
+        self, tensors: Sequence[tuple[str, Tensor]], version: int | None
+    ) -> Callable[[], None]:
+        """Begin to send a bucket; what waits until the servers have loaded it."""
+        assert self._group is not None
+        group = self._group.result()
+        sending = _begin(lambda: [outer_group.broadcast(tensor, group) for _, tensor in tensors])
+        doing: dict[Future[Any], str] = {sending: "rank 0"}
+        for server in self._joined:
+            load = partial(server.load_broadcast, tensors, self._name, version)
+            doing[_begin(load)] = server.url
+        mib = sum(tensor.nbytes for _, tensor in tensors) / 2**20
+
+        def finish() -> None:
+            self._finish(doing, f"loaded {len(tensors)} tensors of {mib:.1f} MiB")
+            # the broadcasts are over, but torch keeps their tensors until it is asked
+            for work in sending.result():
+                work.wait()
+
+        return finish
 
 
 class DiskSync:
@@ -426,12 +485,30 @@ def _first_error(futures: Sequence[Future[None]]) -> str:
     return errors[0] if errors else ""
 
 
+def _begin[T](action: Callable[[], T]) -> Future[T]:
+    """Do it in a thread that nothing waits for, not even the process when it ends."""
+    future: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(action())
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return future
+
+
+def _in_words(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}"
+
+
 def _try(action: Callable[[], Any]) -> str:
     """What went wrong, or nothing."""
     try:
         action()
     except Exception as error:
-        return f"{type(error).__name__}: {error}"
+        return _in_words(error)
     return ""
 
 

@@ -9,7 +9,8 @@ With a kind of DIR (tests.gpu.served_models): the server loads the export from d
 kept, scrambled and synced from Megatron, and must be the same again. Then it samples responses to
 prompts with images, whose log-probabilities Megatron recomputes, of a Mixture of Experts by its own
 choice of experts and by the engine's; the same once more with other weights, the vision tower's
-too, and the same images.
+too, and the same images. With --apart the last server is killed before that and started again,
+twice: the sync is done anew, and no group and no memory of the old ones may be left on rank 0.
 
 With --preset NAME, of true shape and random weights: seconds of a sync by phase.
 
@@ -232,19 +233,19 @@ def main() -> None:
         i: client(f"http://127.0.0.1:{options.port + 50 * i}", "key", vocabulary) for i in groups
     }
     engine = servers[0]
-    mine = [
-        ServerProcess(
+
+    def start(i: int) -> ServerProcess:
+        return ServerProcess(
             options.engine,
             path,
-            [gpus[g] for g in members],
+            [gpus[g] for g in groups[i]],
             flags,
             options.out.with_suffix(f".server{i}.log"),
             options.port + 50 * i,
             routes=options.kind == "moe",
         )
-        for i, members in groups.items()
-        if talks[i] == rank
-    ]
+
+    mine = [start(i) for i in groups if talks[i] == rank]
     report: dict[str, Any] = {"model": options.preset or options.kind, "world": world}
     report |= {"engine": options.engine, "engines": count, "apart": bool(options.apart)}
     report |= {"layout": {k: v for k, v in vars(layout).items() if isinstance(v, int)}}
@@ -272,10 +273,25 @@ def main() -> None:
             report["equal_to_offline"] = True
         _equality(report, sync, [server.engine for server in mine], options.preset)
         _times(report, sync, options.cycles)
+        if isinstance(weights, BroadcastSync) and not options.preset:
+            restarted: list[dict[str, Any]] = [{} for _ in range(2)]
+            for found in restarted:
+                if rank == 0:
+                    mine[-1].stop()
+                    mine[-1] = start(count - 1)
+                    mine[-1].wait(240)
+                    servers[count - 1] = mine[-1].engine
+                _equality(found, sync, [server.engine for server in mine], None)
+                found["groups"] = len(dist.distributed_c10d._world.pg_map)
+                found["free_gib"] = torch.accelerator.get_memory_info()[0] / 2**30
+            report["restarted"] = restarted
+            assert len({found["groups"] for found in restarted}) == 1, restarted
         if not options.preset:
             _logprobs(report, sync, engine, model, options.directory)
+        if isinstance(weights, BroadcastSync):
+            weights.leave()
         # which is about memory that a trainer shares
-        if rank == 0 and not options.apart:
+        elif rank == 0:
             _write(report, options.out)
             _sleep(report, engine)
     finally:

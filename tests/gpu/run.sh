@@ -210,7 +210,8 @@ sync() {
     job sync-30b-a3b 0 1 check_sync "$checkpoints" --preset qwen3-vl-30b-a3b
     job sync-dense-tp2 0 2 check_sync "$checkpoints" --kind dense --tensor 2 --engine-tensor 2
     job sync-moe-ep2 0 2 check_sync "$checkpoints" --kind moe --expert 2
-    ranks=1 job sync-dense-apart 0 2 check_sync "$checkpoints" --kind dense --apart 1
+    # one that is started again and one that lives on
+    ranks=1 job sync-dense-apart 0 3 check_sync "$checkpoints" --kind dense --apart 2
     for size in 4b 8b; do
         ranks=1 job sync-$size-apart 0 2 check_sync "$checkpoints" --preset qwen3-vl-$size --apart 1
     done

@@ -117,7 +117,7 @@ def test_sglang_gets_its_key_as_the_argument_that_it_takes_it_by(tmp_path: Path)
 def test_a_server_that_gets_the_port_of_its_predecessor_is_another(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """It has another key, and is in no group yet."""
+    """It has another key, and is in no group yet, where the old one is asked to leave."""
     monkeypatch.setattr(
         refit, "connect", lambda kind, hf_dir, endpoint: SimpleNamespace(to=endpoint)
     )
@@ -126,16 +126,22 @@ def test_a_server_that_gets_the_port_of_its_predecessor_is_another(
     assert (old.to.api_key, new.to.api_key) == ("old", "new")
     assert engines._client(Endpoint("127.0.0.1", 7, "new")) is new
 
-    asked = []
-    monkeypatch.setattr(outer_group, "join", lambda *arguments: None)
+    asked: list[Any] = []
+    monkeypatch.setattr(outer_group, "join", lambda *arguments: "a group")
+    monkeypatch.setattr(outer_group, "leave", asked.append)
     sync = object.__new__(BroadcastSync)
-    sync.engine_ranks, sync.host, sync._joined = 1, "127.0.0.1", [old]
+    sync.engine_ranks, sync.host, sync.timeout = 1, "127.0.0.1", 5
+    sync._joined, sync._group = [], None
     sync.backend = SimpleNamespace(process_group_backend="gloo")  # type: ignore[assignment]
     for client in (old, new):
-        client.join_group = lambda *arguments, client=client: asked.append(client)
-    for servers in ([old], [new], [new]):
+        client.url = client.to.url
+        client.join_group = lambda *arguments, client=client: asked.append((client, arguments[-2]))
+        client.leave_group = lambda name, client=client: asked.append((name, client))
+    for servers in ([old], [old], [new], [new]):
         sync._join(servers)
-    assert asked == [new]
+    (first, name), *left, (second, another) = asked
+    assert (first, second) == (old, new) and name != another
+    assert len(left) == 2 and "a group" in left and (name, old) in left
 
 
 def test_a_server_has_its_gpus_and_its_key_and_ends_with_its_children(tmp_path: Path) -> None:

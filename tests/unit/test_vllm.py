@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import importlib
 import json
+import socket
+import sys
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import MagicMock
 
 import httpx
 import pytest
 import torch
+from torch.distributed import distributed_c10d
 
 from prism_megatron.config.schema import Sampling
 from prism_megatron.rollout.vllm import VLLMEngine, request
@@ -216,3 +221,23 @@ def test_what_was_cut_off_before_its_prompt_was_read_has_no_experts(
     server.engine.routes, server.ids, server.finish_reason = True, [], "abort"
     [group] = asyncio.run(server.sample())
     assert group == [Rollout((), (), "abort", 3)] * 2
+
+
+def test_a_worker_leaves_its_group_before_it_joins_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also when nobody could ask it to."""
+    loader = "vllm.model_executor.model_loader"
+    for name in ("vllm", "vllm.config", f"{loader}.reload", f"{loader}.utils"):
+        monkeypatch.setitem(sys.modules, name, MagicMock())
+    module = importlib.import_module("prism_megatron.rollout.vllm_server")
+    monkeypatch.delitem(sys.modules, module.__name__)
+    worker, known = module.WeightExtension(), len(distributed_c10d._world.pg_map)
+    worker.rank = 0
+    for number in range(3):
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        worker.join_group("127.0.0.1", port, 0, 1, f"group_{number}", "gloo")
+        assert len(distributed_c10d._world.pg_map) == known + 1
+    for _ in range(2):
+        worker.leave_group()
+        assert len(distributed_c10d._world.pg_map) == known
