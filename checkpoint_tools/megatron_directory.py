@@ -213,6 +213,14 @@ def load(path: Path, model: Qwen3VLModel, optimizer: Any = None, scheduler: Any 
     wanted: dict[str, Any] = {"model": weights}
     if parts := _optimizer_parts(optimizer, weights):
         wanted["optimizer"] = {"parts": {i: part.to_read() for i, part in enumerate(parts)}}
+    for chunk in weights.values():
+        for entry in chunk.values():
+            # into the parameter itself megatron.core would read them rounded, and of gate and up
+            # by the scale of what was there before
+            if is_rounded(entry.data):
+                entry.data = torch.empty(
+                    entry.data.shape, dtype=entry.data.dtype, device=entry.data.device
+                )
     try:
         state = dist_checkpointing.load(wanted, str(path))
     except CheckpointException as error:

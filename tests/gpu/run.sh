@@ -210,8 +210,9 @@ sync() {
     job sync-30b-a3b 0 1 check_sync "$checkpoints" --preset qwen3-vl-30b-a3b
     job sync-dense-tp2 0 2 check_sync "$checkpoints" --kind dense --tensor 2 --engine-tensor 2
     job sync-moe-ep2 0 2 check_sync "$checkpoints" --kind moe --expert 2
-    # one that is started again and one that lives on
-    ranks=1 job sync-dense-apart 0 3 check_sync "$checkpoints" --kind dense --apart 2
+    # one that is started again and, where there is a GPU more, one that lives on
+    local -i more=$((gpus > 2 ? 2 : 1))
+    ranks=1 job sync-dense-apart 0 $((1 + more)) check_sync "$checkpoints" --kind dense --apart $more
     for size in 4b 8b; do
         ranks=1 job sync-$size-apart 0 2 check_sync "$checkpoints" --preset qwen3-vl-$size --apart 1
     done
