@@ -219,7 +219,10 @@ def micro_batch(
         traffic += head * (2 * (passes - 1) + 8)
         logits = 2 * tokens * config.vocab_size / layout.tensor
         spent.pointwise += logits * passes / 3 * hardware.PASSES / hbm
-    spent.host += hardware.LAUNCH * (layers * passes + again) / 3
+    launch = hardware.LAUNCH
+    if options.fp8 and config.num_experts:
+        launch += hardware.EXPERT_LAUNCH * config.num_experts / layout.expert
+    spent.host += launch * (layers * passes + again) / 3
     if stage == 0 and work.images:
         _add_vision(spent, config, layout, world, work, gpu, options)
     spent.weights += traffic / hbm

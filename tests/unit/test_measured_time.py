@@ -20,7 +20,7 @@ from prism_megatron.planner.step_time import Options, StepTime, Work, estimate, 
 RESULTS = Path(__file__).resolve().parents[2] / "docs" / "results" / "h200"
 STEPS = {
     path.stem: found
-    for kind in ("dense", "host", "save")
+    for kind in ("dense", "host", "moe", "save")
     for path in sorted(RESULTS.glob(f"{kind}-*.json"))
     if "step_s" in (found := json.loads(path.read_text()))
 }
@@ -35,10 +35,11 @@ def test_a_measured_step_is_estimated(name: str) -> None:
     run = STEPS[name]
     gpus, rows = run["gpus"], run["gpus"] * run["rows_per_gpu"]
     tokens = run["tokens_per_s_per_gpu"] * run["step_s"] * gpus
-    micro_batches = math.ceil(tokens / gpus / run["micro_batch_tokens"])
+    layout = Layout(**run["layout"])
+    micro_batches = math.ceil(tokens / layout.data(gpus) / run["micro_batch_tokens"])
     found = estimate(
         replace(PRESETS[run["model"]], num_layers=run["layers"]),
-        Layout(**run["layout"]),
+        layout,
         gpus,
         Work(tokens, rows * SQUARE, rows, PATCHES, micro_batches),
         H200,
