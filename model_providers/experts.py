@@ -20,6 +20,7 @@ from megatron.core.fusions.fused_bias_swiglu import weighted_bias_swiglu_impl
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import CheckpointWithoutOutput
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
+from megatron.core.transformer.mlp import apply_swiglu_sharded_factory
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
@@ -101,12 +102,12 @@ class StackedExperts(MegatronModule):
         axis, experts = len(sharded_offsets), self.linear_fc1.weight.shape[0]
         replica = (0, 0, data.rank())
 
-        def piece(key: str, values: Tensor, place: int, places: int, *split: Any) -> ShardedTensor:
+        def piece(key: str, values: Tensor, number: int, of: int, *split: Any) -> ShardedTensor:
             return ShardedTensor.from_rank_offsets(
                 key,
                 values,
                 *sharded_offsets,
-                (axis, place, places),
+                (axis, number, of),
                 *split,
                 replica_id=replica,
                 # a single expert's values lack its axis
@@ -115,21 +116,14 @@ class StackedExperts(MegatronModule):
 
         def halves(key: str, values: Tensor, *unused: Any) -> list[ShardedTensor]:
             """Gate and up of each expert."""
-            return [
-                piece(
-                    key,
-                    half,
-                    expert.rank() * experts + index,
-                    expert.size() * experts,
-                    (axis + 1, tensor.rank() + number * tensor.size(), 2 * tensor.size()),
-                )
-                for index, both in enumerate(values)
-                for number, half in enumerate(both.chunk(2))
-            ]
-
-        def whole(key: str, values: Tensor) -> ShardedTensor:
-            split = (axis + 2, tensor.rank(), tensor.size())
-            return piece(key, values, expert.rank(), expert.size(), split)
+            found = []
+            for index, both in enumerate(values):
+                at = (expert.rank() * experts + index, expert.size() * experts)
+                whole = piece(key, both, *at, (axis + 1, tensor.rank(), tensor.size()))
+                found += apply_swiglu_sharded_factory(
+                    whole, (*sharded_offsets, (axis, *at))
+                ).build()
+            return found
 
         def merge(loaded: list[Tensor]) -> Tensor:
             return torch.cat(loaded).view_as(self.linear_fc1.weight)
@@ -138,9 +132,9 @@ class StackedExperts(MegatronModule):
         for name, linear in self.named_children():
             key, weight = f"{prefix}experts.{name}.weight", linear.weight
             if name == "linear_fc1" and tensor.size() > 1:
-                found[f"{prefix}{name}.weight"] = ShardedTensorFactory(
-                    key, weight, halves, merge, replica
-                )
+                stored: Any = ShardedTensorFactory(key, weight, halves, merge, replica)
             else:
-                found[f"{prefix}{name}.weight"] = whole(key, weight)
+                split = (axis + 2, tensor.rank(), tensor.size())
+                stored = piece(key, weight, expert.rank(), expert.size(), split)
+            found[f"{prefix}{name}.weight"] = stored
         return found

@@ -24,19 +24,7 @@ def matching(
 def started_by(pid: int, wanted: Callable[[psutil.Process], bool]) -> list[psutil.Process]:
     """What a process has started, and what that has, parents first: a fork that has yet to become
     another program comes after the process that it looks like."""
-    # psutil's own children() leaves out one that seems older than its parent, as may be where the
-    # host's clock is set meanwhile
-    children: dict[int, list[psutil.Process]] = {}
-    for number in psutil.pids():
-        with contextlib.suppress(psutil.Error):
-            process = psutil.Process(number)
-            children.setdefault(process.ppid(), []).append(process)
-    found, parents = [], [pid]
-    while parents:
-        born = [child for parent in parents for child in children.get(parent, [])]
-        found += born
-        parents = [child.pid for child in born]
-    return matching(found, wanted)
+    return matching(psutil.Process(pid).children(recursive=True), wanted)
 
 
 def gone(pids: Iterable[int], within: float = 10) -> bool:

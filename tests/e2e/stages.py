@@ -56,6 +56,8 @@ class Job:
     """A command in a session of its own."""
 
     def __init__(self, command: list[str], **variables: object) -> None:
+        self.seen: list[dict[str, Any]] = []
+        """Of this host's processes, where `others` looked last."""
         self.process = subprocess.Popen(
             command,
             cwd=ROOT,
@@ -76,7 +78,7 @@ class Job:
         """Until something is so, which is returned; AssertionError if the job ends before."""
         deadline = time.monotonic() + seconds
         while not (found := event()):
-            assert self.process.poll() is None, self.process.communicate()[0][-6000:]
+            assert self.process.poll() is None, (self.end()[1][-6000:], self.seen)
             assert time.monotonic() < deadline, f"not within {seconds} s"
             time.sleep(0.01)
         return found
@@ -94,6 +96,7 @@ class Job:
 
     def others(self, name: str) -> list[psutil.Process]:
         """Processes that ranks have started, with that in their program's name."""
+        self.seen = [p.info for p in psutil.process_iter(["pid", "ppid", "name"])]
         return started_by(self.process.pid, lambda process: name in "".join(process.cmdline()[:1]))
 
     def end(self, seconds: float = 300) -> tuple[int, str]:

@@ -19,6 +19,9 @@ PEAKS = {
     if {"peak_memory_gib", "micro_batch_tokens"} <= (found := json.loads(path.read_text())).keys()
 }
 GIB = 2**30
+OUTLIERS = {"moe-12-layers-ep2-16k": 0.11, "vision-tp2-replicated": 0.11}
+"""Too high, since three micro-batches shared what fills two and a half; too low, and why is not
+known."""
 # rows of 1,024 to 4,096 tokens, so three images of 56 x 56 patches in 8,192
 PATCHES = 3 * 56 * 56 / 8192
 
@@ -38,7 +41,8 @@ def test_a_measured_peak_is_explained(name: str) -> None:
         offload=offload,
     )
     # torch's own count, which has no CONTEXT in it
-    assert found.peak(offload) == pytest.approx(run["peak_memory_gib"] * GIB, rel=0.11)
+    near = OUTLIERS.get(name, 0.1)
+    assert found.peak(offload) == pytest.approx(run["peak_memory_gib"] * GIB, rel=near)
 
 
 def test_there_are_runs_with_and_without_fp8_and_offload() -> None:
