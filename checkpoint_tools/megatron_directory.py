@@ -35,6 +35,7 @@ from model_providers.architecture import Qwen3VLConfig
 from model_providers.backend import Backend
 from model_providers.config import DEFAULT_OPTIONS, TrainingOptions
 from model_providers.fp8_weights import is_rounded, keep
+from model_providers.host_memory import on_host
 from model_providers.parallel import ParallelState
 from model_providers.qwen3_vl import Head, Qwen3VLModel
 from model_providers.weight_map import load_hf_weights
@@ -192,11 +193,11 @@ class Saving:
 def _copied(bucket: Any) -> Any:
     """What goes into one file, with tensors of its own in host memory."""
     file, key, (objects, tensors) = bucket
-    own = []
-    for item, tensor in tensors:
-        # pinned memory takes copies many times as fast; torch keeps it for the next checkpoint
-        copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
-        own.append((item, copy.copy_(tensor.detach(), non_blocking=True)))
+    # pinned memory takes copies many times as fast; torch keeps it for the next checkpoint
+    copies = on_host([tensor for _, tensor in tensors])
+    for copy, (_, tensor) in zip(copies, tensors, strict=True):
+        copy.copy_(tensor.detach(), non_blocking=True)
+    own = [(item, copy) for copy, (item, _) in zip(copies, tensors, strict=True)]
     return file, key, (objects, own)
 
 

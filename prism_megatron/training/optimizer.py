@@ -19,6 +19,7 @@ from megatron.core.optimizer.optimizer_config import ParamPredicate
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler, ParamGroupOverride
 from torch import Tensor
 
+from model_providers.host_memory import on_host
 from model_providers.qwen3_vl import Qwen3VLModel
 from prism_megatron.config.schema import Optimizer
 
@@ -135,12 +136,9 @@ class HostState:
     def _to_host(self) -> None:
         # a checkpoint that was loaded brought new tensors
         state = self._tensors()
-        self._host = {
-            tensor: self._host[tensor]
-            if tensor in self._host
-            else torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
-            for tensor in state
-        }
+        new = [tensor for tensor in state if tensor not in self._host]
+        kept = self._host | dict(zip(new, on_host(new), strict=True))
+        self._host = {tensor: kept[tensor] for tensor in state}
         for tensor, host in self._host.items():
             host.copy_(tensor, non_blocking=True)
             tensor.untyped_storage().resize_(0)
