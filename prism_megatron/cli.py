@@ -15,8 +15,10 @@ message and exit status 2; a defect of ours keeps its traceback.
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from importlib import import_module
 from pathlib import Path
@@ -78,6 +80,7 @@ TOOLS = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command `argv` (default: sys.argv) and return its exit status."""
+    _quieten()
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] in ("-h", "--help"):
         print(_overview())
@@ -88,6 +91,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     if name == "checkpoint":
         return exit_status(_checkpoint, rest)
     return exit_status(_stage, name, rest)
+
+
+def _quieten() -> None:
+    """Leave out what megatron.core and torch tell of themselves in every process as they are
+    imported: that there is no GPU, or no Transformer Engine. `doctor` tells that once, and backend
+    "cuda" is an error without them. With -W or PYTHONWARNINGS all is as asked there."""
+    if not sys.warnoptions:
+        warnings.filterwarnings("ignore", module=r"megatron\.|.*/megatron/")
+        logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
 
 
 def parse(name: str, arguments: Sequence[str]) -> tuple[argparse.Namespace, Section]:
