@@ -60,7 +60,50 @@ def build_optimizer(
     for part in optimizer.chained_optimizers:
         if isinstance(part.optimizer, torch.optim.Adam | torch.optim.AdamW):
             _allocate_moments(part.optimizer)
+        elif section.moments == "bfloat16":
+            update_in_parts(part.optimizer, AT_ONCE)
     return optimizer
+
+
+def update_in_parts(optimizer: torch.optim.Optimizer, elements: int) -> None:
+    """Have `optimizer` update at most so many elements at a time, a single parameter at least.
+
+    Transformer Engine's Adam expands BF16 moments to fp32, of all parameters of a group before it
+    updates the first: 8 bytes a parameter, twice what BF16 saves. It counts the updates of a group
+    in group["step"].
+    """
+    update = optimizer.step
+
+    def in_parts() -> None:
+        wholes = [
+            (group, group["params"], group.get("step", 0)) for group in optimizer.param_groups
+        ]
+        for group, _, _ in wholes:
+            group["params"] = []
+        try:
+            for group, parameters, done in wholes:
+                for part in _parts(parameters, elements):
+                    group["params"], group["step"] = part, done
+                    update()
+                group["params"] = []
+        finally:
+            for group, parameters, _ in wholes:
+                group["params"] = parameters
+
+    optimizer.step = in_parts  # type: ignore[method-assign, assignment]
+
+
+def _parts(parameters: list[Tensor], elements: int) -> Iterator[list[Tensor]]:
+    """The parameters in their order, as many together as have `elements`, or one."""
+    part, count = list[Tensor](), 0
+    for parameter in parameters:
+        if part and count + parameter.numel() > elements:
+            yield part
+            part, count = [], 0
+        part.append(parameter)
+        count += parameter.numel()
+    if part:
+        yield part
 
 
 def _allocate_moments(optimizer: torch.optim.Optimizer) -> None:
@@ -96,6 +139,8 @@ def update(optimizer: Any, grad_norm: float) -> bool:
     return updated
 
 
+AT_ONCE = 2**28
+"""Elements that are updated at a time where moments are in BF16: 2 GiB of both in fp32."""
 _HALF_MOMENTS = dict(
     use_precision_aware_optimizer=True,
     exp_avg_dtype=torch.bfloat16,
