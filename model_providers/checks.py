@@ -4,6 +4,7 @@ collective.
 
 from __future__ import annotations
 
+import torch
 from megatron.core.transformer.moe.fused_a2a import HAVE_DEEP_EP, HAVE_HYBRIDEP
 
 from model_providers.architecture import Qwen3VLConfig
@@ -46,17 +47,18 @@ def check_layout(config: Qwen3VLConfig, layout: Layout) -> None:
     _check_stages(config, layout)
 
 
-def check_experts(config: Qwen3VLConfig, layout: Layout, backend: Backend) -> None:
-    """ValueError if the kernel that computes all experts at once can't read rows of this length."""
+def check_experts(config: Qwen3VLConfig, layout: Layout, dtype: torch.dtype) -> None:
+    """ValueError if the kernel that computes all experts at once can't read rows of this length in
+    the dtype that it multiplies."""
     if not config.num_experts:
         return
-    size = backend.dtype.itemsize
+    size = dtype.itemsize
     features = config.moe_intermediate_size // layout.expert_tensor
     for what, number in (("hidden size", config.hidden_size), ("expert features a rank", features)):
         if number * size % 16:
             raise ValueError(
-                f"{what} {number} in {backend.dtype} are {number * size} bytes, and experts are "
-                f"computed in pieces of 16 bytes; choose a multiple of {16 // size}"
+                f"{what} {number} in {dtype} are {number * size} bytes, and experts are computed "
+                f"in pieces of 16 bytes; choose a multiple of {16 // size}"
             )
 
 

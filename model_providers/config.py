@@ -45,7 +45,8 @@ class Precision:
     backend's dtype."""
 
     fp8: FP8Recipe | None = None
-    """E4M3 forward, E5M2 gradients; None computes in the backend's dtype."""
+    """E4M3 forward, E5M2 gradients; None computes in the backend's dtype. Experts' products are the
+    same in every recipe (fp8_experts.py)."""
     bf16_first_layers: int = 0
     """Decoder layers at the start that are left out of FP8."""
     bf16_last_layers: int = 0
@@ -111,7 +112,7 @@ class Precision:
                     f"{most} or less, or leave fp8 out"
                 )
 
-    def transformer_fields(self, num_experts: int) -> dict[str, Any]:
+    def transformer_fields(self) -> dict[str, Any]:
         """The same as megatron.core's configuration says it."""
         if self.fp8 is None:
             return {}
@@ -124,8 +125,6 @@ class Precision:
             first_last_layers_bf16=bool(self.bf16_first_layers or self.bf16_last_layers),
             num_layers_at_start_in_bf16=self.bf16_first_layers,
             num_layers_at_end_in_bf16=self.bf16_last_layers,
-            # an expert's tokens are as many as come; they are filled up to what FP8 needs
-            moe_router_padding_for_quantization=bool(num_experts),
         )
 
 
@@ -257,7 +256,7 @@ def text_transformer_config(
         # of Transformer Engine's, which knows layers and not micro-batches
         cpu_offloading=bool(options.offload_layers),
         cpu_offloading_num_layers=options.offload_layers,
-        **options.precision.transformer_fields(config.num_experts),
+        **options.precision.transformer_fields(),
         **_pipeline(layout),
         **_common(layout, backend),
     )

@@ -5,8 +5,8 @@ holds.
 
 megatron.core's grouped experts are a parameter an expert. Whatever is done by parameter, such as
 calling a kernel, accumulating a gradient or looking at what may be reduced, then costs the host its
-time for every expert: with 64 on a rank more time than the device needs to compute them. Only FP8,
-where Transformer Engine casts weights one by one, still takes them (layers.py).
+time for every expert: with 64 on a rank more time than the device needs to compute them. In FP8 the
+products are those of fp8_experts.py.
 """
 
 from __future__ import annotations
@@ -46,10 +46,22 @@ class StackedLinear(nn.Module):
             or config.expert_tensor_parallel_size != config.tensor_model_parallel_size
         )
         self.weight.allreduce = not own_groups  # type: ignore[attr-defined]
+        self.product = grouped_product
+        if config.fp8:
+            # Triton, which only a GPU has
+            from model_providers import fp8_experts
+
+            self.product = fp8_experts.grouped_product
 
     def forward(self, tokens: Tensor, ends: Tensor) -> Tensor:
-        """tokens [T, in] expert by expert, ends [experts] int32: where each ends -> [T, out]."""
-        return F.grouped_mm(tokens, self.weight.transpose(1, 2), offs=ends)
+        """See grouped_product."""
+        return self.product(tokens, self.weight, ends)
+
+
+def grouped_product(tokens: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+    """tokens [T, in] expert by expert, weight [experts, out, in], ends [experts] int32: where the
+    tokens of each end -> [T, out]."""
+    return F.grouped_mm(tokens, weight.transpose(1, 2), offs=ends)
 
 
 class StackedExperts(MegatronModule):

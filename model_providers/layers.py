@@ -24,6 +24,9 @@ from torch import Tensor
 from model_providers.experts import StackedExperts
 from model_providers.router import SectionRouter
 
+EXPERTS = partial(MoELayer, submodules=MoESubmodules(experts=StackedExperts, router=SectionRouter))
+"""megatron.core's Mixture-of-Experts layer with our router and our experts."""
+
 
 class DeepstackLayer(TransformerLayer):
     """A decoder layer after which a deepstack feature is added at the visual tokens.
@@ -98,7 +101,7 @@ def _layer(
         ),
         self_attn_bda=get_bias_dropout_add,
         pre_mlp_layernorm=IdentityOp if fused and not moe else norm,
-        mlp=_experts(config, layers) if moe else get_mlp_module_spec_for_backend(layers),
+        mlp=EXPERTS if moe else get_mlp_module_spec_for_backend(layers),
         mlp_bda=get_bias_dropout_add,
         # norms are saved under the names that the fused layers give them, so that a checkpoint
         # loads on every backend
@@ -109,9 +112,3 @@ def _layer(
             **({} if moe else {"pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_"}),
         },
     )
-
-
-def _experts(config: TransformerConfig, layers: BackendSpecProvider) -> Any:
-    """megatron.core's Mixture-of-Experts layer with our router and, but for FP8, our experts."""
-    experts = layers.grouped_mlp_modules(True) if config.fp8 else StackedExperts
-    return partial(MoELayer, submodules=MoESubmodules(experts=experts, router=SectionRouter))

@@ -2,8 +2,9 @@
 
     weights      in BF16 (2 bytes)
     gradients    in fp32 (4) of what is trained
-    fp8          what Transformer Engine keeps of the decoder's matrices to compute with (2): as
-                 they are and transposed; with fp8_param_gather the first are the weights (1 each)
+    fp8          what Transformer Engine keeps of the decoder's matrices but experts to compute with
+                 (2): as they are and transposed; with fp8_param_gather the first are the weights
+                 (1 each). Experts are cast whenever they are used
     optimizer    fp32 weights and moments (12 bytes, or 8 with BF16 moments) of what is trained,
                  spread over data-parallel ranks; a replicated tower has it, as the first two, on
                  all tensor-parallel ranks
@@ -244,11 +245,10 @@ def _stage_bytes(
     if last and not score:
         logits = WEIGHT * config.vocab_size / layout.tensor
         logits *= tokens / layout.context + (0 if "language" in frozen else config.hidden_size)
-    matrices = layers * (count.layer / layout.tensor) + own_experts
+    matrices = layers * count.layer / layout.tensor
     gathered = matrices if fp8_param_gather else 0.0
-    own_matrices = layers * count.layer / layout.tensor / ranks + experts / expert_shard
     # of a layer's up and gate projections, before it is added to what other micro-batches gave
-    added = 0.0 if fp8 or not trained_experts else WEIGHT * 2 / 3 * count.experts / split
+    added = 0.0 if not trained_experts else WEIGHT * 2 / 3 * count.experts / split
     return Memory(
         weights=WEIGHT * (own + own_experts) - gathered,
         gradients=GRADIENT * (trained + trained_experts / split) + added,
@@ -257,7 +257,7 @@ def _stage_bytes(
         language=language,
         head=logits,
         vision=vision,
-        rounding=WEIGHT * own_matrices if fp8_param_gather else 0,
+        rounding=WEIGHT * matrices / ranks if fp8_param_gather else 0,
     )
 
 
@@ -270,12 +270,14 @@ def token_bytes(config: Qwen3VLConfig, recompute: Recompute, fp8: bool) -> tuple
     copies = config.top_k if config.num_experts else 1
     width = config.moe_intermediate_size if config.num_experts else config.intermediate_size
     product = 1 if fp8 else 2
+    # experts' weights have their gradients in BF16
+    mlp_product = 2 if config.num_experts else product
     # inputs of the norms of the layer, of queries and keys; what is rotated, and values
     attention = 2 * (hidden + queries + 2 * keys + queries + keys)
     projected, result = product * hidden, product * queries
     # each copy of a token: what goes in, up and gate, their product; with experts what comes out
-    mlp = 2 * hidden + copies * (product * hidden + 2 * 2 * width)
-    activated = copies * product * width
+    mlp = 2 * hidden + copies * (mlp_product * hidden + 2 * 2 * width)
+    activated = copies * mlp_product * width
     if config.num_experts:
         mlp += copies * 2 * hidden
     if recompute.granularity == "selective":

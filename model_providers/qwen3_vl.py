@@ -239,7 +239,8 @@ class Qwen3VLModel(nn.Module):
         """Raises ValueError if layout or options do not fit the model or the backend."""
         backend.check(parallel.layout)
         checks.check_layout(config, parallel.layout)
-        checks.check_experts(config, parallel.layout, backend)
+        dtype = torch.float8_e4m3fn if options.precision.fp8 else backend.dtype
+        checks.check_experts(config, parallel.layout, dtype)
         checks.check_recompute(config, options.recompute, backend)
         checks.check_offload(
             config, options.offload_layers, parallel.layout, options.recompute, backend

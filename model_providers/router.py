@@ -70,10 +70,6 @@ class SectionRouter(TopKRouter):
             self.load = self.load + (chosen & ~padding[:, None]).sum(0)
         if self.recording:
             self.taken = chosen.byte().topk(self.topk).indices
-        if self.config.moe_router_padding_for_quantization:
-            # the dispatcher fills it up in place (moe_utils.pad_routing_map), and the fused router
-            # needs it as it is for its backward pass
-            chosen = chosen.clone()
         return probs, chosen
 
     def _apply_aux_loss(

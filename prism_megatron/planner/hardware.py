@@ -37,6 +37,8 @@ FP8_PRODUCTS = 0.9
 head and the tower in BF16)."""
 GROUPED_PRODUCTS = 0.4
 """What is left of that for experts, with permuting their tokens (decoder.json: 30B-A3B, EP1)."""
+FP8_EXPERTS = 1.5
+"""How many times as fast experts' products are in FP8, casting left out (experts.json)."""
 ATTENTION = 0.24
 """Share of the BF16 peak of attention, forward and backward, the tower's included
 (dense-tensorwise-kernels.csv: 0.36 s)."""
@@ -63,9 +65,6 @@ LAUNCH = 5e-3
 """Seconds that the host takes to queue what a layer or a block of the tower computes for a
 micro-batch, forward and backward, at the least (save-2b.json: 156 of them in a step of 0.90 s, of
 which the device computes less)."""
-EXPERT_LAUNCH = 0.9e-3
-"""The same for each expert of a layer in FP8, which are queued one by one
-(moe-12-layers-ep2-16k-tensorwise.json)."""
 NETWORK = 40e9
 """Bytes a second of a GPU's network card, an assumption: 400 Gb/s each, of which 80 % arrive."""
 NODE = 8

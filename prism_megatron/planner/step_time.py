@@ -194,15 +194,18 @@ def micro_batch(
     repeated = linear * again + of_mlp * layers * ("mlp" in selective)
     spent.products += (linear * layers * passes + repeated) / layout.tensor / rate
     repeated = experts * (again + layers * ("moe" in selective))
+    # their weights' gradients are in BF16
+    cheaper = hardware.FP8_EXPERTS if options.fp8 else 1
     spent.products += (
-        (experts * layers * passes + repeated) / layout.tensor / rate / hardware.GROUPED_PRODUCTS
-    )
+        (experts * layers * (passes - 1) + repeated) / cheaper + experts * layers
+    ) / (layout.tensor * bf16 * hardware.GROUPED_PRODUCTS)
     repeated = attention * (again + layers * ("core_attn" in selective))
     spent.attention += (
         (attention * layers * passes + repeated) / layout.tensor / (gpu.bf16 * hardware.ATTENTION)
     )
     count = parameters(config)
-    matrices = count.layer / layout.tensor + count.experts / (layout.expert * layout.expert_tensor)
+    own_experts = count.experts / (layout.expert * layout.expert_tensor)
+    matrices = count.layer / layout.tensor + own_experts
     width = 1 if options.fp8 else 2
     # forward, for the inputs' gradient, and the gradient in fp32 read and written
     traffic = matrices * (layers * (width * (passes - 1) + 8) + again * width)
@@ -213,16 +216,15 @@ def micro_batch(
     spent.pointwise += kept * (layers * passes + again + cheap) / 3 * hardware.PASSES / hbm
     if options.fp8:
         spent.pointwise += _casts(config) * tokens / layout.tensor * layers * passes / 3 / hbm
+        # experts' weights, for each of their products
+        traffic += own_experts * 3 * (layers * (passes - 1) + again)
     if stage == layout.pipeline - 1 and options.head:
         head = config.hidden_size * config.vocab_size / layout.tensor
         spent.products += 2 * tokens * head * passes / bf16
         traffic += head * (2 * (passes - 1) + 8)
         logits = 2 * tokens * config.vocab_size / layout.tensor
         spent.pointwise += logits * passes / 3 * hardware.PASSES / hbm
-    launch = hardware.LAUNCH
-    if options.fp8 and config.num_experts:
-        launch += hardware.EXPERT_LAUNCH * config.num_experts / layout.expert
-    spent.host += launch * (layers * passes + again) / 3
+    spent.host += hardware.LAUNCH * (layers * passes + again) / 3
     if stage == 0 and work.images:
         _add_vision(spent, config, layout, world, work, gpu, options)
     spent.weights += traffic / hbm
@@ -244,11 +246,13 @@ def _recomputed(config: Qwen3VLConfig, layout: Layout, stage: int, recompute: Re
 def _casts(config: Qwen3VLConfig) -> float:
     """Bytes moved a token and layer to bring inputs and output gradients of products to FP8."""
     hidden, queries = config.hidden_size, config.num_heads * config.head_dim
-    keys = config.num_kv_heads * config.head_dim
-    copies = config.top_k if config.num_experts else 1
-    width = config.moe_intermediate_size if config.num_experts else config.intermediate_size
-    elements = 2 * hidden + 2 * queries + 2 * keys + copies * (2 * hidden + 3 * width)
-    return elements * hardware.CAST_BYTES
+    keys, width = config.num_kv_heads * config.head_dim, config.intermediate_size
+    elements = 2 * hidden + 2 * queries + 2 * keys
+    if not config.num_experts:
+        return (elements + 2 * hidden + 3 * width) * hardware.CAST_BYTES
+    # read in BF16 and written, at once and in one orientation
+    of_experts = config.top_k * (2 * hidden + 3 * config.moe_intermediate_size)
+    return elements * hardware.CAST_BYTES + 3 * of_experts
 
 
 def _add_vision(
@@ -356,7 +360,7 @@ def _update(
         weights = 2 * a_byte
         if options.fp8_param_gather:
             matrices = layers * count.layer / layout.tensor
-            weights -= _ring(matrices, ranks, layout.tensor)[0] + more
+            weights -= _ring(matrices, ranks, layout.tensor)[0]
         shard = dense / ranks + experts / expert_ranks
         state = 4 + 2 * options.moment_bytes
         # gradients, weights and moments read, the last two written; buffers zeroed and summed up

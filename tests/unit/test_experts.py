@@ -25,6 +25,7 @@ def experts() -> StackedExperts:
         expert_tensor_parallel_size=1,
         tensor_model_parallel_size=1,
         bias_activation_fusion=False,
+        fp8=None,
         recompute_granularity=None,
     )
     alone = SimpleNamespace(size=lambda: 1, rank=lambda: 0)

@@ -197,14 +197,18 @@ def test_weights_in_fp8_save_two_bytes_but_in_the_update() -> None:
     assert held.passing(False) == max(held.activations, held.rounding)
 
 
-def test_experts_in_fp8_are_shared_as_they_are() -> None:
+def test_experts_stay_in_bf16_and_keep_what_they_read_in_it() -> None:
     ranks = Layout(expert=4)
+    bf16 = training_bytes(MOE, ranks, 8, tokens=7)
     fp8 = training_bytes(MOE, ranks, 8, tokens=7, fp8=True)
     held = training_bytes(MOE, ranks, 8, tokens=7, fp8=True, fp8_param_gather=True)
     count = parameters(MOE)
-    layer, experts = count.layers * count.layer, count.layers * count.experts
-    assert fp8.held(False) - held.held(False) == pytest.approx(2 * (layer + experts / 4))
-    assert held.rounding == pytest.approx(2 * (layer / 8 + experts / 8))
+    layer = count.layers * count.layer
+    assert fp8.held(False) - bf16.held(False) == pytest.approx(2 * layer)
+    assert fp8.held(False) - held.held(False) == pytest.approx(2 * layer)
+    assert held.rounding == pytest.approx(2 * layer / 8)
+    inputs = MOE.hidden_size + MOE.num_heads * MOE.head_dim
+    assert bf16.language - fp8.language == 7 * count.layers * inputs
 
 
 def test_layers_in_host_memory_keep_nothing_on_the_device() -> None:

@@ -9,6 +9,7 @@ from typing import Any
 from unittest import mock
 
 import pytest
+import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from model_providers import backend as backends
@@ -79,20 +80,23 @@ def test_the_vision_tower_is_checked_too(
 
 
 @pytest.mark.parametrize(
-    "changes, message",
+    "changes, dtype, message",
     [
-        ({"moe_intermediate_size": 36}, "expert features a rank 18 .* are 72 bytes"),
-        ({"hidden_size": 58}, "hidden size 58 .* are 232 bytes.* a multiple of 4"),
+        ({"moe_intermediate_size": 36}, torch.float32, "features a rank 18 .* are 72 bytes"),
+        ({"hidden_size": 58}, torch.float32, "hidden size 58 .* are 232 bytes.* a multiple of 4"),
+        ({"hidden_size": 72}, torch.float8_e4m3fn, "hidden size 72 .* a multiple of 16"),
     ],
 )
 def test_experts_whose_rows_the_kernel_cannot_read_are_refused(
-    configs: dict[str, Qwen3VLConfig], changes: dict[str, int], message: str
+    configs: dict[str, Qwen3VLConfig], changes: dict[str, int], dtype: torch.dtype, message: str
 ) -> None:
-    backend, layout = backends.create("cpu"), Layout(expert_tensor=2)
-    checks.check_experts(configs["moe"], layout, backend)
-    checks.check_experts(replace(configs["dense"], **changes), layout, backend)
+    layout = Layout(expert_tensor=2)
+    sizes = {"hidden_size": 64, "moe_intermediate_size": 96}
+    fits = replace(configs["moe"], **sizes)
+    checks.check_experts(fits, layout, dtype)
+    checks.check_experts(replace(configs["dense"], **changes), layout, dtype)
     with pytest.raises(ValueError, match=message):
-        checks.check_experts(replace(configs["moe"], **changes), layout, backend)
+        checks.check_experts(replace(fits, **changes), layout, dtype)
 
 
 @pytest.mark.parametrize(
@@ -455,10 +459,6 @@ def test_precision_lands_in_the_decoders_configuration(configs: dict[str, Qwen3V
     assert (found.fp8, found.fp8_recipe) == ("hybrid", "tensorwise")
     assert found.first_last_layers_bf16
     assert (found.num_layers_at_start_in_bf16, found.num_layers_at_end_in_bf16) == (1, 2)
-    assert not found.moe_router_padding_for_quantization
-    # megatron.core takes experts with FP8 only where Transformer Engine is installed
-    experts = Precision("tensorwise").transformer_fields(configs["moe"].num_experts)
-    assert experts["moe_router_padding_for_quantization"] and experts["fp8_recipe"] == "tensorwise"
     assert not decoder(Precision("blockwise")).first_last_layers_bf16
     assert decoder(Precision("blockwise")).fp8_recipe == "blockwise"
     assert decoder(Precision("delayed")).fp8_amax_history_len == 1024
