@@ -16,6 +16,12 @@ from prism_megatron.types import Prompt
 
 NEVER = -1e9
 """Added to the logit of a token that must not be sampled."""
+ANSWER_SECONDS = 1800
+"""Longest wait for all responses to a prompt."""
+LOAD_SECONDS = 1800
+"""Longest wait for weights that are loaded, compared or read from a disk."""
+CONTROL_SECONDS = 300
+"""Longest wait for anything else, so that a server that hangs is noticed."""
 
 
 class HttpEngine:
@@ -28,15 +34,13 @@ class HttpEngine:
         vocabulary: Vocabulary,
         *,
         routes: bool = False,
-        timeout_seconds: float = 1800,
     ) -> None:
-        """routes: ask for the experts that tokens took, which the server was started for;
-        timeout_seconds: longest wait for an answer, such as all responses to a prompt."""
+        """routes: ask for the experts that tokens took, which the server was started for."""
         self.url, self.vocabulary, self.routes = url, vocabulary, routes
         self._settings: dict[str, Any] = {
             "base_url": url,
             "headers": {"Authorization": f"Bearer {api_key}"},
-            "timeout": timeout_seconds,
+            "timeout": ANSWER_SECONDS,
             # as many requests at once as there are prompts; the server queues them
             "limits": httpx.Limits(max_connections=None),
         }
@@ -45,11 +49,13 @@ class HttpEngine:
 
     def get(self, path: str) -> Any:
         """The answer as JSON or text; RuntimeError with what the server says if it failed."""
-        return checked(self._blocking.get(path))
+        return checked(self._blocking.get(path, timeout=CONTROL_SECONDS))
 
-    def post(self, path: str, body: Mapping[str, Any] | None = None) -> Any:
-        """See get."""
-        return checked(self._blocking.post(path, json=dict(body or {})))
+    def post(
+        self, path: str, body: Mapping[str, Any] | None = None, seconds: float = CONTROL_SECONDS
+    ) -> Any:
+        """See get; seconds: longest wait, httpx.TimeoutException after that."""
+        return checked(self._blocking.post(path, json=dict(body or {}), timeout=seconds))
 
     async def ask(
         self, path: str, body: Mapping[str, Any], prompt: Prompt

@@ -20,7 +20,7 @@ import torch
 from prism_megatron.config.schema import Sampling
 from prism_megatron.rollout import pixels
 from prism_megatron.rollout.engine import Part
-from prism_megatron.rollout.http_engine import NEVER, HttpEngine, small_routes
+from prism_megatron.rollout.http_engine import LOAD_SECONDS, NEVER, HttpEngine, small_routes
 from prism_megatron.rollout.vocabulary import Vocabulary
 from prism_megatron.rollout.weight_check import Action
 from prism_megatron.types import Prompt, Rollout, VisualInputs
@@ -133,6 +133,7 @@ class SGLangEngine(HttpEngine):
         self.post(
             "/update_weights_from_ipc",
             {"zmq_handles": dict(handles), "weight_version": str(version)},
+            LOAD_SECONDS,
         )
 
     def join_group(
@@ -149,6 +150,7 @@ class SGLangEngine(HttpEngine):
                 "group_name": name,
                 "backend": backend,
             },
+            LOAD_SECONDS,
         )
 
     def leave_group(self, name: str) -> None:
@@ -172,6 +174,7 @@ class SGLangEngine(HttpEngine):
                 "flush_cache": version is not None,
                 "weight_version": None if version is None else str(version),
             },
+            LOAD_SECONDS,
         )
 
     def load_disk(self, hf_dir: Path, version: int) -> None:
@@ -184,6 +187,7 @@ class SGLangEngine(HttpEngine):
                 "load_format": "auto",
                 "weight_version": str(version),
             },
+            LOAD_SECONDS,
         )
 
     async def health(self) -> None:
@@ -205,7 +209,7 @@ class SGLangEngine(HttpEngine):
 
     async def check(self, action: Action) -> None:
         """See EngineClient."""
-        await asyncio.to_thread(self.post, "/weights_checker", {"action": action})
+        await asyncio.to_thread(self.post, "/weights_checker", {"action": action}, LOAD_SECONDS)
 
 
 def request(

@@ -22,7 +22,7 @@ import torch
 
 from prism_megatron.config.schema import Sampling
 from prism_megatron.rollout.engine import Part
-from prism_megatron.rollout.http_engine import NEVER, HttpEngine, small_routes
+from prism_megatron.rollout.http_engine import LOAD_SECONDS, NEVER, HttpEngine, small_routes
 from prism_megatron.rollout.pixels import bf16
 from prism_megatron.rollout.vllm_front import VERSION
 from prism_megatron.rollout.vocabulary import Vocabulary
@@ -185,7 +185,8 @@ class VLLMEngine(HttpEngine):
 
     def _workers(self, method: str, **arguments: Any) -> list[Any]:
         """What every worker answers to a method of vllm_server.WeightExtension."""
-        answer = self.post("/collective_rpc", {"method": method, "kwargs": arguments})
+        body = {"method": method, "kwargs": arguments}
+        answer = self.post("/collective_rpc", body, LOAD_SECONDS)
         return list(answer["results"])
 
     def _forget(self) -> None:
