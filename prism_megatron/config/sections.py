@@ -159,16 +159,17 @@ class Model(Section):
     decoder. Copies run beside the computation of the other layers."""
     fp8: Literal["delayed", "tensorwise", "blockwise"] | None = None
     """Scaling of the decoder's matrix products in FP8, with backend=cuda: by a history of maxima,
-    by the tensor's own maximum, or by the maxima of blocks of 128; null computes in BF16."""
+    by the tensor's own maximum, or by the maxima of blocks of 128; null computes in BF16. Experts
+    are scaled row by row in all of them, and gradients of their weights computed in BF16."""
     bf16_first_layers: int = Field(0, ge=0)
     """Decoder layers at the start that stay in BF16, with fp8 tensorwise or blockwise."""
     bf16_last_layers: int = Field(0, ge=0)
     """Decoder layers at the end that stay in BF16, with fp8 tensorwise or blockwise."""
     fp8_param_gather: bool = False
-    """With fp8 tensorwise or blockwise: these layers' matrices are held in FP8 too, 2 bytes a
-    weight less, and data-parallel ranks gather them so. The optimizer's main weights go into
-    checkpoints, exports and syncs, which lose nothing; a model without an optimizer exports what it
-    was loaded from."""
+    """With fp8 tensorwise or blockwise: these layers' matrices but experts are held in FP8 too, 2
+    bytes a weight less, and data-parallel ranks gather them so. The optimizer's main weights go
+    into checkpoints, exports and syncs, which lose nothing; a model without an optimizer exports
+    what it was loaded from."""
     dispatcher: Literal["alltoall", "deepep", "hybridep"] = "alltoall"
     """How tokens get to experts on other ranks: NCCL's all-to-all, or DeepEP's kernels where they
     are installed."""
