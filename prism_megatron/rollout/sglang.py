@@ -54,6 +54,7 @@ def server_command(
     environment = {
         "SGLANG_API_KEY": api_key,
         "SGLANG_EXTERNAL_MM_PROCESSOR_PACKAGE": "prism_megatron.rollout.sglang_server",
+        "SGLANG_EXTERNAL_MODEL_PACKAGE": "prism_megatron.rollout.sglang_server.models",
         # image features of the weights before last are of no use, and are not cleared by a sync
         "SGLANG_VLM_CACHE_SIZE_MB": "0",
         # log-probabilities at temperature 1 and of the whole vocabulary, as the trainer's

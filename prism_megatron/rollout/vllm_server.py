@@ -19,7 +19,7 @@ from vllm.model_executor.model_loader.reload import (
 )
 from vllm.model_executor.model_loader.utils import process_weights_after_loading
 
-from prism_megatron.rollout import ipc_load, outer_group
+from prism_megatron.rollout import fused_experts, ipc_load, outer_group
 from prism_megatron.rollout.weight_check import WeightCheck
 
 
@@ -99,6 +99,7 @@ class WeightExtension:
     def _load(self, tensors):
         """Some tensors."""
         model = self.model_runner.model
+        tensors = (fused_experts.as_stored(name, tensor) for name, tensor in tensors)
         if self._quantised_layers():
             # a layer keeps what came, and the memory that it came in is used again
             tensors = ((name, tensor.clone()) for name, tensor in tensors)

@@ -1,0 +1,1 @@
+"""Models that replace SGLang's of the same names, by SGLANG_EXTERNAL_MODEL_PACKAGE."""

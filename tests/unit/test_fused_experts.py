@@ -1,0 +1,216 @@
+"""Fused experts reach each rank of an engine as the engine's own loader would have put them there,
+without being turned, and by that loader where the rank holds them otherwise."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Iterable
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from prism_megatron.rollout import fused_experts
+
+EXPERTS, FFN, HIDDEN = 6, 20, 40  # 2 * FFN is HIDDEN: the shape doesn't tell how gate_up lies
+LAYER = "model.language_model.layers.1.mlp.experts."
+
+
+def _sent() -> dict[str, Tensor]:
+    return {
+        LAYER + "w13_weight": torch.randn(EXPERTS, 2 * FFN, HIDDEN),
+        LAYER + "w2_weight": torch.randn(EXPERTS, HIDDEN, FFN),
+    }
+
+
+def _empty(tensor: int, expert: int) -> dict[str, Tensor]:
+    own, ffn = EXPERTS // expert, FFN // tensor
+    shapes = {"w13_weight": (own, 2 * ffn, HIDDEN), "w2_weight": (own, HIDDEN, ffn)}
+    return {LAYER + name: torch.full(shape, torch.nan) for name, shape in shapes.items()}
+
+
+def _one_by_one(
+    parameters: dict[str, Tensor], weights: Iterable[tuple[str, Tensor]], tp_rank: int, ep_rank: int
+) -> None:
+    """As SGLang's load_fused_expert_weights and FusedMoE.weight_loader do."""
+    for name, stored in weights:
+        turned = stored.transpose(-1, -2)
+        if name.endswith("gate_up_proj"):
+            target = parameters[LAYER + "w13_weight"]
+            ffn = target.shape[1] // 2
+            shards = [(target[:, :ffn], turned.chunk(2, 1)[0], 0)]
+            shards += [(target[:, ffn:], turned.chunk(2, 1)[1], 0)]
+        else:
+            target = parameters[LAYER + "w2_weight"]
+            ffn = target.shape[2]
+            shards = [(target, turned, 1)]
+        for to, source, dim in shards:
+            for expert in range(EXPERTS):
+                own = expert - ep_rank * len(target)
+                if 0 <= own < len(target):
+                    to[own].copy_(source[expert].narrow(dim, tp_rank * ffn, ffn))
+
+
+@pytest.mark.parametrize("tensor", [1, 2, 4])
+@pytest.mark.parametrize("expert", [1, 2, 3])
+def test_a_share_is_what_a_loader_of_experts_one_by_one_copies(tensor: int, expert: int) -> None:
+    sent = _sent()
+    for tp_rank in range(tensor):
+        for ep_rank in range(expert):
+            found, wanted = _empty(tensor, expert), _empty(tensor, expert)
+            stored = (fused_experts.as_stored(*item) for item in sent.items())
+            _one_by_one(wanted, stored, tp_rank, ep_rank)
+            for name, whole in sent.items():
+                ep, tp = (ep_rank, expert), (tp_rank, tensor)
+                assert fused_experts.load_share(found[name], name, whole, ep, tp)
+                assert torch.equal(found[name], wanted[name])
+
+
+def test_a_parameter_of_another_shape_gets_nothing() -> None:
+    sent, empty = _sent(), _empty(tensor=1, expert=1)
+    for name, parameter in empty.items():
+        for other in (parameter[:, :, :-2], parameter[:, :-2], parameter[:-1]):
+            assert not fused_experts.load_share(other, name, sent[name], (0, 1), (0, 1))
+        assert not fused_experts.load_share(parameter, name, sent[name], (0, 1), (0, 2))
+        assert not fused_experts.load_share(parameter, name, sent[name], (0, 2), (0, 1))
+        assert parameter.isnan().all()
+
+
+def test_names_lead_there_and_back_and_others_stay() -> None:
+    for name in (LAYER + "gate_up_proj", LAYER + "down_proj"):
+        sent = fused_experts.sent_name(name)
+        assert sent != name and fused_experts.hf_name(sent) == name
+    # a dense layer's, and an expert's own
+    for name in ("model.layers.1.mlp.down_proj.weight", LAYER + "3.down_proj.weight"):
+        assert fused_experts.sent_name(name) == fused_experts.hf_name(name) == name
+        tensor = torch.zeros(2, 3)
+        assert fused_experts.as_stored(name, tensor) == (name, tensor)
+
+
+class _SGLangs(nn.Module):
+    """In the place of SGLang's own model: what its load_weights was given."""
+
+    def __init__(self, experts: Any) -> None:
+        super().__init__()
+        self.config = SimpleNamespace(encoder_only=False)
+        layers = [None, SimpleNamespace(mlp=SimpleNamespace(experts=experts))]
+        self.model = SimpleNamespace(start_layer=1, end_layer=2, layers=layers)
+        self.given: list[list[tuple[str, Tensor]]] = []
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+        self.given.append(list(weights))
+
+
+class _Experts(SimpleNamespace):
+    """FusedMoE on an H200, with expert 1 of 2 and tensor rank 0 of 2; SGLang 0.5.12's names."""
+
+
+class _Method:
+    load_up_proj_weight_first = False
+
+
+@pytest.fixture
+def place(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """What SGLang's modules give."""
+    place = SimpleNamespace(location=None)
+    contents: dict[str, dict[str, Any]] = {
+        "eplb.expert_location": {"get_global_expert_location_metadata": lambda: place.location},
+        "layers.moe.fused_moe_triton.layer": {"FusedMoE": _Experts},
+        "layers.quantization.unquant": {"UnquantizedFusedMoEMethod": _Method},
+        "layers.utils": {"get_layer_id": lambda name: int(name.split("layers.")[1].split(".")[0])},
+        "models": {"qwen3_vl_moe": SimpleNamespace(Qwen3VLMoeForConditionalGeneration=_SGLangs)},
+    }
+    for name, members in contents.items():
+        module = ModuleType(f"sglang.srt.{name}")
+        vars(module).update(members)
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+    module = importlib.import_module("prism_megatron.rollout.sglang_server.models.qwen3_vl_moe")
+    del sys.modules[module.__name__]
+    place.model, place.empty = module.EntryClass, _empty(tensor=2, expert=2)
+    return place
+
+
+def _experts(place: SimpleNamespace, **changes: Any) -> Any:
+    fields: dict[str, Any] = dict(
+        quant_method=_Method(),
+        use_presharded_weights=False,
+        num_fused_shared_experts=0,
+        use_triton_kernels=False,
+        use_padded_loading=False,
+        moe_ep_rank=1,
+        moe_ep_size=2,
+        moe_tp_rank=0,
+        moe_tp_size=2,
+        layer_id=1,
+        w13_weight=place.empty[LAYER + "w13_weight"],
+        w2_weight=place.empty[LAYER + "w2_weight"],
+    )
+    return _Experts(**fields | changes)
+
+
+def _location(numbers: list[int]) -> Any:
+    return SimpleNamespace(physical_to_logical_map_cpu=torch.tensor([[9] * len(numbers), numbers]))
+
+
+def test_sglang_copies_fused_experts_and_loads_the_rest_itself(place: SimpleNamespace) -> None:
+    place.location = _location(list(range(EXPERTS)))
+    model, sent, wanted = place.model(_experts(place)), _sent(), _empty(tensor=2, expert=2)
+    assert place.model.__name__ == "Qwen3VLMoeForConditionalGeneration"
+    model.load_weights(list(sent.items()))
+    assert model.given == [], "its loader lists all parameters, though nothing is left"
+    _one_by_one(wanted, (fused_experts.as_stored(*item) for item in sent.items()), 0, 1)
+    assert all(torch.equal(place.empty[name], wanted[name]) for name in wanted)
+    other = "model.visual.merger.norm.weight", torch.ones(2)
+    on_disk = LAYER + "gate_up_proj", torch.zeros(EXPERTS, HIDDEN, 2 * FFN)
+    model.load_weights([*sent.items(), other, on_disk])
+    assert model.given == [[other, on_disk]]
+
+
+class _FlashInfer(_Method):
+    pass
+
+
+class _Cutlass(_Method):
+    load_up_proj_weight_first = True
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"quant_method": _FlashInfer()},
+        {"use_presharded_weights": True},
+        {"num_fused_shared_experts": 1},
+        {"use_triton_kernels": True},
+        {"use_padded_loading": True},
+        {"w13_weight": torch.zeros(3, 2 * FFN, HIDDEN), "w2_weight": torch.zeros(3, HIDDEN, 16)},
+        {"location": _location([1, 0, 2, 3, 4, 5])},
+        {"location": _location([*range(EXPERTS), 0, 1])},
+        {"up_first": True},
+        {"stages": (0, 1)},
+        {"encoder_only": True},
+        {"subclass": True},
+    ],
+    ids=lambda changes: next(iter(changes)),
+)
+def test_sglangs_own_loader_gets_what_lies_otherwise_as_a_checkpoint_has_it(
+    place: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]
+) -> None:
+    changes = dict(changes)
+    place.location = changes.pop("location", None)
+    stages, encoder = changes.pop("stages", (1, 2)), changes.pop("encoder_only", False)
+    if changes.pop("up_first", False):
+        monkeypatch.setattr(_Method, "load_up_proj_weight_first", True)
+    kind = type("_DeepEP", (_Experts,), {}) if changes.pop("subclass", False) else _Experts
+    model = place.model(kind(**vars(_experts(place, **changes))))
+    model.model.start_layer, model.model.end_layer = stages
+    model.config.encoder_only = encoder
+    sent = _sent()
+    model.load_weights(iter(sent.items()))
+    [given] = model.given
+    assert [name for name, _ in given] == [LAYER + "gate_up_proj", LAYER + "down_proj"]
+    for (_, tensor), whole in zip(given, sent.values(), strict=True):
+        assert torch.equal(tensor, whole.transpose(1, 2))
+    assert all(tensor.isnan().all() for tensor in place.empty.values())
