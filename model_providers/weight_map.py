@@ -317,13 +317,25 @@ class Task:
     hf: tuple[str, ...]
     """Hugging Face names, layers numbered over all stages."""
     expert: int
-    """Index in the fused expert tensor; -1 for other parameters."""
+    """Index in the fused expert tensor, of the first where it is several; -1 for other
+    parameters."""
     part: int
     """Which of `parts` shards; the only one where tensor-parallel ranks hold copies."""
     parts: int
     shape: tuple[int, ...]
-    """Shape of the shard."""
+    """Shape of the shard; of several experts' [experts, ...]."""
     dtype: str
+    stacked: bool = False
+    """Whether it is several experts."""
+
+    @property
+    def experts(self) -> int:
+        return self.shape[0] if self.stacked else 1
+
+    @property
+    def own_shape(self) -> tuple[int, ...]:
+        """Shape of the shard, of one expert's where it is several."""
+        return self.shape[1:] if self.stacked else self.shape
 
 
 @dataclass(frozen=True)
@@ -335,7 +347,7 @@ class Local:
     parameter: nn.Parameter
     transform: Transform
     index: int | None
-    """Which of the experts that the parameter holds; None where it is one thing."""
+    """Which of the experts that the parameter holds; None where it is the whole parameter."""
 
     def of(self, values: Tensor) -> Tensor:
         """Its part of the parameter's values, or of other values by the same places."""
@@ -353,13 +365,14 @@ class Local:
         return weights[name][self.task.expert]
 
 
-def local_tasks(model: Qwen3VLModel) -> Iterator[Local]:
-    """Every parameter that this rank holds."""
+def local_tasks(model: Qwen3VLModel, *, stacked: bool = False) -> Iterator[Local]:
+    """Every parameter that this rank holds; one that holds several experts as a task for each of
+    them, or with `stacked` as a single one."""
     for chunk in model.chunks:
-        yield from _chunk_tasks(chunk)
+        yield from _chunk_tasks(chunk, stacked)
 
 
-def _chunk_tasks(model: Qwen3VLChunk) -> Iterator[Local]:
+def _chunk_tasks(model: Qwen3VLChunk, stacked: bool) -> Iterator[Local]:
     parallel = model.parallel
     experts = model.architecture.num_experts // parallel.layout.expert
     for name, parameter in model.named_parameters():
@@ -377,15 +390,16 @@ def _chunk_tasks(model: Qwen3VLChunk) -> Iterator[Local]:
             group = parallel.groups.tp
         is_split = rule.transform.dim is not None
         is_stacked = found.get("E") == ""
-        for index in range(experts) if is_stacked else [None]:
-            own = int(found["E"]) if index is None and is_expert else index
+        for index in range(experts) if is_stacked and not stacked else [None]:
+            first = int(found.get("E") or index or 0)
             task = Task(
                 hf=tuple(hf.replace("{L}", str(layer)) for hf in rule.hf),
-                expert=parallel.groups.ep.rank() * experts + own if own is not None else -1,
+                expert=parallel.groups.ep.rank() * experts + first if is_expert else -1,
                 part=group.rank() if is_split else 0,
                 parts=group.size() if is_split else 1,
-                shape=tuple(parameter.shape[1:] if is_stacked else parameter.shape),
+                shape=tuple(parameter.shape if index is None else parameter.shape[1:]),
                 dtype=str(parameter.dtype).removeprefix("torch."),
+                stacked=is_stacked and stacked,
             )
             yield Local(task, name, parameter, rule.transform, index)
 

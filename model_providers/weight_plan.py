@@ -16,7 +16,6 @@ from __future__ import annotations
 import socket
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import cache
 from itertools import groupby
 from math import prod
 from typing import Literal
@@ -109,25 +108,22 @@ class WeightPlan:
         *,
         receivers: Sequence[int] | None = None,
         bucket_bytes: int = _BUCKET_BYTES,
-        turned_experts: bool = False,
         quantization: Quantization | None = None,
     ) -> None:
         """Every rank calls this with the same arguments.
 
         receivers: ranks that get the whole tensors; all if None. bucket_bytes: a bucket ends before
         it would grow above this, scratch memory included; a larger tensor has one to itself.
-        turned_experts: fused experts as [experts, hidden, 2 * ffn] and [experts, ffn, hidden],
-        which transformers 4.57 stores and the engines read, instead of their transpose, which
-        transformers 5 stores. quantization: fp8-block has the decoder's projections come in FP8
-        with their scales, experts one by one and unturned (fp8_blocks.py).
+        quantization: fp8-block has the decoder's projections come in FP8 with their scales, experts
+        one by one (fp8_blocks.py).
 
         Raises:
             ValueError: a projection can't be cut into blocks.
         """
-        local = list(local_tasks(model))
+        # an expert at a time, the host would take longer than the device to copy them
+        local = list(local_tasks(model, stacked=True))
         self.model, self.config, self.device = model, model.architecture, model.backend.device
         self.local = {entry.task: entry for entry in local}
-        self.turned_experts = turned_experts and quantization is None
         self.quantization = quantization
         self.receivers = list(range(dist.get_world_size()) if receivers is None else receivers)
         self._slices: dict[tuple[Transform, tuple[int, ...], int], list[list[Slice]]] = {}
@@ -228,20 +224,18 @@ class WeightPlan:
     def _check_complete(self, members: list[Task]) -> None:
         experts = self.config.num_experts if members[0].expert >= 0 else 1
         expected = experts * members[0].parts
-        assert len(members) == expected, (
-            f"{members[0].hf} has {len(members)} shards on the ranks, not {expected}"
-        )
+        found = sum(task.experts for task in members)
+        assert found == expected, f"{members[0].hf} has {found} shards on the ranks, not {expected}"
 
     def _whole(self, members: list[Task]) -> list[Tensor]:
         """The tensors that these shards make up, on the meta device."""
         task = members[0]
         transform = transform_to(task.hf[0])
-        shard = torch.empty(task.shape, dtype=getattr(torch, task.dtype), device="meta")
+        shard = torch.empty(task.own_shape, dtype=getattr(torch, task.dtype), device="meta")
         pieces = transform.to_hf(transform.join([shard] * task.parts), self.config)
         if task.expert < 0:
             return pieces
-        turned = [piece.T if self.turned_experts else piece for piece in pieces]
-        return [piece.expand(self.config.num_experts, *piece.shape) for piece in turned]
+        return [piece.expand(self.config.num_experts, *piece.shape) for piece in pieces]
 
     def _route(self, bucket: Bucket, holders: dict[Task, list[int]], hosts: list[str]) -> None:
         rank, world = dist.get_rank(), dist.get_world_size()
@@ -268,8 +262,6 @@ class WeightPlan:
         """This rank's shards; it reads those that nobody wants from it too, as ranks that hold the
         same ones may have to read them together."""
         own = {}
-        # a parameter may hold many experts
-        read = cache(read)
         for task in bucket.tasks:
             if task in self.local:
                 entry = self.local[task]
@@ -300,22 +292,24 @@ class WeightPlan:
         for name, slices in zip(task.hf, self._slices_of(task, transform), strict=True):
             target = tensors[name]
             if task.expert >= 0:
-                target = target[task.expert]
-                target = target.T if self.turned_experts else target
+                target = target.narrow(0, task.expert, task.experts)
+                target = target if task.stacked else target[0]
             if transform.dim is None:
                 copies.add(target.view(source.shape), source)
                 continue
+            # counted from the last, as several experts have an axis before the transform's
+            dim = transform.dim - len(task.own_shape)
             for part in slices:
                 if part.part == task.part:
                     copies.add(
-                        target.narrow(transform.dim, part.target, part.length),
-                        source.narrow(transform.dim, part.source, part.length),
+                        target.narrow(dim, part.target, part.length),
+                        source.narrow(dim, part.source, part.length),
                     )
 
     def _slices_of(self, task: Task, transform: Transform) -> list[list[Slice]]:
-        key = transform, task.shape, task.parts
+        key = transform, task.own_shape, task.parts
         if key not in self._slices:
-            self._slices[key] = slices(transform, task.shape, task.parts, self.config)
+            self._slices[key] = slices(transform, task.own_shape, task.parts, self.config)
         return self._slices[key]
 
 

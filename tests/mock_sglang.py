@@ -2,7 +2,8 @@
 
 Weights come as to SGLang: an update names sockets by GPU, each of which hands over memory once and
 then lists of what lies where in it (checkpoint-engine's worker.update_weights_from_ipc). They are
-loaded when the update ends; of FP8 weights what they stand for.
+loaded when the update ends, fused experts under the names of transformers 5, which has them as they
+are sent; of FP8 weights what they stand for.
 
 python -m tests.mock_sglang takes a server's command line, of which it needs --model-path and
 --port, and its key from SGLANG_API_KEY.
@@ -32,7 +33,7 @@ from checkpoint_tools.quantize import dequantized
 from checkpoint_tools.weights import unequal
 from model_providers.fp8_blocks import SCALE
 from prism_megatron.config.schema import Sampling
-from prism_megatron.rollout import ipc_load, outer_group, pixels
+from prism_megatron.rollout import fused_experts, ipc_load, outer_group, pixels
 from prism_megatron.rollout.local import LocalEngine
 from prism_megatron.types import Prompt, VisualInputs
 
@@ -93,7 +94,7 @@ class MockSGLang:
                 updates = list(pool.map(self._update, body["zmq_handles"].values()))
             for name, tensor in updates[0].items():
                 assert not any(unequal(tensor, update[name]) for update in updates)
-            self.load(updates[0], int(body["weight_version"]))
+            self.load(_named(updates[0]), int(body["weight_version"]))
         if path == "/init_weights_update_group":
             self.groups[body["group_name"]] = outer_group.join(
                 body["master_address"],
@@ -118,7 +119,7 @@ class MockSGLang:
                 group = self.groups[body["group_name"]]
                 outer_group.broadcast(self.received[name], group).wait()
             if body["weight_version"] is not None:
-                self.load(self.received, int(body["weight_version"]))
+                self.load(_named(self.received), int(body["weight_version"]))
         if path == "/update_weights_from_disk":
             if body["load_format"] != "auto":
                 return 400, {"success": False, "message": "Failed to get model loader"}
@@ -196,6 +197,12 @@ class MockSGLang:
         begins = [_common(named, old) for old in self.seen]
         self.seen.append(named)
         return min(max(begins, default=0), len(named) - 1)
+
+
+def _named(sent: dict[str, Tensor]) -> dict[str, Tensor]:
+    for name in sent:
+        assert fused_experts.sent_name(name) == name, f"an engine would turn {name}"
+    return {fused_experts.hf_name(name): tensor for name, tensor in sent.items()}
 
 
 def _common(a: list[int], b: list[int]) -> int:

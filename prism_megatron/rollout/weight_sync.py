@@ -8,6 +8,7 @@
 
     weights that nobody trains: the engine reads the Hugging Face directory that is there
 
+Fused experts are sent as engines hold them (fused_experts.py).
 Weights for engines that hold them quantised are quantised as a bucket is gathered.
 While an engine loads one bucket, the trainers gather the next. A sync ends with every engine
 answering with the new version; one that does not stops the run, since its rollouts would be
@@ -40,7 +41,7 @@ from torch.multiprocessing.reductions import reduce_tensor
 from checkpoint_tools import hf_writer
 from model_providers.qwen3_vl import Qwen3VLModel
 from model_providers.weight_plan import Bucket, Quantization, WeightPlan
-from prism_megatron.rollout import outer_group
+from prism_megatron.rollout import fused_experts, outer_group
 from prism_megatron.rollout.engine import RolloutEngine
 
 BUCKET_BYTES = 2**30
@@ -140,7 +141,6 @@ class IpcSync:
             model,
             receivers=receivers,
             bucket_bytes=bucket_bytes,
-            turned_experts=True,
             quantization=quantization,
         )
         self._settled: list[Server] = []
@@ -228,7 +228,7 @@ class _Lender:
         self._send(
             [
                 {
-                    "name": tensor.name,
+                    "name": fused_experts.sent_name(tensor.name),
                     "shape": tensor.shape,
                     "dtype": tensor.dtype,
                     "offset": offset + tensor.offset,
@@ -303,7 +303,6 @@ class BroadcastSync:
             model,
             receivers=[0],
             bucket_bytes=bucket_bytes,
-            turned_experts=True,
             quantization=quantization,
         )
         self._joined: list[Server] = []
@@ -409,8 +408,9 @@ class BroadcastSync:
         group = self._group.result()
         sending = _begin(lambda: [outer_group.broadcast(tensor, group) for _, tensor in tensors])
         doing: dict[Future[Any], str] = {sending: "rank 0"}
+        named = [(fused_experts.sent_name(name), tensor) for name, tensor in tensors]
         for server in self._joined:
-            load = partial(server.load_broadcast, tensors, self._name, version)
+            load = partial(server.load_broadcast, named, self._name, version)
             doing[_begin(load)] = server.url
         mib = sum(tensor.nbytes for _, tensor in tensors) / 2**20
 

@@ -89,7 +89,6 @@ def _planned(path: Path, layout: Layout, receivers: list[int], bucket_bytes: int
         model,
         receivers=receivers,
         bucket_bytes=bucket_bytes,
-        turned_experts=True,
         quantization="fp8-block",
     )
     memory = plan.buffer()

@@ -26,6 +26,7 @@ from prism_megatron.rollout.sglang import SGLangEngine
 from prism_megatron.rollout.vocabulary import Vocabulary
 from prism_megatron.rollout.weight_sync import BroadcastSync, DiskSync, IpcSync, StoredSync
 from prism_megatron.types import Prompt
+from tests import tiny_models
 from tests.dist import checks
 from tests.dist.ranks import Ranks
 from tests.mock_sglang import KEY, MockSGLang, serve
@@ -48,13 +49,24 @@ def _model(path: Path, layout: Layout) -> Qwen3VLModel:
     return model
 
 
+class _Keeps(MockSGLang):
+    """Only keeps weights: the engine in it is a dense model's."""
+
+    def load(self, weights: dict[str, torch.Tensor], version: int) -> None:
+        self.loaded, self.version = weights, version
+
+
+def _server(path: Path) -> MockSGLang:
+    return (_Keeps if Qwen3VLConfig.from_hf(path).num_experts else MockSGLang)(path)
+
+
 def _sync(path: Path, layout: Layout, refuse: str, forget: bool, scratch: Path | None) -> Any:
     """The error, or the names that the server got changed or not at all, with what it was asked."""
     model = _model(path, layout)
     with ExitStack() as stack:
         mock, box = None, [""]
         if dist.get_rank() == 0:
-            mock = MockSGLang(path)
+            mock = _server(path)
             mock.refuse, mock.forget_version = refuse, forget
             box = [stack.enter_context(serve(mock))]
         dist.broadcast_object_list(box, src=0)
@@ -100,6 +112,28 @@ def test_engines_on_the_trainers_gpus_map_every_weight(
     ]
 
 
+@pytest.fixture(scope="module")
+def experts_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    model = tiny_models.build("moe")
+    model.generation_config = tiny_model().generation_config
+    return save(model, tmp_path_factory.mktemp("experts"))
+
+
+@pytest.mark.parametrize(
+    "world, layout",
+    [
+        (1, Layout()),
+        (2, Layout(expert=2)),
+        (4, Layout(tensor=2, expert=2, expert_tensor=2, sequence_parallel=True)),
+    ],
+)
+def test_experts_come_under_names_that_say_how_they_lie(
+    ranks: Worlds, experts_dir: Path, world: int, layout: Layout
+) -> None:
+    wrong, _, paused = ranks(world).run(_sync, experts_dir, layout, "", False, None)[0]
+    assert wrong == [] and not paused
+
+
 def _broadcast(path: Path, layout: Layout) -> Any:
     """What a server in another process got changed or not at all, with what it was asked."""
     model = _model(path, layout)
@@ -109,7 +143,7 @@ def _broadcast(path: Path, layout: Layout) -> Any:
         mock, box = None, [""]
         # the first rank sends, so the server lives with the last one
         if dist.get_rank() == dist.get_world_size() - 1:
-            mock = MockSGLang(path)
+            mock = _server(path)
             box = [stack.enter_context(serve(mock))]
         dist.broadcast_object_list(box, src=dist.get_world_size() - 1)
         servers = {0: SGLangEngine(box[0], KEY, Vocabulary.of(path))}
@@ -133,6 +167,11 @@ def test_engines_on_gpus_of_their_own_are_sent_every_weight(ranks: Worlds, hf_di
     assert wrong == [] and version == 4
     assert paths.count("/init_weights_update_group") == 1
     assert paths.count("/update_weights_from_distributed") > 4
+
+
+def test_experts_come_by_broadcast_too(ranks: Worlds, experts_dir: Path) -> None:
+    wrong, _, version = ranks(2).run(_broadcast, experts_dir, Layout(expert=2))[1]
+    assert wrong == [] and version == 4
 
 
 def test_engines_elsewhere_read_a_folder_that_is_gone_afterwards(
