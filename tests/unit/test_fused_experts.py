@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterable
 from types import ModuleType, SimpleNamespace
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -90,8 +91,8 @@ def test_names_lead_there_and_back_and_others_stay() -> None:
         assert fused_experts.as_stored(name, tensor) == (name, tensor)
 
 
-class _SGLangs(nn.Module):
-    """In the place of SGLang's own model: what its load_weights was given."""
+class _Own(nn.Module):
+    """In the place of an engine's own model: what its load_weights was given."""
 
     def __init__(self, experts: Any) -> None:
         super().__init__()
@@ -121,7 +122,7 @@ def place(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
         "layers.moe.fused_moe_triton.layer": {"FusedMoE": _Experts},
         "layers.quantization.unquant": {"UnquantizedFusedMoEMethod": _Method},
         "layers.utils": {"get_layer_id": lambda name: int(name.split("layers.")[1].split(".")[0])},
-        "models": {"qwen3_vl_moe": SimpleNamespace(Qwen3VLMoeForConditionalGeneration=_SGLangs)},
+        "models": {"qwen3_vl_moe": SimpleNamespace(Qwen3VLMoeForConditionalGeneration=_Own)},
     }
     for name, members in contents.items():
         module = ModuleType(f"sglang.srt.{name}")
@@ -169,18 +170,26 @@ def test_sglang_copies_fused_experts_and_loads_the_rest_itself(place: SimpleName
     assert model.given == [[other, on_disk]]
 
 
-class _FlashInfer(_Method):
-    pass
+class _Quantised(_Method):
+    """Another method than that of BF16."""
 
 
-class _Cutlass(_Method):
-    load_up_proj_weight_first = True
+def _up_first() -> _Method:
+    method = _Method()
+    method.load_up_proj_weight_first = True
+    return method
+
+
+class _DeepEP(_Experts):
+    """Another layer than FusedMoE."""
 
 
 @pytest.mark.parametrize(
     "changes",
     [
-        {"quant_method": _FlashInfer()},
+        {"quant_method": _Quantised()},
+        {"quant_method": _up_first()},
+        {"kind": _DeepEP},
         {"use_presharded_weights": True},
         {"num_fused_shared_experts": 1},
         {"use_triton_kernels": True},
@@ -188,25 +197,20 @@ class _Cutlass(_Method):
         {"w13_weight": torch.zeros(3, 2 * FFN, HIDDEN), "w2_weight": torch.zeros(3, HIDDEN, 16)},
         {"location": _location([1, 0, 2, 3, 4, 5])},
         {"location": _location([*range(EXPERTS), 0, 1])},
-        {"up_first": True},
-        {"stages": (0, 1)},
+        {"end_layer": 1},
         {"encoder_only": True},
-        {"subclass": True},
     ],
     ids=lambda changes: next(iter(changes)),
 )
 def test_sglangs_own_loader_gets_what_lies_otherwise_as_a_checkpoint_has_it(
-    place: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]
+    place: SimpleNamespace, changes: dict[str, Any]
 ) -> None:
-    changes = dict(changes)
-    place.location = changes.pop("location", None)
-    stages, encoder = changes.pop("stages", (1, 2)), changes.pop("encoder_only", False)
-    if changes.pop("up_first", False):
-        monkeypatch.setattr(_Method, "load_up_proj_weight_first", True)
-    kind = type("_DeepEP", (_Experts,), {}) if changes.pop("subclass", False) else _Experts
-    model = place.model(kind(**vars(_experts(place, **changes))))
-    model.model.start_layer, model.model.end_layer = stages
-    model.config.encoder_only = encoder
+    changed = dict(changes)
+    place.location = changed.pop("location", None)
+    kind, end = changed.pop("kind", _Experts), changed.pop("end_layer", 2)
+    encoder_only = changed.pop("encoder_only", False)
+    model = place.model(kind(**vars(_experts(place, **changed))))
+    model.model.end_layer, model.config.encoder_only = end, encoder_only
     sent = _sent()
     model.load_weights(iter(sent.items()))
     [given] = model.given
@@ -214,3 +218,23 @@ def test_sglangs_own_loader_gets_what_lies_otherwise_as_a_checkpoint_has_it(
     for (_, tensor), whole in zip(given, sent.values(), strict=True):
         assert torch.equal(tensor, whole.transpose(1, 2))
     assert all(tensor.isnan().all() for tensor in place.empty.values())
+
+
+def test_vllms_own_loader_gets_them_as_a_checkpoint_has_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    loader = "vllm.model_executor.model_loader"
+    for name in ("vllm", "vllm.config", f"{loader}.reload", f"{loader}.utils"):
+        monkeypatch.setitem(sys.modules, name, MagicMock())
+    module = importlib.import_module("prism_megatron.rollout.vllm_server")
+    del sys.modules[module.__name__]
+    monkeypatch.setattr(torch.accelerator, "synchronize", lambda: None)
+    worker, model = module.WeightExtension(), _Own(None)
+    worker.model_runner = SimpleNamespace(model=model)
+    sent, norm = _sent(), ("model.language_model.norm.weight", torch.ones(2))
+    worker._load([*sent.items(), norm])
+    [[gate_up, down, other]] = model.given
+    assert (gate_up[0], down[0]) == (LAYER + "gate_up_proj", LAYER + "down_proj")
+    assert torch.equal(gate_up[1], sent[LAYER + "w13_weight"].transpose(1, 2))
+    assert torch.equal(down[1], sent[LAYER + "w2_weight"].transpose(1, 2))
+    assert other[0] == norm[0] and torch.equal(other[1], norm[1])
