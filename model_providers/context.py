@@ -79,12 +79,14 @@ class ContextShare:
             backend=backend,
         )
 
-    def take(self, values: Tensor, padding: float) -> Tensor:
-        """Values of the row [..., T] -> those of this rank's tokens [..., size]."""
+    def take(self, values: Tensor, padding: float | Tensor) -> Tensor:
+        """Values of the row [..., T] -> those of this rank's tokens [..., size]; padding: those of
+        a token that is padding, [...] or fewer axes."""
         if self.group.size() == 1:
             return values
-        filled = torch.cat([values, values.new_full((*values.shape[:-1], 1), padding)], dim=-1)
-        return filled[..., self.tokens]
+        last = torch.as_tensor(padding, dtype=values.dtype, device=values.device)
+        last = last.expand(values.shape[:-1]).unsqueeze(-1)
+        return torch.cat([values, last], dim=-1)[..., self.tokens]
 
     def find(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Positions in the row [V], on the host -> the rank that holds each, and where there."""

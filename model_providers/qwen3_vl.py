@@ -458,7 +458,9 @@ class Qwen3VLChunk(MegatronModule):
         if batch.routes is None:
             return router_mask(padding, section)
         mine = slice(self.first_router, self.first_router + len(self.routers))
-        routes = share.take(batch.routes[:, mine].permute(1, 2, 0), 0)[..., local]
+        # padding takes as many experts as other tokens: fused kernels would take one twice
+        first = torch.arange(batch.routes.shape[2])
+        routes = share.take(batch.routes[:, mine].permute(1, 2, 0), first)[..., local]
         return router_mask(padding, section, routes.permute(2, 0, 1), self.architecture.num_experts)
 
     def _routes(self, share: ContextShare) -> Tensor:

@@ -10,6 +10,7 @@ import torch
 
 from model_providers import backend as backends
 from model_providers.context import ContextShare
+from model_providers.qwen3_vl import Qwen3VLChunk
 
 LENGTHS = [7, 1, 12, 3, 16]
 
@@ -63,3 +64,27 @@ def test_ranks_have_an_equal_part_of_every_sequence(ranks: int) -> None:
         whole[: len(part)] = part
         middle.append(whole[length // 2 - chunk : length // 2 + chunk])
     assert torch.equal(share.take(row, 0), torch.cat(middle))
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_in_routing_replay_every_token_has_all_its_experts(ranks: int) -> None:
+    """Padding, too: of fewer, a fused router makes NaN."""
+    layers, choices, experts, total = 3, 2, 5, sum(LENGTHS)
+    drawn = torch.rand(total, layers, experts, generator=torch.Generator().manual_seed(7))
+    batch: Any = SimpleNamespace(routes=drawn.topk(choices).indices.to(torch.uint8))
+    chunk: Any = SimpleNamespace(
+        routers=[None, None],
+        first_router=1,
+        architecture=SimpleNamespace(num_experts=experts),
+    )
+    for rank in range(ranks):
+        share = _share(LENGTHS, ranks, rank)
+        flags = torch.zeros(share.size, dtype=torch.bool)
+        mask = Qwen3VLChunk._router_mask(chunk, batch, share, slice(None), flags, flags.long())
+        assert mask is not None
+        taken = mask[2:].view(2, experts, share.size)
+        assert (taken.sum(1) == choices).all()
+        for place, token in enumerate(share.tokens.tolist()):
+            if token < total:
+                again = taken[:, :, place].nonzero()[:, 1].view(2, choices)
+                assert torch.equal(again, batch.routes[token, 1:].long().sort(-1).values)
