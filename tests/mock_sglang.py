@@ -58,6 +58,8 @@ class MockSGLang:
         """Prompts since the last load, with an image's name in place of its tokens."""
         self.received: dict[str, Tensor] = {}
         self.groups: dict[str, dist.ProcessGroup] = {}
+        self.busy = False
+        """Whether requests wait in the queue until they are cut off."""
         self.refuse = ""
         """A path that is answered with status 400."""
         self.forget_version = False
@@ -166,6 +168,9 @@ class MockSGLang:
         assert {int(token) for token in given["logit_bias"]} == self.placeholders
         stop = Event()
         self.stops.append(stop)
+        if self.busy:
+            stop.wait()
+            return [self._cut_off_in_the_queue() for _ in range(sampling.n)]
         [group] = self.engine.sample([prompt], sampling, ["key"], stop)
         cached = self._cached(prompt)
         # as SGLang, which reads the prompt of several samples once before them
@@ -186,6 +191,17 @@ class MockSGLang:
             for rollout in group
         ]
         return answers if sampling.n > 1 else answers[0]
+
+    def _cut_off_in_the_queue(self) -> Any:
+        """As TokenizerManager._handle_abort_req answers."""
+        return {
+            "meta_info": {
+                "finish_reason": {"type": "abort", "message": "Abort in waiting queue"},
+                "weight_version": str(self.version),
+                "output_token_logprobs": [],
+                "completion_tokens": 0,
+            }
+        }
 
     def _cached(self, prompt: Prompt) -> int:
         """Tokens of a prompt, not all of which are ever taken from the cache, that begin an earlier

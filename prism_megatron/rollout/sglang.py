@@ -86,7 +86,10 @@ class SGLangEngine(HttpEngine):
         return [self._rollout(one["meta_info"], len(prompt.input_ids)) for one in answers]
 
     def _rollout(self, meta: Mapping[str, Any], prompt_tokens: int) -> Rollout:
-        if meta["prompt_tokens"] != prompt_tokens:
+        # of what it cuts off in its queue, where it had to wait or was put back to, the server
+        # tells what had been sampled until then, and neither the prompt's length nor experts
+        queued = meta["finish_reason"]["type"] == "abort" and "prompt_tokens" not in meta
+        if not queued and meta["prompt_tokens"] != prompt_tokens:
             raise RuntimeError(
                 f"{self.url} read a prompt of {meta['prompt_tokens']} tokens instead of "
                 f"{prompt_tokens}; its processor is not that of prism_megatron.rollout."
@@ -95,7 +98,7 @@ class SGLangEngine(HttpEngine):
         tokens = [(token, logprob) for logprob, token, *_ in meta["output_token_logprobs"]]
         ids = tuple(token for token, _ in tokens)
         routes = None
-        if self.routes:
+        if self.routes and not queued:
             chosen = np.frombuffer(base64.b64decode(meta["routed_experts"]), dtype=np.int32)
             routes = small_routes(chosen, prompt_tokens + len(ids) - 1)
         return Rollout(
@@ -104,7 +107,7 @@ class SGLangEngine(HttpEngine):
             finish_reason=self.vocabulary.finish_reason(ids, meta["finish_reason"]["type"]),
             weight_version=int(meta["weight_version"]),
             routes=routes,
-            cached=meta["cached_tokens"],
+            cached=0 if queued else meta["cached_tokens"],
         )
 
     async def weight_version(self) -> int:

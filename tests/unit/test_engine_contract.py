@@ -9,11 +9,13 @@ from pathlib import Path
 
 import pytest
 
+from prism_megatron.config.schema import Sampling
 from prism_megatron.rollout.actors import AsyncLocalEngine
 from prism_megatron.rollout.engine import EngineClient
 from prism_megatron.rollout.sglang import SGLangEngine
 from prism_megatron.rollout.vllm import VLLMEngine
 from prism_megatron.rollout.vocabulary import Vocabulary
+from prism_megatron.types import Prompt, Rollout
 from tests.engine_contract import CASES, SEEDED, VERSION, WEIGHTS_SEED
 from tests.mock_sglang import KEY, MockSGLang, serve
 from tests.mock_vllm import MockVLLM
@@ -54,6 +56,31 @@ def test_contract_over_http(
     mock.load(dict(tiny_model(seed=WEIGHTS_SEED).named_parameters()), VERSION)
     with serve(mock) as url:
         asyncio.run(run(url))
+
+
+@pytest.mark.parametrize("routes", [False, True])
+def test_what_is_cut_off_in_a_servers_queue_is_a_rollout_of_nothing(
+    hf_dir: Path, routes: bool
+) -> None:
+    async def run(url: str) -> list[Rollout]:
+        engine = SGLangEngine(url, KEY, Vocabulary.of(hf_dir), routes=routes)
+        prompt = Prompt("row", (3, 4, 5), ())
+        waiting = asyncio.create_task(
+            engine.generate(prompt, Sampling(n=2, max_new_tokens=4), "key")
+        )
+        while not waiting.done():
+            await asyncio.sleep(0.05)
+            await engine.abort()
+        await engine.close()
+        return await waiting
+
+    mock = MockSGLang(hf_dir)
+    mock.busy, mock.version = True, 6
+    with serve(mock) as url:
+        found = asyncio.run(run(url))
+    assert [(r.ids, r.finish_reason, r.weight_version, r.routes) for r in found] == 2 * [
+        ((), "abort", 6, None)
+    ]
 
 
 def test_a_server_is_idle_before_it_sleeps_and_its_health_takes_no_sample(hf_dir: Path) -> None:
