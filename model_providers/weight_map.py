@@ -162,16 +162,15 @@ class Patches(Transform):
 
 @dataclass(frozen=True)
 class Rule:
-    """Megatron name and Hugging Face names, with {L} for the layer and {E} for the expert.
-
-    An {E} on the Megatron side only means slice E of a fused [experts, ...] tensor; it is empty
-    where one parameter holds all experts of a rank.
-    """
+    """Megatron name and Hugging Face names, with {L} for the layer."""
 
     megatron: tuple[str, ...]
     """The same parameter as each backend's layers name it."""
     hf: tuple[str, ...]
     transform: Transform
+    """Of one expert where they are experts."""
+    experts: bool = False
+    """Whether these are all experts of a layer, [experts, ...], of which each rank holds some."""
 
 
 SAME = Transform()
@@ -258,14 +257,16 @@ RULES: tuple[Rule, ...] = (
     Rule((_LAYER + "mlp.linear_fc2.weight",), (_HF_LAYER + "mlp.down_proj.weight",), Split(1)),
     Rule((_LAYER + "mlp.router.weight",), (_HF_LAYER + "mlp.gate.weight",), SAME),
     Rule(
-        (_LAYER + "mlp.experts.linear_fc1.weight{E}",),
+        (_LAYER + "mlp.experts.linear_fc1.weight",),
         (_HF_LAYER + "mlp.experts.gate_up_proj",),
         FusedGatedUp(),
+        experts=True,
     ),
     Rule(
-        (_LAYER + "mlp.experts.linear_fc2.weight{E}",),
+        (_LAYER + "mlp.experts.linear_fc2.weight",),
         (_HF_LAYER + "mlp.experts.down_proj",),
         Split(1),
+        experts=True,
     ),
     Rule(
         ("vision_model.patch_embed.weight",), ("model.visual.patch_embed.proj.weight",), Patches()
@@ -303,7 +304,7 @@ RULES: tuple[Rule, ...] = (
 
 
 def _pattern(template: str) -> re.Pattern[str]:
-    escaped = re.escape(template).replace(r"\{L\}", r"(?P<L>\d+)").replace(r"\{E\}", r"(?P<E>\d*)")
+    escaped = re.escape(template).replace(r"\{L\}", r"(?P<L>\d+)")
     return re.compile(escaped + "$")
 
 
@@ -366,40 +367,40 @@ class Local:
 
 
 def local_tasks(model: Qwen3VLModel, *, stacked: bool = False) -> Iterator[Local]:
-    """Every parameter that this rank holds; one that holds several experts as a task for each of
-    them, or with `stacked` as a single one."""
+    """Every parameter that this rank holds; one of experts as a task for each of them, or with
+    `stacked` as a single one."""
     for chunk in model.chunks:
         yield from _chunk_tasks(chunk, stacked)
 
 
 def _chunk_tasks(model: Qwen3VLChunk, stacked: bool) -> Iterator[Local]:
     parallel = model.parallel
-    experts = model.architecture.num_experts // parallel.layout.expert
     for name, parameter in model.named_parameters():
         match, rule = _match(name)
-        found = match.groupdict()
-        is_expert = "E" in found
-        layer = int(found.get("L", -1))
+        layer = int(match.groupdict().get("L", -1))
         if name.startswith("language_model.") and layer >= 0:
             layer = model.language_model.layers[layer]
-        if is_expert:
+        if rule.experts:
             group = parallel.groups.expt_tp
         elif name.startswith("vision_model."):
             group = model.vision_model.tp_group
         else:
             group = parallel.groups.tp
         is_split = rule.transform.dim is not None
-        is_stacked = found.get("E") == ""
-        for index in range(experts) if is_stacked and not stacked else [None]:
-            first = int(found.get("E") or index or 0)
+        one_by_one = rule.experts and not stacked
+        for index in range(len(parameter)) if one_by_one else [None]:
             task = Task(
                 hf=tuple(hf.replace("{L}", str(layer)) for hf in rule.hf),
-                expert=parallel.groups.ep.rank() * experts + first if is_expert else -1,
+                expert=(
+                    parallel.groups.ep.rank() * len(parameter) + (index or 0)
+                    if rule.experts
+                    else -1
+                ),
                 part=group.rank() if is_split else 0,
                 parts=group.size() if is_split else 1,
-                shape=tuple(parameter.shape if index is None else parameter.shape[1:]),
+                shape=tuple(parameter.shape[1:] if one_by_one else parameter.shape),
                 dtype=str(parameter.dtype).removeprefix("torch."),
-                stacked=is_stacked and stacked,
+                stacked=rule.experts and stacked,
             )
             yield Local(task, name, parameter, rule.transform, index)
 

@@ -265,7 +265,7 @@ class WeightPlan:
         for task in bucket.tasks:
             if task in self.local:
                 entry = self.local[task]
-                own[task] = entry.of(read(entry.parameter)).contiguous()
+                own[task] = read(entry.parameter).contiguous()
                 assert own[task].dtype == getattr(torch, task.dtype), "others expect its dtype"
         return own
 
@@ -293,7 +293,6 @@ class WeightPlan:
             target = tensors[name]
             if task.expert >= 0:
                 target = target.narrow(0, task.expert, task.experts)
-                target = target if task.stacked else target[0]
             if transform.dim is None:
                 copies.add(target.view(source.shape), source)
                 continue

@@ -4,9 +4,7 @@ refused by name."""
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
-from unittest import mock
 
 import pytest
 import torch
@@ -15,11 +13,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from model_providers import backend as backends
-from model_providers import weight_plan
 from model_providers.architecture import Qwen3VLConfig
 from model_providers.parallel import Layout
 from model_providers.qwen3_vl import Head, Qwen3VLModel
-from model_providers.weight_map import load_hf_weights, local_tasks
+from model_providers.weight_map import load_hf_weights
 from model_providers.weight_plan import WeightPlan, iter_hf_weights
 from tests.dist import checks
 from tests.dist.ranks import Ranks
@@ -88,28 +85,20 @@ def test_round_trip_is_bit_equal_on_every_rank(
     assert ranks(world).run(_round_trip, hf_models[kind], layout) == [[]] * world
 
 
-def _planned(
-    path: Path, layout: Layout, receivers: list[int], bucket_bytes: int, stacked: bool = True
-) -> list[str]:
-    """Names that a receiver gets changed, twice or not at all, and that another rank gets.
-
-    stacked: a rank's experts travel together; otherwise one by one, as from parameters of their
-    own.
-    """
+def _planned(path: Path, layout: Layout, receivers: list[int], bucket_bytes: int) -> list[str]:
+    """Names that a receiver gets changed, twice or not at all, and that another rank gets; a rank's
+    experts travel together."""
     weights = load_file(path / "model.safetensors")
     model = _model(path, layout)
     load_hf_weights(model, weights, str(path))
-    split = partial(local_tasks, stacked=stacked)
-    with mock.patch.object(weight_plan, "local_tasks", lambda model, **_: split(model)):
-        plan = WeightPlan(model, receivers=receivers, bucket_bytes=bucket_bytes)
+    plan = WeightPlan(model, receivers=receivers, bucket_bytes=bucket_bytes)
     fused = [
         task
         for b in plan.buckets
         for task in b.tasks
         if task.hf[0].endswith("0.mlp.experts.down_proj")
     ]
-    pieces = layout.expert if stacked else model.architecture.num_experts
-    assert len(fused) == pieces * layout.expert_tensor * ("moe" in path.name)
+    assert len(fused) == layout.expert * layout.expert_tensor * ("moe" in path.name)
     memory = plan.buffer()
     wrong, seen = [], set()
     for bucket in plan.buckets:
@@ -149,14 +138,6 @@ def test_receivers_alone_get_the_weights_bucket_by_bucket(
 ) -> None:
     found = ranks(world).run(_planned, hf_models[kind], layout, receivers, bucket_bytes)
     assert found == [[]] * world
-
-
-def test_experts_that_are_parameters_of_their_own_travel_too(
-    ranks: Worlds, hf_models: dict[str, Path]
-) -> None:
-    layout = Layout(tensor=2, expert=2, expert_tensor=2, sequence_parallel=True)
-    found = ranks(4).run(_planned, hf_models["moe"], layout, [0, 1], 2**16, False)
-    assert found == [[]] * 4
 
 
 def _refusal(path: Path, head: Head, change: Callable[[dict[str, Tensor]], None]) -> str:
