@@ -241,8 +241,10 @@ def main() -> None:
     print(json.dumps(result, indent=2))
     options.out.write_text(json.dumps(result, indent=2) + "\n")
     for case, values in result["apart"].items():
-        # BF16 keeps eight bits
-        assert all(value < 0.01 for value in values.values()), (case, values)
+        # BF16 keeps eight bits; by one of them a value may be rounded to the next in FP8, which is
+        # a sixteenth away
+        near = {"out": 0.03, "tokens": 0.03} if "fp8" in case else {}
+        assert all(v < near.get(name, 0.01) for name, v in values.items()), (case, values)
     assert result["same_bits"]
     torch.distributed.destroy_process_group()
 
