@@ -130,6 +130,9 @@ host() {
             --profile "$out/host-16-layers-$recipe.txt"
         bench host-12-layers-16k-$recipe 1 "${shape[@]}" --layers 12 --rows 12 --fp8 $recipe \
             --micro-batch-tokens 16384 --profile "$out/host-12-layers-16k-$recipe.txt"
+        # all of 8B, with room for its activations alone
+        bench dense-1gpu-offload-$recipe 1 "${shape[@]}" --offload --rows 32 --fp8 $recipe \
+            --micro-batch-tokens 12288 --steps 3 --profile "$out/dense-1gpu-offload-$recipe.txt"
     done
 }
 # what training waits for checkpoints that are written beside it
@@ -152,8 +155,13 @@ moe() {
     local flags=(--model qwen3-vl-30b-a3b --expert 4 --rows 8 --recompute-vision)
     local few=(--model qwen3-vl-30b-a3b --layers 12 --expert 2 --moments bfloat16)
     bench moe-12-layers-ep2 2 "${few[@]}" --rows 8 --profile "$out/moe-12-layers-ep2.txt"
-    bench moe-12-layers-ep2-16k 2 "${few[@]}" --rows 16 --micro-batch-tokens 16384 \
-        --profile "$out/moe-12-layers-ep2-16k.txt"
+    local recipe
+    for recipe in off tensorwise; do
+        bench moe-12-layers-ep2-16k-$recipe 2 "${few[@]}" --rows 16 --micro-batch-tokens 16384 \
+            --fp8 $recipe --profile "$out/moe-12-layers-ep2-16k-$recipe.txt"
+        bench moe-235b-2-layers-16k-$recipe 1 --model qwen3-vl-235b-a22b --layers 2 --rows 12 \
+            --micro-batch-tokens 16384 --moments bfloat16 --fp8 $recipe
+    done
     bench moe-bf16 4 "${flags[@]}" --moments bfloat16 --micro-batch-tokens 4096 \
         --profile "$out/moe-bf16.txt"
 }
