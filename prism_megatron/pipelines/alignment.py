@@ -253,6 +253,7 @@ class Game:
             "stale_share": stale_share([rollout for _, rollout in samples], number),
             **cache_shares(samples, self.policy.model.architecture.image_token_id),
             "weight_version": self.sampler.engine.weight_version,
+            "engine_restarts": self.sampler.engine.restarts,
             "sync_s": synced["total"],
             **slept,
             **self.validator.metrics(number + 1),

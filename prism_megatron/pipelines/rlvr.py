@@ -161,6 +161,7 @@ class Trainer:
             "stale_share": stale_share([rollout for _, rollout in samples], number),
             **cache_shares(samples, self.policy.model.architecture.image_token_id),
             "weight_version": self.sampler.engine.weight_version,
+            "engine_restarts": self.sampler.engine.restarts,
             "sync_s": synced["total"],
             **slept,
             **self.validator.metrics(number + 1),

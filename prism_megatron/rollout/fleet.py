@@ -41,6 +41,11 @@ class Fleet(Protocol):
         """Version of the weights that the next response is sampled with; -1 before any sync."""
         ...
 
+    @property
+    def restarts(self) -> int:
+        """How often engines had been started again by the last sync, over all of them."""
+        ...
+
     def sync(self, version: int) -> dict[str, float]:
         """Give the engines the policy's weights of now, and make sure that they have them; seconds
         by phase, "total" among them."""
@@ -145,6 +150,8 @@ def share_out[T, R](items: Sequence[T], compute: Callable[[Sequence[T]], Sequenc
 
 class EmbeddedFleet:
     """A LocalEngine in every rank: each samples every world-th prompt, all get all rollouts."""
+
+    restarts = 0
 
     def __init__(self, engine: LocalEngine, weights: Weights) -> None:
         self.engine, self.weights = engine, weights

@@ -119,6 +119,7 @@ class RayFleet:
         self._server = server
         self._manager: Any = None
         self.weight_version = -1
+        self.restarts = 0
         # ranks wait for the slowest one and for restarts, longer than any training collective
         patience = config.request_timeout * config.max_attempts + config.start_timeout
         self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=patience))
@@ -149,7 +150,7 @@ class RayFleet:
         phases = self._refit(leases, version)
         if self.config.sleep:
             self._first(lambda: self._ask(self._manager.wake, "kv_cache"))
-        self._first(lambda: self._ask(self._manager.confirm))
+        self.restarts = self._first(lambda: self._ask(self._manager.confirm))
         self.weight_version = version
         self._report()
         if self._work is not None:

@@ -300,6 +300,7 @@ def _train_and_kill(step: int) -> list[list[Rollout]]:
     """The policy changes while prompts are out, and then all engines die."""
     global _version
     _sync(13)
+    before = _fleet.restarts
     _fleet.submit(step_prompts(), LONG, step)
     _version = 14
     if dist.get_rank() == 0:
@@ -308,7 +309,9 @@ def _train_and_kill(step: int) -> list[list[Rollout]]:
             time.sleep(0.01)
         for pid in pids():
             os.kill(pid, signal.SIGKILL)
-    return _fleet.collect(_version)
+    answers = _fleet.collect(_version)
+    assert _fleet.restarts > before
+    return answers
 
 
 def test_engines_that_lost_their_weights_get_those_of_now(fleet: Ranks) -> None:

@@ -14,7 +14,8 @@ from checkpoint_tools.command import REQUEUE
 from tests.e2e.stages import QUICKSTART, Job, metrics, prepare
 
 pytestmark = pytest.mark.timeout(900)
-CLOCKS = ("time", "sync_s", "save_s", "time/")
+CLOCKS = ("time", "sync_s", "save_s", "time/", "engine_restarts")
+"""Metrics that are not the training's."""
 STEPS = 60
 """More than are taken without Ray, until the rank that started it notices."""
 
