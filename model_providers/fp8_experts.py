@@ -86,6 +86,7 @@ def _scaled(tokens: tuple[Tensor, Tensor], weight: tuple[Tensor, Tensor], ends: 
 
 def by_rows(values: Tensor) -> tuple[Tensor, Tensor]:
     """values [..., n], contiguous -> in E4M3, and the scales [...] in fp32 to multiply it by."""
+    assert values.is_contiguous(), "the kernel counts rows"
     size = values.shape[-1]
     cast = torch.empty_like(values, dtype=E4M3)
     scales = torch.empty(values.shape[:-1], dtype=torch.float32, device=values.device)
@@ -99,6 +100,7 @@ def by_rows(values: Tensor) -> tuple[Tensor, Tensor]:
 def by_columns(values: Tensor) -> tuple[Tensor, Tensor]:
     """values [E, m, n], contiguous -> the columns of each matrix as rows in E4M3, [E, n, m], and
     the scales [E, n] in fp32 to multiply these by."""
+    assert values.is_contiguous(), "the kernel counts matrices and rows"
     count, rows, columns = values.shape
     cast = torch.empty(count, columns, rows, dtype=E4M3, device=values.device)
     scales = torch.empty(count, columns, dtype=torch.float32, device=values.device)
