@@ -1,12 +1,12 @@
-"""The experts' products in FP8, one kernel a product for all experts of a rank.
+r"""The experts' products in FP8, one kernel a product for all experts of a rank.
 
-    tokens [T, in] --rows--> E4M3 [T, in], scales [T]  --\\
-                                                           grouped product --> [T, out]
-    weight [E, out, in] --rows--> E4M3, scales [E, out] --/
+    tokens [T, in] ------rows-----> E4M3 [T, in], scales [T] --------\
+                                                                      grouped product --> [T, out]
+    weight [E, out, in] --rows----> E4M3 [E, out, in], scales [E, out]/
 
-    slope [T, out] --rows--> E4M3, scales [T]  ---------\\
-                                                           grouped product --> gradient of tokens
-    weight --columns--> E4M3 [E, in, out], scales [E, in] -/
+    slope [T, out] ------rows-----> E4M3 [T, out], scales [T] -------\
+                                                                      grouped product --> [T, in]
+    weight [E, out, in] --columns-> E4M3 [E, in, out], scales [E, in] /
 
 Every row of an operand, along what is summed over, has a scale of its own: its largest magnitude
 becomes E4M3's. The weights' gradients are products in BF16 (the recipe "rowwise_with_gw_hp" of
