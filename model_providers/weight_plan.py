@@ -6,14 +6,17 @@ bucket of tensors at a time, so that no rank ever has the whole model twice:
     holders:   shards of the bucket, end to end --> send buffer --all-to-all--> receive buffer
     receivers: receive buffer, own parameters --slice by slice--> the bucket's tensors
 
-A receiver reads what it holds in its own parameters, and gets the rest from a holder of its own
-host where there is one. The transforms of the weight map say which slice lies where. Of tensors to
-be quantised the slices meet in scratch memory, and only what becomes of them is in the bucket.
+A receiver reads what it holds in its own parameters. The rest comes in two rounds: each shard to
+one receiver of every host where nobody holds it, and then from those that have it to the others of
+their host. So a shard goes to a host once, and no rank has to send it to all others by itself. The
+transforms of the weight map say which slice lies where. Of tensors to be quantised the slices meet
+in scratch memory, and only what becomes of them is in the bucket.
 """
 
 from __future__ import annotations
 
 import socket
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
@@ -80,9 +83,28 @@ class Quantised:
     scale: Whole
 
 
+class Round:
+    """Shards that travel at the same time: what this rank sends to each rank and gets from it."""
+
+    def __init__(self) -> None:
+        world = dist.get_world_size()
+        self.sent: list[list[Task]] = [[] for _ in range(world)]
+        self.received: list[list[Task]] = [[] for _ in range(world)]
+        self.is_empty = True
+        """Of all ranks."""
+
+    def add(self, task: Task, sender: int, receiver: int) -> None:
+        """Every rank calls this with the same, in the same order."""
+        self.is_empty = False
+        if sender == dist.get_rank():
+            self.sent[receiver].append(task)
+        if receiver == dist.get_rank():
+            self.received[sender].append(task)
+
+
 @dataclass
 class Bucket:
-    """Tensors that travel together. sent and received have a list for every rank."""
+    """Tensors that travel together."""
 
     tensors: list[Whole] = field(default_factory=list)
     """As receivers get them."""
@@ -93,10 +115,7 @@ class Bucket:
     quantised: list[Quantised] = field(default_factory=list)
     scratch: int = 0
     """Bytes, of those that are quantised."""
-    sent: list[list[Task]] = field(default_factory=list)
-    received: list[list[Task]] = field(default_factory=list)
-    travels: bool = False
-    """Whether any rank gets anything from another."""
+    rounds: list[Round] = field(default_factory=list)
 
 
 class WeightPlan:
@@ -238,22 +257,24 @@ class WeightPlan:
         return [piece.expand(self.config.num_experts, *piece.shape) for piece in pieces]
 
     def _route(self, bucket: Bucket, holders: dict[Task, list[int]], hosts: list[str]) -> None:
-        rank, world = dist.get_rank(), dist.get_world_size()
-        bucket.sent = [[] for _ in range(world)]
-        bucket.received = [[] for _ in range(world)]
+        between, within = bucket.rounds = [Round(), Round()]
         for index, task in enumerate(bucket.tasks):
-            ranks = holders[task]
-            for receiver in self.receivers:
-                if receiver in ranks:
-                    continue
-                near = [r for r in ranks if hosts[r] == hosts[receiver]] or ranks
-                # spread over the holders, so that they send alike
-                sender = near[(index + receiver) % len(near)]
-                bucket.travels = True
-                if sender == rank:
-                    bucket.sent[receiver].append(task)
-                if receiver == rank:
-                    bucket.received[sender].append(task)
+            have, want = defaultdict[str, list[int]](list), defaultdict[str, list[int]](list)
+            for rank in holders[task]:
+                have[hosts[rank]].append(rank)
+            for rank in self.receivers:
+                if rank not in holders[task]:
+                    want[hosts[rank]].append(rank)
+            # everywhere spread over those who could, so that they send alike
+            for number, (host, receivers) in enumerate(want.items()):
+                if host not in have:
+                    first = receivers[index % len(receivers)]
+                    senders = holders[task]
+                    between.add(task, senders[(index + number) % len(senders)], first)
+                    have[host].append(first)
+                for place, receiver in enumerate(receivers):
+                    if receiver not in have[host]:
+                        within.add(task, have[host][(index + place) % len(have[host])], receiver)
 
     def _bytes(self, count: int) -> Tensor:
         return torch.empty(count, dtype=torch.uint8, device=self.device)
@@ -271,19 +292,22 @@ class WeightPlan:
 
     def _exchange(self, bucket: Bucket, own: dict[Task, Tensor]) -> dict[Task, Tensor]:
         """The shards that come from other ranks."""
-        if not bucket.travels:
-            return {}
-        give, take = (
-            [sum(map(_shard_room, tasks)) for tasks in side]
-            for side in (bucket.sent, bucket.received)
-        )
-        sending, receiving = self._bytes(sum(give)), self._bytes(sum(take))
-        copies = _Copies()
-        for task, place in _shards(sending, bucket.sent):
-            copies.add(place, own[task])
-        copies.run()
-        dist.all_to_all_single(receiving, sending, take, give)
-        return dict(_shards(receiving, bucket.received))
+        arrived: dict[Task, Tensor] = {}
+        for each in bucket.rounds:
+            if each.is_empty:
+                continue
+            give, take = (
+                [sum(map(_shard_room, tasks)) for tasks in side]
+                for side in (each.sent, each.received)
+            )
+            sending, receiving = self._bytes(sum(give)), self._bytes(sum(take))
+            copies = _Copies()
+            for task, place in _shards(sending, each.sent):
+                copies.add(place, own[task] if task in own else arrived[task])
+            copies.run()
+            dist.all_to_all_single(receiving, sending, take, give)
+            arrived |= _shards(receiving, each.received)
+        return arrived
 
     def _place_slices(
         self, task: Task, source: Tensor, tensors: dict[str, Tensor], copies: _Copies

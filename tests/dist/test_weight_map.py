@@ -5,6 +5,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -13,10 +15,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from model_providers import backend as backends
+from model_providers import weight_plan
 from model_providers.architecture import Qwen3VLConfig
 from model_providers.parallel import Layout
 from model_providers.qwen3_vl import Head, Qwen3VLModel
-from model_providers.weight_map import load_hf_weights
+from model_providers.weight_map import all_tasks, load_hf_weights
 from model_providers.weight_plan import WeightPlan, iter_hf_weights
 from tests.dist import checks
 from tests.dist.ranks import Ranks
@@ -138,6 +141,54 @@ def test_receivers_alone_get_the_weights_bucket_by_bucket(
 ) -> None:
     found = ranks(world).run(_planned, hf_models[kind], layout, receivers, bucket_bytes)
     assert found == [[]] * world
+
+
+def _traffic(path: Path, layout: Layout, receivers: list[int], hosts: str) -> list[str]:
+    """As _planned, on hosts by letter, and what takes another way than it should: between hosts
+    more than once to each, or to one that has it."""
+    name = hosts[dist.get_rank()]
+    with mock.patch.object(weight_plan.socket, "gethostname", lambda: name):
+        wrong = _planned(path, layout, receivers, 2**16)
+        plan = WeightPlan(_model(path, layout), receivers=receivers, bucket_bytes=2**16)
+    mine = [[each.sent for each in bucket.rounds] for bucket in plan.buckets]
+    everybody: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everybody, mine)
+    holders = all_tasks(plan.model, list(plan.local.values()))
+    for number, bucket in enumerate(plan.buckets):
+        have = {task: {hosts[rank] for rank in holders[task]} for task in bucket.tasks}
+        for turn in range(2):
+            new = [
+                (task, hosts[sender], hosts[receiver])
+                for sender, sent in enumerate(rounds[number][turn] for rounds in everybody)
+                for receiver, tasks in enumerate(sent)
+                for task in tasks
+            ]
+            for task, start, end in new:
+                right = (start != end and end not in have[task]) if turn == 0 else start == end
+                wrong += [] if right else [f"{task.hf} from {start} to {end} in round {turn}"]
+                have[task].add(end)
+    return wrong
+
+
+@pytest.mark.parametrize(
+    "kind, layout, receivers, hosts",
+    [
+        ("deep-moe", Layout(expert=2, pipeline=2, virtual_pipeline=3), [0, 1, 2, 3], "aabb"),
+        ("deep", Layout(pipeline=4, first_stage_layers=3), [0, 1, 2, 3], "aabb"),
+        ("moe", Layout(expert=2), [0, 1, 2, 3], "abab"),
+        ("dense", Layout(tensor=2, pipeline=2), [0, 2, 3], "abbb"),
+        ("dense", Layout(tensor=2), [1, 2], "aaab"),
+    ],
+)
+def test_a_shard_goes_to_a_host_once(
+    ranks: Worlds,
+    hf_models: dict[str, Path],
+    kind: str,
+    layout: Layout,
+    receivers: list[int],
+    hosts: str,
+) -> None:
+    assert ranks(4).run(_traffic, hf_models[kind], layout, receivers, hosts) == [[]] * 4
 
 
 def _refusal(path: Path, head: Head, change: Callable[[dict[str, Tensor]], None]) -> str:
