@@ -41,6 +41,8 @@ CONTEXT = 1.5e9
 ENGINE_ASLEEP = 1.7e9
 """Bytes that a sleeping server keeps on each of its GPUs. With CONTEXT what is in use beside a tiny
 model in docs/results/h200/sync-dense.json: 139.8 GiB less 136.8 free."""
+SYNC_BUCKET = 2**30
+"""Bytes of the weights that go to an engine at a time, unless a single tensor has more."""
 NO_RECOMPUTE = Recompute()
 
 
@@ -166,6 +168,17 @@ def training_bytes(
         for stage in stages_that_differ(layout)
     ]
     return max(stages, key=lambda stage: stage.peak(offload))
+
+
+def sync_bytes(config: Qwen3VLConfig, layout: Layout) -> float:
+    """What a weight sync into engines on the trainers' GPUs takes of each: two buckets that are
+    lent in turn and, unless a rank has all weights, what it sends and gets of one
+    (weight_plan.py)."""
+    count = parameters(config)
+    # up and gate of all experts of a layer are one tensor
+    largest = WEIGHT * max(count.embedding, count.experts * 2 / 3)
+    split = layout.tensor * layout.pipeline * layout.expert * layout.expert_tensor > 1
+    return max(SYNC_BUCKET, largest) * (4 if split else 2)
 
 
 def images_of_a_rank(layout: Layout, images: float) -> float:

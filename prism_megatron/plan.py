@@ -77,6 +77,28 @@ def lines(config: Section, gpus: int) -> Iterator[str]:
     if not unknown:
         engines = ", rollout engines besides" if isinstance(config, Align | RLVR) else ""
         yield f"{'memory':<14} about {total(found.values()) / GB:.0f} GB on each GPU{engines}"
+        if isinstance(config, Align | RLVR) and config.rollout.sleep:
+            yield _sync(config, found)
+
+
+def _sync(config: Align | RLVR, found: dict[str, Need]) -> str:
+    """What is on a GPU that a server shares when it gets weights, and has no KV cache yet."""
+    architecture = _architecture(config.policy.path)
+    assert architecture is not None, "it is among the models that are known"
+    count = memory.parameters(architecture)
+    weights: float = memory.WEIGHT * count.total
+    if config.rollout.quantization is not None:
+        weights -= count.layers * (count.layer + count.experts)
+    weights /= config.rollout.tensor
+    # gradients are given back
+    trainers = sum(need.held - need.memory.gradients for need in found.values())
+    moved = memory.sync_bytes(architecture, layout_of(config.policy.parallel))
+    whole = 2 * memory.CONTEXT + trainers + weights + moved
+    return (
+        f"{'sync':<14} about {whole / GB:.0f} GB on each GPU: {weights / GB:.1f} GB of a server's "
+        f"weights, {trainers / GB:.1f} GB of trainers, {moved / GB:.1f} GB on its way; what is "
+        "left then can be the server's KV cache"
+    )
 
 
 def needs(config: Stage, gpus: int) -> tuple[dict[str, Need], dict[str, Path]]:

@@ -157,10 +157,12 @@ class Candidate:
 
     @property
     def needed(self) -> float:
-        """Bytes at the worst moment of a step, sampling included."""
+        """Bytes at the worst moment of a step, sampling and weight sync included."""
         if self.engine is None:
             return self.peak
         least = LEAST_SEQUENCES * self.request.sequence * self.engine.token
+        # a server takes its KV cache's memory after it has its weights
+        least = max(least, memory.sync_bytes(self.request.config, self.layout))
         return max(self.peak, self.request.memory - self.engine.cache + least)
 
     @property

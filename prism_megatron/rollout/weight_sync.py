@@ -39,12 +39,12 @@ from torch import Tensor
 from torch.multiprocessing.reductions import reduce_tensor
 
 from checkpoint_tools import hf_writer
+from model_providers.memory import SYNC_BUCKET
 from model_providers.qwen3_vl import Qwen3VLModel
 from model_providers.weight_plan import Bucket, Quantization, WeightPlan
 from prism_megatron.rollout import fused_experts, outer_group
 from prism_megatron.rollout.engine import RolloutEngine
 
-BUCKET_BYTES = 2**30
 LEAVE_SECONDS = 30
 
 
@@ -129,7 +129,7 @@ class IpcSync:
         ranks: Mapping[int, Sequence[int]],
         *,
         quantization: Quantization | None = None,
-        bucket_bytes: int = BUCKET_BYTES,
+        bucket_bytes: int = SYNC_BUCKET,
         timeout_seconds: float = 300,
     ) -> None:
         """ranks: for each engine the trainer ranks on whose GPUs it runs, the first of which talks
@@ -292,7 +292,7 @@ class BroadcastSync:
         *,
         host: str = "127.0.0.1",
         quantization: Quantization | None = None,
-        bucket_bytes: int = BUCKET_BYTES,
+        bucket_bytes: int = SYNC_BUCKET,
         timeout_seconds: float = 300,
     ) -> None:
         """engine_ranks: GPUs of each engine; host: address of rank 0's host as engines reach it;

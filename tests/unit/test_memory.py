@@ -13,7 +13,7 @@ from transformers import AutoModelForImageTextToText
 from model_providers import memory
 from model_providers.architecture import Qwen3VLConfig
 from model_providers.config import Recompute
-from model_providers.memory import Memory, parameters, training_bytes
+from model_providers.memory import Memory, parameters, sync_bytes, training_bytes
 from model_providers.parallel import Layout
 from model_providers.presets import PRESETS, hf_config
 from tests.unit.test_presets import read_by_transformers
@@ -215,3 +215,11 @@ def test_layers_in_host_memory_keep_nothing_on_the_device() -> None:
     none, some = activations(Layout(tensor=2)), activations(Layout(tensor=2), offload_layers=9)
     assert some.language == none.language * 27 / 36
     assert (some.head, some.weights) == (none.head, none.weights)
+
+
+def test_a_sync_takes_two_buckets_and_what_ranks_exchange() -> None:
+    # an embedding of 151,936 x 4,096
+    assert sync_bytes(DENSE, Layout()) == 2 * 2 * 151936 * 4096
+    assert sync_bytes(PRESETS["qwen3-vl-4b"], Layout()) == 2 * 2**30
+    # up and gate of 128 experts of 3,072 x 4,096
+    assert sync_bytes(PRESETS["qwen3-vl-235b-a22b"], Layout(expert=8)) == 4 * 2 * 128 * 3072 * 4096

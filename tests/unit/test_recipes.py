@@ -191,7 +191,22 @@ def test_a_size_that_is_not_known_is_said(capsys: pytest.CaptureFixture[str]) ->
     assert "runs/prism-4b/align/hf is not there yet" in printed
     assert "# memory" not in printed
     assert cli.main([*arguments, "policy.path=Qwen3-VL-4B-Instruct"]) == 0
-    assert "# memory         about " in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "# memory         about " in printed and "# sync" not in printed
+
+
+@pytest.mark.parametrize(
+    ("quantization", "weights"), [("null", "8.9 GB of a"), ("fp8-block", "5.2 GB of a")]
+)
+def test_what_a_server_shares_a_gpu_with_is_said(
+    capsys: pytest.CaptureFixture[str], quantization: str, weights: str
+) -> None:
+    arguments = ["rlvr", "--config", str(RECIPE / "grpo.yaml"), "--dry-run", "--gpus", "8"]
+    shared = ["rollout.sleep=true", "rollout.kind=sglang", f"rollout.quantization={quantization}"]
+    shared += ["rollout.engines=8", "rollout.gpus=[0,1,2,3,4,5,6,7]", "rollout.tensor=1"]
+    assert cli.main([*arguments, *shared, "policy.path=Qwen3-VL-4B-Instruct"]) == 0
+    [line] = [x for x in capsys.readouterr().out.splitlines() if x.startswith("# sync")]
+    assert weights in line and "2.1 GB on its way" in line
 
 
 def test_gpus_are_for_a_plan(capsys: pytest.CaptureFixture[str]) -> None:
