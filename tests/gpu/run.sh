@@ -221,6 +221,7 @@ sync() {
     # one that is started again and, where there is a GPU more, one that lives on
     local -i more=$((gpus > 2 ? 2 : 1))
     ranks=1 job sync-dense-apart 0 $((1 + more)) check_sync "$checkpoints" --kind dense --apart $more
+    ranks=1 job sync-moe-apart 0 2 check_sync "$checkpoints" --kind moe --apart 1
     for size in 4b 8b; do
         ranks=1 job sync-$size-apart 0 2 check_sync "$checkpoints" --preset qwen3-vl-$size --apart 1
     done
