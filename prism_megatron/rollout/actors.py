@@ -9,6 +9,7 @@ A server process has rollout/server.py's Server for an actor, and is reached by 
 from __future__ import annotations
 
 import asyncio
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -140,9 +141,16 @@ class ActorClient:
 
 
 def in_words(error: BaseException) -> str:
-    """An error in words; of one that was raised in another process, without that one's stack."""
+    """An error in words; of one that was raised in another process, without that one's stack. One
+    that is a defect, ours or a server's answer that is not as expected, says where."""
     cause = getattr(error, "cause", None) or error
-    return f"{type(cause).__name__}: {cause}"
+    words = f"{type(cause).__name__}: {cause}"
+    if isinstance(cause, LookupError | AttributeError | TypeError | AssertionError):
+        words += "".join(
+            f" ({Path(frame.filename).name}:{frame.lineno})"
+            for frame in traceback.extract_tb(cause.__traceback__)[-1:]
+        )
+    return words
 
 
 @contextmanager

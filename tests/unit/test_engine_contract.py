@@ -4,13 +4,14 @@ contract of EngineClient."""
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 import pytest
 
 from prism_megatron.config.schema import Sampling
-from prism_megatron.rollout.actors import AsyncLocalEngine
+from prism_megatron.rollout.actors import AsyncLocalEngine, in_words
 from prism_megatron.rollout.engine import EngineClient
 from prism_megatron.rollout.sglang import SGLangEngine
 from prism_megatron.rollout.vllm import VLLMEngine
@@ -103,3 +104,18 @@ def test_a_server_is_idle_before_it_sleeps_and_its_health_takes_no_sample(hf_dir
         "/resume_memory_occupation",
     ]
     assert mock.woken == [["weights"], ["kv_cache", "cuda_graph"]]
+
+
+def test_a_defect_says_where_it_is() -> None:
+    def told(action: Callable[[], object]) -> str:
+        try:
+            action()
+        except Exception as error:
+            return in_words(error)
+        raise AssertionError("nothing was raised")
+
+    assert re.fullmatch(
+        r"KeyError: 'prompt_tokens' \(test_engine_contract\.py:\d+\)",
+        told(lambda: {}["prompt_tokens"]),  # type: ignore[misc]
+    )
+    assert told(lambda: int("x")) == "ValueError: invalid literal for int() with base 10: 'x'"
