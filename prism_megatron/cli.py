@@ -95,8 +95,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _quieten() -> None:
     """Leave out what megatron.core and torch tell of themselves in every process as they are
-    imported: that there is no GPU, or no Transformer Engine. `doctor` tells that once, and backend
-    "cuda" is an error without them. With -W or PYTHONWARNINGS all is as asked there."""
+    imported: that there is no GPU, or no Transformer Engine. `doctor` tells that once, and training
+    on GPUs is refused without them. With -W or PYTHONWARNINGS all is as asked there."""
     if not sys.warnoptions:
         warnings.filterwarnings("ignore", module=r"megatron\.|.*/megatron/")
         logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
