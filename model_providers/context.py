@@ -81,12 +81,16 @@ class ContextShare:
 
     def take(self, values: Tensor, padding: float | Tensor) -> Tensor:
         """Values of the row [..., T] -> those of this rank's tokens [..., size]; padding: those of
-        a token that is padding, [...] or fewer axes."""
+        a token that is padding, [...] or fewer axes, on their device."""
         if self.group.size() == 1:
             return values
-        last = torch.as_tensor(padding, dtype=values.dtype, device=values.device)
-        last = last.expand(values.shape[:-1]).unsqueeze(-1)
-        return torch.cat([values, last], dim=-1)[..., self.tokens]
+        shape = values.shape[:-1]
+        if isinstance(padding, Tensor):
+            last = padding.to(values.dtype).expand(shape)
+        else:
+            # on the device: a scalar that is copied there would have the host wait
+            last = values.new_full(shape, padding)
+        return torch.cat([values, last.unsqueeze(-1)], dim=-1)[..., self.tokens]
 
     def find(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Positions in the row [V], on the host -> the rank that holds each, and where there."""

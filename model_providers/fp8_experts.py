@@ -21,8 +21,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-import triton  # type: ignore[import-untyped, unused-ignore]
-import triton.language as tl  # type: ignore[import-untyped, unused-ignore]
+import triton
+import triton.language as tl
 from torch import Tensor
 from transformer_engine.pytorch.quantization import FP8GlobalStateManager
 
@@ -113,7 +113,7 @@ def by_columns(values: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @triton.jit
-def _rows(values, cast, scales, size, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+def _rows(values, cast, scales, size, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, BLOCK)
     inside = at < size
@@ -124,7 +124,7 @@ def _rows(values, cast, scales, size, BLOCK: tl.constexpr):  # type: ignore[no-u
 
 
 @triton.jit
-def _columns(values, cast, scales, rows, columns, WIDTH: tl.constexpr, HEIGHT: tl.constexpr):  # type: ignore[no-untyped-def]
+def _columns(values, cast, scales, rows, columns, WIDTH: tl.constexpr, HEIGHT: tl.constexpr):
     matrix = tl.program_id(1).to(tl.int64)
     column = tl.program_id(0) * WIDTH + tl.arange(0, WIDTH)
     inside = (column < columns)[None, :]

@@ -459,7 +459,7 @@ class Qwen3VLChunk(MegatronModule):
             return router_mask(padding, section)
         mine = slice(self.first_router, self.first_router + len(self.routers))
         # padding takes as many experts as other tokens: fused kernels would take one twice
-        first = torch.arange(batch.routes.shape[2])
+        first = torch.arange(batch.routes.shape[2], device=batch.routes.device)
         routes = share.take(batch.routes[:, mine].permute(1, 2, 0), first)[..., local]
         return router_mask(padding, section, routes.permute(2, 0, 1), self.architecture.num_experts)
 

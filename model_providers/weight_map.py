@@ -326,8 +326,11 @@ class Task:
     shape: tuple[int, ...]
     """Shape of the shard; of several experts' [experts, ...]."""
     dtype: str
-    stacked: bool = False
-    """Whether it is several experts."""
+
+    @property
+    def stacked(self) -> bool:
+        """Whether it is several experts, whose matrices have an axis more than one's."""
+        return self.expert >= 0 and len(self.shape) == 3
 
     @property
     def experts(self) -> int:
@@ -400,7 +403,6 @@ def _chunk_tasks(model: Qwen3VLChunk, stacked: bool) -> Iterator[Local]:
                 parts=group.size() if is_split else 1,
                 shape=tuple(parameter.shape[1:] if one_by_one else parameter.shape),
                 dtype=str(parameter.dtype).removeprefix("torch."),
-                stacked=rule.experts and stacked,
             )
             yield Local(task, name, parameter, rule.transform, index)
 

@@ -38,8 +38,8 @@ head and the tower in BF16)."""
 GROUPED_PRODUCTS = 0.4
 """What is left of that for experts, with permuting their tokens (decoder.json: 30B-A3B, EP1)."""
 FP8_EXPERTS = 1.5
-"""How many times as fast experts' products are in FP8, casting left out: on an H200 720 to 1,140
-TFLOP/s after 600 to 675, for 30B-A3B's and 235B-A22B's sizes (with casting see experts.json)."""
+"""How many times as fast experts' products are in FP8, casting left out (expert-products.json:
+720 to 1,090 TFLOP/s after 590 to 675)."""
 ATTENTION = 0.24
 """Share of the BF16 peak of attention, forward and backward, the tower's included
 (dense-tensorwise-kernels.csv: 0.36 s)."""

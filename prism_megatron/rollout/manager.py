@@ -104,9 +104,8 @@ class Manager:
         """Whether an engine answers, but not with the weights of now."""
         return any(engine.state is EngineState.STALE for engine in self.router.engines)
 
-    async def confirm(self) -> int:
-        """Ask the refitted engines for their version; those that have the expected one serve. How
-        often engines have been started again so far.
+    async def confirm(self) -> None:
+        """Ask the refitted engines for their version; those that have the expected one serve.
 
         One that answers with an older version is left to the next sync, one that does not answer to
         its supervisor. One with a newer version, from before the run went back to a checkpoint, is
@@ -129,6 +128,9 @@ class Manager:
                     f"answers with version {version} after weights of version "
                     f"{self.router.expected} were sent; it serves after a sync that reaches it",
                 )
+
+    async def restarts(self) -> int:
+        """How often engines have been started again so far."""
         return sum(max(0, engine.incarnation - 1) for engine in self.router.engines)
 
     async def sleep(self) -> None:

@@ -150,7 +150,8 @@ class RayFleet:
         phases = self._refit(leases, version)
         if self.config.sleep:
             self._first(lambda: self._ask(self._manager.wake, "kv_cache"))
-        self.restarts = self._first(lambda: self._ask(self._manager.confirm))
+        self._first(lambda: self._ask(self._manager.confirm))
+        self.restarts = self._first(lambda: self._ask(self._manager.restarts))
         self.weight_version = version
         self._report()
         if self._work is not None:

@@ -14,7 +14,7 @@ from checkpoint_tools.command import REQUEUE
 from tests.e2e.stages import QUICKSTART, Job, metrics, prepare
 
 pytestmark = pytest.mark.timeout(900)
-CLOCKS = ("time", "sync_s", "save_s", "time/", "engine_restarts")
+BESIDE = ("time", "sync_s", "save_s", "time/", "engine_restarts")
 """Metrics that are not the training's."""
 STEPS = 60
 """More than are taken without Ray, until the rank that started it notices."""
@@ -78,7 +78,7 @@ def test_dead_engines_do_not_stop_training_and_a_dead_ray_only_for_a_restart(
     assert status == 0, output[-6000:]
 
     wanted, found = (
-        [{k: v for k, v in line.items() if not k.startswith(CLOCKS)} for line in metrics(path)]
+        [{k: v for k, v in line.items() if not k.startswith(BESIDE)} for line in metrics(path)]
         for path in (whole, out)
     )
     assert len({line["grad_norm"] for line in wanted}) == STEPS

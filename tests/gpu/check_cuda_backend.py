@@ -7,9 +7,9 @@ r"""The CUDA backend against the CPU backend: the same weights and batch, loss a
 BF16 with Transformer Engine can't equal fp32 to the last bit: what is asked is that every gradient
 points where the fp32 one points (cosine above 0.98), as long as it (within 6 percent), and that ten
 optimizer steps lower the loss. The experts' tokens are those that fp32 chose, replayed: where two
-experts are nearly as good, a last bit decides, and one of a layout's tokens that goes elsewhere
-moves the loss by more than all its rounding does. How many would, and the loss then, are told
-besides. Prints one JSON object.
+experts are nearly as good, a last bit decides, and tokens that go elsewhere move the loss by as
+much as all rounding does. How many would, and the loss then, are told besides. Prints one JSON
+object.
 """
 
 from __future__ import annotations

@@ -123,10 +123,7 @@ def oracle(
     linear: Callable[[Tensor, Tensor], Tensor],
 ) -> dict[str, Tensor]:
     """The same, one expert after the other in fp32: output and gradients."""
-    up, down = (
-        layer.weight.detach().float().requires_grad_()  # type: ignore[operator, union-attr]
-        for layer in module.children()
-    )
+    up, down = (weight.detach().float().requires_grad_() for weight in module.parameters())
     tokens = tokens.detach().float().requires_grad_()
     parts = []
     for index, (own, weight) in enumerate(
@@ -257,12 +254,12 @@ def same_bits(module: nn.Module) -> bool:
     )
     tokens = tokens.bfloat16()
     tokens[5] = 0
-    for rows in (tokens, *(layer.weight.detach() for layer in module.children())):  # type: ignore[union-attr, operator]
+    for rows in (tokens, *(weight.detach() for weight in module.parameters())):
         for mine, theirs in zip(by_rows(rows), rounded_rows(rows), strict=True):
             equal.append(torch.equal(mine.view(torch.uint8), theirs.view(torch.uint8)))
-    for weight in (tokens[None], *(layer.weight.detach() for layer in module.children())):  # type: ignore[union-attr, operator]
-        turned = weight.transpose(1, 2).contiguous()
-        for mine, theirs in zip(by_columns(weight), rounded_rows(turned), strict=True):
+    for values in (tokens[None], *(weight.detach() for weight in module.parameters())):
+        turned = values.transpose(1, 2).contiguous()
+        for mine, theirs in zip(by_columns(values), rounded_rows(turned), strict=True):
             equal.append(torch.equal(mine.view(torch.uint8), theirs.view(torch.uint8)))
     return all(equal)
 

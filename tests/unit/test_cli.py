@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import warnings
 from importlib import import_module
 from pathlib import Path
 
@@ -196,3 +197,21 @@ def test_the_module_and_the_script_are_the_same_command() -> None:
         for command in ([str(script)], [sys.executable, "-m", "prism_megatron"])
     ]
     assert outputs[0] == outputs[1] != ""
+
+
+def test_megatrons_own_warnings_are_left_out_unless_asked_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def told() -> list[str]:
+        with warnings.catch_warnings(record=True) as found:
+            warnings.simplefilter("always")
+            cli.main(["--help"])
+            for module in ("megatron.core.optimizer", "prism_megatron.cli", "torch.nn"):
+                warnings.warn_explicit("no GPU", UserWarning, "file.py", 1, module)
+            warnings.warn_explicit("escape", SyntaxWarning, "/site/megatron/core/x.py", 1)
+        return [f"{w.category.__name__} {w.message}" for w in found]
+
+    monkeypatch.setattr("sys.warnoptions", [])
+    assert told() == 2 * ["UserWarning no GPU"]
+    monkeypatch.setattr("sys.warnoptions", ["default"])
+    assert len(told()) == 4
