@@ -128,6 +128,9 @@ def place(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
         module = ModuleType(f"sglang.srt.{name}")
         vars(module).update(members)
         monkeypatch.setitem(sys.modules, module.__name__, module)
+    # which its package wants, and not this
+    memory = MagicMock()
+    monkeypatch.setitem(sys.modules, "prism_megatron.rollout.sglang_server.memory", memory)
     module = importlib.import_module("prism_megatron.rollout.sglang_server.models.qwen3_vl_moe")
     del sys.modules[module.__name__]
     place.model, place.empty = module.EntryClass, _empty(tensor=2, expert=2)
