@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import importlib.metadata
 import json
-import os
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -262,7 +261,10 @@ def main() -> None:
     names = ("torch", "megatron-core", "transformer-engine")
     result["versions"] = {name: importlib.metadata.version(name) for name in names}
     result["device"] = torch.cuda.get_device_name()
-    result["world"] = int(os.environ.get("WORLD_SIZE", "1"))
+    result["world"] = torch.distributed.get_world_size()
+    gpus: list[Any] = [None] * result["world"]
+    torch.distributed.all_gather_object(gpus, str(torch.cuda.get_device_properties().uuid))
+    result["gpus"] = len(set(gpus))
     if torch.distributed.get_rank() == 0:
         print(json.dumps(result, indent=2))
         if options.out:

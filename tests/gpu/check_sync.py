@@ -1,9 +1,11 @@
 """Weight sync into SGLang or vLLM servers, and what they sample then.
 
     torchrun --nproc-per-node N -m tests.gpu.check_sync DIR --out FILE [--engine vllm]
-        [--preset NAME] [--apart ENGINES] [--quantization fp8-block] [layout]
+        [--preset NAME] [--apart ENGINES] [--hosts H] [--quantization fp8-block] [layout]
 
-Servers are on the trainers' GPUs, or with --apart that many on the GPUs after them.
+Servers are on the trainers' GPUs, or with --apart that many on the GPUs after them; where ranks
+share GPUs (tests.gpu.shared_gpu) those share them, too, and are sent to over NCCL all the same.
+With --hosts the ranks exchange weights as on that many hosts.
 
 With a kind of DIR (tests.gpu.served_models): the server loads the export from disk, its tensors are
 kept, scrambled and synced from Megatron, and must be the same again. Then it samples responses to
@@ -26,8 +28,10 @@ import argparse
 import asyncio
 import json
 import os
+import re
 import shutil
 import signal
+import socket
 import statistics
 import subprocess
 import tempfile
@@ -35,6 +39,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +83,8 @@ OPTIONS = {
     "vllm": "--enforce-eager --dtype bfloat16 --max-model-len 2048 --moe-backend triton "
     "--skip-mm-profiling --kv-cache-memory-bytes 10000000000 --gpu-memory-utilization 0.1",
 }
+GROUP_MIB = 50
+"""Less than NCCL's buffers of a group."""
 Engine = sglang.SGLangEngine | vllm.VLLMEngine
 Sync = Callable[[int], dict[str, float]]
 CLOSE = {"dense": 0.01, "moe": 0.03}
@@ -114,6 +121,9 @@ class ServerProcess:
         # which would compile kernels first, or at each new size, for minutes
         environment |= {"VLLM_USE_DEEP_GEMM": "0", "VLLM_USE_FLASHINFER_SAMPLER": "0"}
         environment |= {"SGLANG_JIT_DEEPGEMM_PRECOMPILE": "0"}
+        # see tests.gpu.shared_gpu
+        if "NCCL_HOSTID" in os.environ:
+            environment |= {"NCCL_HOSTID": f"server-{port}"}
         if packages := os.environ.get("ENGINE_PYTHONPATH"):
             environment["PYTHONPATH"] = packages
         self.log = log
@@ -172,6 +182,7 @@ def main() -> None:
     for name in ("tensor", "pipeline", "expert", "expert-tensor", "engine-tensor"):
         parser.add_argument(f"--{name}", type=int, default=1)
     parser.add_argument("--apart", type=int, default=0, help="engines on GPUs of their own")
+    parser.add_argument("--hosts", type=int, default=1)
     parser.add_argument("--cycles", type=int, default=10)
     parser.add_argument("--port", type=int, default=31000, help="of the first server")
     parser.add_argument("--bucket-mib", type=int, default=1024)
@@ -180,6 +191,9 @@ def main() -> None:
     backend = backends.create("cuda")
     backend.init_process_group()
     rank, world = dist.get_rank(), dist.get_world_size()
+    if options.hosts > 1:
+        name = f"host-{rank * options.hosts // world}"
+        socket.gethostname = lambda: name
     layout = Layout(
         tensor=options.tensor,
         pipeline=options.pipeline,
@@ -219,13 +233,18 @@ def main() -> None:
         )
         path = served_directory(rollout, model, box[0], box[0] / "served")
     size = options.engine_tensor
-    # of each engine: the numbers of its GPUs, the first of which is that of the rank it talks to
-    first = world if options.apart else 0
-    count = options.apart or world // size
-    groups = {i: list(range(first + i * size, first + (i + 1) * size)) for i in range(count)}
-    talks = {i: 0 if options.apart else members[0] for i, members in groups.items()}
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    local, visible = int(os.environ["LOCAL_RANK"]), os.environ.get("CUDA_VISIBLE_DEVICES")
     gpus = visible.split(",") if visible else [str(i) for i in range(torch.cuda.device_count())]
+    places: list[Any] = [None] * world
+    dist.all_gather_object(places, gpus[local])
+    # of each engine its GPUs, and of trainers the ranks that have them, the first of which talks
+    used = list(dict.fromkeys(places))
+    free = used
+    if options.apart:
+        free = gpus[world:] if len(gpus) - world >= size else gpus
+    count = options.apart or len(used) // size
+    on = {i: [free[(i * size + j) % len(free)] for j in range(size)] for i in range(count)}
+    groups = {i: [0] if options.apart else [places.index(g) for g in on[i]] for i in on}
     flags = OPTIONS[options.engine].split()
     vocabulary = Vocabulary.of(path)
     client = PROGRAMS[options.engine][1]
@@ -238,19 +257,20 @@ def main() -> None:
         return ServerProcess(
             options.engine,
             path,
-            [gpus[g] for g in groups[i]],
+            on[i],
             flags,
             options.out.with_suffix(f".server{i}.log"),
             options.port + 50 * i,
             routes=options.kind == "moe",
         )
 
-    mine = [start(i) for i in groups if talks[i] == rank]
+    mine = [start(i) for i in groups if groups[i][0] == rank]
     report: dict[str, Any] = {"model": options.preset or options.kind, "world": world}
     report |= {"engine": options.engine, "engines": count, "apart": bool(options.apart)}
     report |= {"layout": {k: v for k, v in vars(layout).items() if isinstance(v, int)}}
     report |= {"engine_tensor": size, "bucket_mib": options.bucket_mib}
-    report |= {"quantization": quantization}
+    report |= {"quantization": quantization, "hosts": options.hosts}
+    report |= {"gpus": len({*used, *chain(*on.values())})}
     try:
         model = model or build()
         for server in mine:
@@ -283,9 +303,11 @@ def main() -> None:
                     servers[count - 1] = mine[-1].engine
                 _equality(found, sync, [server.engine for server in mine], None)
                 found["groups"] = len(dist.distributed_c10d._world.pg_map)
-                found["free_gib"] = torch.accelerator.get_memory_info()[0] / 2**30
+                found["rank_0_mib"] = _used_mib()
             report["restarted"] = restarted
             assert len({found["groups"] for found in restarted}) == 1, restarted
+            grown = restarted[1]["rank_0_mib"] - restarted[0]["rank_0_mib"]
+            assert grown < GROUP_MIB, restarted
         if not options.preset:
             _logprobs(report, sync, engine, model, options.directory)
         if isinstance(weights, BroadcastSync):
@@ -301,7 +323,17 @@ def main() -> None:
     if rank == 0:
         _write(report, options.out)
         print(options.out.read_text())
+    # the others' memory is what rank 0 gathered from
+    dist.barrier()
     dist.destroy_process_group()
+
+
+def _used_mib() -> float:
+    """What this process holds of its GPU, outside of torch's allocator too."""
+    listed = torch.cuda.list_gpu_processes()
+    own = re.search(rf"process\s+{os.getpid()} uses\s+([\d.]+) MB", listed)
+    assert own, listed
+    return float(own[1]) - torch.cuda.memory_reserved() / 2**20
 
 
 def _write(report: dict[str, Any], out: Path) -> None:

@@ -1,11 +1,11 @@
 """FP8 recipes against BF16 over the same SFT steps from the same start.
 
-    torchrun --nproc-per-node N -m tests.gpu.fp8_curves --precision bf16 --out FILE
+    torchrun --nproc-per-node N -m tests.gpu.fp8_curves --precision bf16 --out FILE [--model NAME]
     python -m tests.gpu.fp8_curves --plot PNG FILE ...      # BF16's file first
 
-The model is Qwen3-VL-8B's width with four decoder layers. Its text is a random walk on a graph of
-tokens with four successors each, behind an image, so that there is something to learn: the loss
-falls from ln(vocabulary) towards ln 4 = 1.39.
+The model is of Qwen3-VL-8B's width, or another's, with four decoder layers. Its text is a random
+walk on a graph of tokens with four successors each, behind an image, so that there is something to
+learn: the loss falls from ln(vocabulary) towards ln 4 = 1.39.
 """
 
 from __future__ import annotations
@@ -55,12 +55,12 @@ def batch(number: int, patch_dim: int, image_token: int) -> list[Sequence]:
     ]
 
 
-def train(precision: str, steps: int) -> list[float]:
+def train(name: str, precision: str, steps: int) -> list[float]:
     backend = backends.create("cuda")
     backend.init_process_group()
     parallel = ParallelState.create(Layout())
     backend.seed(1, parallel)
-    config = replace(PRESETS["qwen3-vl-8b"], num_layers=LAYERS)
+    config = replace(PRESETS[name], num_layers=LAYERS)
     chosen = Precision() if precision == "bf16" else Precision(fp8=precision)  # type: ignore[arg-type]
     model = Qwen3VLModel(config, parallel, backend, options=TrainingOptions(precision=chosen))
     model.to(backend.device)
@@ -107,13 +107,15 @@ def plot(out: Path, files: Iterable[Path]) -> None:
         distance = furthest(result["losses"], results[0]["losses"])
         label = f"{result['precision']} ({100 * distance:.2f} % off)"
         axes.plot(smoothed(result["losses"]), label=label, linewidth=1)
-    axes.set(xlabel="step", ylabel=f"loss, mean of {WINDOW} steps", title="SFT steps in FP8")
+    title = f"SFT steps in FP8, {LAYERS} layers of {results[0]['model']}"
+    axes.set(xlabel="step", ylabel=f"loss, mean of {WINDOW} steps", title=title)
     axes.legend()
     figure.savefig(out, dpi=120)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", choices=PRESETS, default="qwen3-vl-8b")
     parser.add_argument("--precision", choices=RECIPES, default="bf16")
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--out", type=Path)
@@ -123,8 +125,9 @@ def main() -> None:
     if options.plot:
         plot(options.plot, options.files)
         return
-    losses = train(options.precision, options.steps)
-    result = {"precision": options.precision, "layers": LAYERS, "losses": losses}
+    losses = train(options.model, options.precision, options.steps)
+    result = {"model": options.model, "precision": options.precision}
+    result |= {"layers": LAYERS, "losses": losses}
     if dist.get_rank() == 0:
         options.out.write_text(
             json.dumps(result | workload.environment(backends.create("cuda")), indent=1) + "\n"

@@ -4,8 +4,10 @@
 #   bash tests/gpu/run.sh OUT [PART ...]
 #
 # Parts: logits parity resume fp8params offload curves host save dense fp8 experts moe baseline served
-# sync rollouts; all by default. A part that wants more GPUs than there are is skipped and says so, and so are `served`, `sync`
-# and `rollouts` where SGLang is not installed. Ends with a table, and with 1 if any part failed.
+# sync rollouts; all by default. What is checked on more ranks than there are GPUs shares them
+# (tests.gpu.shared_gpu): its numbers are right, its times say nothing. What is measured there is
+# skipped and says so, and so are `served`, `sync` and `rollouts` where SGLang is not installed. Ends
+# with a table, and with 1 if any part failed.
 # CPU_PYTHONPATH: packages without Transformer Engine, for the fp32 reference on a host where
 # megatron.core must not find it. VLLM_PYTHONPATH: packages of vLLM, which wants other versions. SAVES:
 # where `save` writes its checkpoints, 28 and 46 GiB; OUT by default.
@@ -22,20 +24,11 @@ gpus=$(python3 -c 'import torch; print(torch.cuda.device_count())')
 ((gpus)) || { echo "no GPU is visible" >&2; exit 1; }
 
 port=29500
-# job NAME FIRST_GPU COUNT MODULE [ARGUMENT ...]: run it on these GPUs, its log beside its result;
-# with as many ranks unless $ranks is set
-job() {
-    local name=$1 first=$2 count=$3 module=$4 started=$SECONDS
-    shift 4
-    # one of its own by name, since several jobs run at once
-    local own=$((port + $(cksum <<<"$name" | cut -d' ' -f1) % 1000))
-    if ((first + count > gpus)); then
-        echo "$name: skipped, wants GPUs $first to $((first + count - 1)) of $gpus"
-        return
-    fi
-    if CUDA_VISIBLE_DEVICES=$(seq -s, "$first" $((first + count - 1))) timeout 300 \
-        python3 -m torch.distributed.run --nproc-per-node "${ranks:-$count}" --master-port $own \
-        -m "tests.gpu.$module" "$@" --out "$out/$name.json" >"$out/$name.log" 2>&1; then
+# finish NAME COMMAND ...: run it, its log beside its result
+finish() {
+    local name=$1 started=$SECONDS
+    shift
+    if timeout 600 "$@" >"$out/$name.log" 2>&1; then
         echo "$name: passed in $((SECONDS - started)) s"
     else
         echo "$name: FAILED after $((SECONDS - started)) s"
@@ -44,26 +37,41 @@ job() {
     fi
 }
 
-# bench NAME COUNT [ARGUMENT ...]: `prism-megatron bench train`, whose results go to NAME/
-bench() {
-    local name=$1 count=$2 started=$SECONDS
+# job NAME FIRST_GPU COUNT MODULE [ARGUMENT ...]: check on these GPUs, with as many ranks unless $ranks
+# is set
+job() {
+    local name=$1 first=$2 count=$3 module=(-m "tests.gpu.$4") processes=${ranks:-$3}
+    shift 4
+    if ((count > gpus)); then
+        module=(-m tests.gpu.shared_gpu "${module[1]}") first=0 count=$gpus
+    fi
+    # one of its own by name, since several jobs run at once
+    local own=$((port + $(cksum <<<"$name" | cut -d' ' -f1) % 1000))
+    CUDA_VISIBLE_DEVICES=$(seq -s, "$first" $((first + count - 1))) finish "$name" \
+        python3 -m torch.distributed.run --nproc-per-node "$processes" --master-port $own \
+        "${module[@]}" "$@" --out "$out/$name.json"
+}
+
+# measure NAME COUNT MODULE [ARGUMENT ...]: on GPUs that nothing else runs on
+measure() {
+    local name=$1 count=$2
     shift 2
     if ((count > gpus)); then
         echo "$name: skipped, wants $count of $gpus GPUs"
         return
     fi
-    if CUDA_VISIBLE_DEVICES=$(seq -s, 0 $((count - 1))) timeout 300 \
-        python3 -m torch.distributed.run --nproc-per-node "$count" --master-port $port \
-        -m prism_megatron bench train --backend cuda "$@" --out "$out/$name" >"$out/$name.log" 2>&1; then
-        echo "$name: passed in $((SECONDS - started)) s"
-    else
-        echo "$name: FAILED after $((SECONDS - started)) s"
-        grep -v -i warning "$out/$name.log" | grep -E "Error|assert" | tail -n 3
-        touch "$out/failed"
-    fi
+    CUDA_VISIBLE_DEVICES=$(seq -s, 0 $((count - 1))) finish "$name" \
+        python3 -m torch.distributed.run --nproc-per-node "$count" --master-port $port -m "$@"
 }
 
-# from FIRST COUNT: FIRST, or 0 where there are not COUNT more, for models that can share a GPU
+# bench NAME COUNT [ARGUMENT ...]: `prism-megatron bench train`, whose results go to NAME/
+bench() {
+    local name=$1 count=$2
+    shift 2
+    measure "$name" "$count" prism_megatron bench train --backend cuda "$@" --out "$out/$name"
+}
+
+# from FIRST COUNT: FIRST, or 0 where there are not COUNT more, for jobs that can share a GPU
 from() { echo $(($1 + $2 <= gpus ? $1 : 0)); }
 
 parity() {
@@ -111,15 +119,18 @@ offload() {
 }
 
 curves() {
-    local gpu=0 recipe files=()
-    for recipe in bf16 delayed tensorwise blockwise; do
-        job "curve-$recipe" $gpu 1 fp8_curves --precision $recipe &
-        files+=("$out/curve-$recipe.json")
-        gpu=$(((gpu + 1) % gpus))
-        ((gpu)) || wait
+    local gpu=0 model recipe files
+    for model in qwen3-vl-8b qwen3-vl-30b-a3b; do
+        files=()
+        for recipe in bf16 delayed tensorwise blockwise; do
+            job "curve-$model-$recipe" $gpu 1 fp8_curves --model $model --precision $recipe &
+            files+=("$out/curve-$model-$recipe.json")
+            gpu=$(((gpu + 1) % gpus))
+            ((gpu)) || wait
+        done
+        wait
+        python3 -m tests.gpu.fp8_curves --plot "$out/fp8_curves-$model.png" "${files[@]}"
     done
-    wait
-    python3 -m tests.gpu.fp8_curves --plot "$out/fp8_curves.png" "${files[@]}"
 }
 
 # 8B's width on one GPU: how long the device waits for the host
@@ -165,7 +176,10 @@ moe() {
     bench moe-bf16 4 "${flags[@]}" --moments bfloat16 --micro-batch-tokens 4096 \
         --profile "$out/moe-bf16.txt"
 }
-baseline() { job baseline-fsdp2 0 4 bench_hf_fsdp2 --model qwen3-vl-8b --rows 8 --steps 3; }
+baseline() {
+    measure baseline-fsdp2 4 tests.gpu.bench_hf_fsdp2 --model qwen3-vl-8b --rows 8 --steps 3 \
+        --out "$out/baseline-fsdp2.json"
+}
 
 # checkpoints to ask about: $CHECKPOINTS, or made here
 checkpoints=${CHECKPOINTS:-$out/checkpoints}
@@ -216,17 +230,23 @@ sync() {
     done
     # all of it on one GPU, trainer and engine
     job sync-30b-a3b 0 1 check_sync "$checkpoints" --preset qwen3-vl-30b-a3b
-    job sync-dense-tp2 0 2 check_sync "$checkpoints" --kind dense --tensor 2 --engine-tensor 2
+    # a server takes no GPU twice
+    local -i engine_tensor=$((gpus > 1 ? 2 : 1))
+    job sync-dense-tp2 0 2 check_sync "$checkpoints" --kind dense --tensor 2 \
+        --engine-tensor $engine_tensor
     job sync-moe-ep2 0 2 check_sync "$checkpoints" --kind moe --expert 2
-    # one that is started again and, where there is a GPU more, one that lives on
-    local -i more=$((gpus > 2 ? 2 : 1))
-    ranks=1 job sync-dense-apart 0 $((1 + more)) check_sync "$checkpoints" --kind dense --apart $more
+    # as on two hosts, to which each weight goes once
+    job sync-moe-pp2-ep2 0 4 check_sync "$checkpoints" --kind moe --pipeline 2 --expert 2 --hosts 2
+    # one that is started again and one that lives on
+    ranks=1 job sync-dense-apart 0 3 check_sync "$checkpoints" --kind dense --apart 2
+    ((gpus == 1)) || ranks=1 job sync-dense-apart-tp2 0 3 check_sync "$checkpoints" --kind dense \
+        --apart 1 --engine-tensor 2
     ranks=1 job sync-moe-apart 0 2 check_sync "$checkpoints" --kind moe --apart 1
     for size in 4b 8b; do
         ranks=1 job sync-$size-apart 0 2 check_sync "$checkpoints" --preset qwen3-vl-$size --apart 1
     done
     job sync-30b-a3b-ep4 0 4 check_sync "$checkpoints" --preset qwen3-vl-30b-a3b --expert 4 \
-        --engine-tensor 2
+        --engine-tensor $engine_tensor
     if [[ -z ${VLLM_PYTHONPATH:-} ]]; then
         echo "sync with vLLM: skipped, VLLM_PYTHONPATH is not set"
         return
