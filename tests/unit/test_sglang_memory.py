@@ -10,6 +10,7 @@ import pytest
 import torch
 
 PACKAGE = "prism_megatron.rollout.sglang_server."
+MODEL = PACKAGE + "models.qwen3_vl_moe"
 
 
 def test_a_server_waits_for_the_device_before_memory_is_taken_from_under_it(
@@ -24,7 +25,8 @@ def test_a_server_waits_for_the_device_before_memory_is_taken_from_under_it(
     saver = ModuleType("torch_memory_saver.entrypoint")
     vars(saver).update(TorchMemorySaver=TorchMemorySaver)
     monkeypatch.setitem(sys.modules, saver.__name__, saver)
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda: done.append("waited"))
+    monkeypatch.setitem(sys.modules, MODEL, ModuleType(MODEL))
+    monkeypatch.setattr(torch.accelerator, "synchronize", lambda: done.append("waited"))
     for name in ("memory", "models"):
         monkeypatch.delitem(sys.modules, PACKAGE + name, raising=False)
     importlib.import_module(PACKAGE + "models")
@@ -34,3 +36,16 @@ def test_a_server_waits_for_the_device_before_memory_is_taken_from_under_it(
     TorchMemorySaver().pause(tag="kv_cache")
     TorchMemorySaver().pause("weights")
     assert done == ["waited", "kv_cache", "waited", "weights"]
+
+
+def test_a_server_does_not_start_without_our_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """SGLang would take its own, which knows none of the names that experts are sent under."""
+    memory = ModuleType(PACKAGE + "memory")
+    vars(memory).update(wait_before_pause=lambda: None)
+    monkeypatch.setitem(sys.modules, memory.__name__, memory)
+    # as if this SGLang had no such module
+    monkeypatch.setitem(sys.modules, "sglang.srt.models", None)
+    for name in (PACKAGE + "models", MODEL):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    with pytest.raises(ImportError, match="sglang"):
+        importlib.import_module(PACKAGE + "models")

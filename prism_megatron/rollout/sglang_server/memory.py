@@ -18,7 +18,7 @@ def wait_before_pause():
 
     @functools.wraps(pause)
     def waiting(self, *args, **kwargs):
-        torch.cuda.synchronize()
+        torch.accelerator.synchronize()
         return pause(self, *args, **kwargs)
 
     TorchMemorySaver.pause = waiting
