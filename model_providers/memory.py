@@ -174,9 +174,8 @@ def sync_bytes(config: Qwen3VLConfig, layout: Layout) -> float:
     """What a weight sync into engines on the trainers' GPUs takes of each: two buckets that are
     lent in turn and, unless a rank has all weights, what it sends and gets of one
     (weight_plan.py)."""
-    count = parameters(config)
-    # up and gate of all experts of a layer are one tensor
-    largest = WEIGHT * max(count.embedding, count.experts * 2 / 3)
+    # experts are cut
+    largest = WEIGHT * parameters(config).embedding
     split = layout.tensor * layout.pipeline * layout.expert * layout.expert_tensor > 1
     return max(SYNC_BUCKET, largest) * (4 if split else 2)
 

@@ -350,7 +350,7 @@ class Local:
     name: str
     parameter: nn.Parameter
     transform: Transform
-    index: int | None
+    index: int | slice | None
     """Which of the experts that the parameter holds; None where it is the whole parameter."""
 
     def of(self, values: Tensor) -> Tensor:
@@ -369,14 +369,14 @@ class Local:
         return weights[name][self.task.expert]
 
 
-def local_tasks(model: Qwen3VLModel, *, stacked: bool = False) -> Iterator[Local]:
-    """Every parameter that this rank holds; one of experts as a task for each of them, or with
-    `stacked` as a single one."""
+def local_tasks(model: Qwen3VLModel, *, stack: int | None = None) -> Iterator[Local]:
+    """Every parameter that this rank holds; one of experts as a task for each of them, or for each
+    `stack` of them."""
     for chunk in model.chunks:
-        yield from _chunk_tasks(chunk, stacked)
+        yield from _chunk_tasks(chunk, stack)
 
 
-def _chunk_tasks(model: Qwen3VLChunk, stacked: bool) -> Iterator[Local]:
+def _chunk_tasks(model: Qwen3VLChunk, stack: int | None) -> Iterator[Local]:
     parallel = model.parallel
     for name, parameter in model.named_parameters():
         match, rule = _match(name)
@@ -390,21 +390,24 @@ def _chunk_tasks(model: Qwen3VLChunk, stacked: bool) -> Iterator[Local]:
         else:
             group = parallel.groups.tp
         is_split = rule.transform.dim is not None
-        one_by_one = rule.experts and not stacked
-        for index in range(len(parameter)) if one_by_one else [None]:
+        for index in _indices(len(parameter), stack) if rule.experts else [None]:
+            own = parameter if index is None else parameter[index]
+            first = index.start if isinstance(index, slice) else index
             task = Task(
                 hf=tuple(hf.replace("{L}", str(layer)) for hf in rule.hf),
-                expert=(
-                    parallel.groups.ep.rank() * len(parameter) + (index or 0)
-                    if rule.experts
-                    else -1
-                ),
+                expert=-1 if first is None else parallel.groups.ep.rank() * len(parameter) + first,
                 part=group.rank() if is_split else 0,
                 parts=group.size() if is_split else 1,
-                shape=tuple(parameter.shape[1:] if one_by_one else parameter.shape),
+                shape=tuple(own.shape),
                 dtype=str(parameter.dtype).removeprefix("torch."),
             )
             yield Local(task, name, parameter, rule.transform, index)
+
+
+def _indices(experts: int, stack: int | None) -> list[int] | list[slice]:
+    if stack is None:
+        return list(range(experts))
+    return [slice(first, first + stack) for first in range(0, experts, stack)]
 
 
 def _match(name: str) -> tuple[re.Match[str], Rule]:

@@ -10,7 +10,7 @@ A receiver reads what it holds in its own parameters. The rest comes in two roun
 one receiver of every host where nobody holds it, and then from those that have it to the others of
 their host. So a shard goes to a host once, and no rank has to send it to all others by itself. The
 transforms of the weight map say which slice lies where. Of tensors to be quantised the slices meet
-in scratch memory, and only what becomes of them is in the bucket.
+in scratch memory, and only what becomes of them is in the bucket. Fused experts may come in parts.
 """
 
 from __future__ import annotations
@@ -127,21 +127,25 @@ class WeightPlan:
         *,
         receivers: Sequence[int] | None = None,
         bucket_bytes: int = _BUCKET_BYTES,
+        cut_experts: bool = False,
         quantization: Quantization | None = None,
     ) -> None:
         """Every rank calls this with the same arguments.
 
         receivers: ranks that get the whole tensors; all if None. bucket_bytes: a bucket ends before
         it would grow above this, scratch memory included; a larger tensor has one to itself.
+        cut_experts: fused experts that do not fit come in parts, named NAME[first:end].
         quantization: fp8-block has the decoder's projections come in FP8 with their scales, experts
         one by one (fp8_blocks.py).
 
         Raises:
             ValueError: a projection can't be cut into blocks.
         """
-        # an expert at a time, the host would take longer than the device to copy them
-        local = list(local_tasks(model, stacked=True))
         self.model, self.config, self.device = model, model.architecture, model.backend.device
+        own = self.config.num_experts // model.parallel.layout.expert
+        self._together = self._experts_together(own, bucket_bytes if cut_experts else None)
+        # an expert at a time, the host would take longer than the device to copy them
+        local = list(local_tasks(model, stack=max(1, min(own, self._together))))
         self.local = {entry.task: entry for entry in local}
         self.quantization = quantization
         self.receivers = list(range(dist.get_world_size()) if receivers is None else receivers)
@@ -195,10 +199,40 @@ class WeightPlan:
         for bucket in self.buckets:
             yield from self.fill(bucket, self.buffer() if receives else None, read)
 
+    def _experts_together(self, own: int, most: int | None) -> int:
+        """How many experts a tensor has: all, or as many as fit. They are of one rank, or all of
+        some ranks."""
+        config = self.config
+        if most is None or not config.num_experts:
+            return config.num_experts
+        size = 2 * config.moe_intermediate_size * config.hidden_size
+        fit = most // (size * self.model.backend.dtype.itemsize)
+        return max(
+            count
+            for count in range(1, config.num_experts + 1)
+            if (count == 1 or count <= fit)
+            and config.num_experts % count == 0
+            and (own % count == 0 or count % own == 0)
+        )
+
+    def _named(self, name: str, task: Task) -> str:
+        """The tensor of that Hugging Face name, or the part of it, that a shard belongs to."""
+        if task.expert < 0 or self._together == self.config.num_experts:
+            return name
+        first = self._first(task)
+        return f"{name}[{first}:{first + self._together}]"
+
+    def _first(self, task: Task) -> int:
+        return task.expert // self._together * self._together
+
     def _buckets(self, tasks: list[Task], most: int) -> list[Bucket]:
         buckets, taken = [Bucket()], 0
-        # the tensors of one parameter, and the experts of one tensor, stay together
-        for names, group in groupby(tasks, key=lambda task: task.hf):
+
+        def together(task: Task) -> tuple[str, ...]:
+            # the tensors of one parameter, and the experts of one tensor or of a part of it
+            return tuple(self._named(name, task) for name in task.hf)
+
+        for names, group in groupby(tasks, together):
             members = list(group)
             self._check_complete(members)
             whole = self._whole(members)
@@ -208,14 +242,17 @@ class WeightPlan:
                 taken = 0
             taken += size
             buckets[-1].tasks += members
-            for name, tensor in zip(names, whole, strict=True):
-                self._add(buckets[-1], name, tensor)
+            for hf, name, tensor in zip(members[0].hf, names, whole, strict=True):
+                matrices = self._matrices(hf, members[0]) if self.quantization else []
+                self._add(buckets[-1], name, tensor, matrices)
         return buckets
 
-    def _add(self, bucket: Bucket, name: str, tensor: Tensor) -> None:
-        """Give the tensor, or what becomes of it, a place in the bucket."""
+    def _add(self, bucket: Bucket, name: str, tensor: Tensor, names: list[str]) -> None:
+        """Give the tensor, or what becomes of it, a place in the bucket.
+
+        names: of the matrices that it is quantised to, none if it stays.
+        """
         shape = tuple(tensor.shape)
-        names = fp8_blocks.projections(name, self.config.num_experts) if self.quantization else []
         if not names:
             whole = Whole(name, shape, tensor.dtype, bucket.nbytes)
             bucket.plain.append(whole)
@@ -240,21 +277,29 @@ class WeightPlan:
             bucket.tensors.append(weight.part(part, i, len(names)))
             bucket.tensors.append(scale.part(part + fp8_blocks.SCALE, i, len(names)))
 
+    def _matrices(self, name: str, task: Task) -> list[str]:
+        """Names of what a shard's tensor, or its part, is quantised to."""
+        names = fp8_blocks.projections(name, self.config.num_experts)
+        if task.expert < 0:
+            return names
+        each = len(names) // self.config.num_experts
+        return names[each * self._first(task) :][: each * self._together]
+
     def _check_complete(self, members: list[Task]) -> None:
-        experts = self.config.num_experts if members[0].expert >= 0 else 1
+        experts = self._together if members[0].expert >= 0 else 1
         expected = experts * members[0].parts
         found = sum(task.experts for task in members)
         assert found == expected, f"{members[0].hf} has {found} shards on the ranks, not {expected}"
 
     def _whole(self, members: list[Task]) -> list[Tensor]:
-        """The tensors that these shards make up, on the meta device."""
+        """The tensors, or parts of them, that these shards make up, on the meta device."""
         task = members[0]
         transform = transform_to(task.hf[0])
         shard = torch.empty(task.own_shape, dtype=getattr(torch, task.dtype), device="meta")
         pieces = transform.to_hf(transform.join([shard] * task.parts), self.config)
         if task.expert < 0:
             return pieces
-        return [piece.expand(self.config.num_experts, *piece.shape) for piece in pieces]
+        return [piece.expand(self._together, *piece.shape) for piece in pieces]
 
     def _route(self, bucket: Bucket, holders: dict[Task, list[int]], hosts: list[str]) -> None:
         between, within = bucket.rounds = [Round(), Round()]
@@ -286,7 +331,7 @@ class WeightPlan:
         for task in bucket.tasks:
             if task in self.local:
                 entry = self.local[task]
-                own[task] = read(entry.parameter).contiguous()
+                own[task] = entry.of(read(entry.parameter)).contiguous()
                 assert own[task].dtype == getattr(torch, task.dtype), "others expect its dtype"
         return own
 
@@ -314,9 +359,9 @@ class WeightPlan:
     ) -> None:
         transform = transform_to(task.hf[0])
         for name, slices in zip(task.hf, self._slices_of(task, transform), strict=True):
-            target = tensors[name]
+            target = tensors[self._named(name, task)]
             if task.expert >= 0:
-                target = target.narrow(0, task.expert, task.experts)
+                target = target.narrow(0, task.expert - self._first(task), task.experts)
             if transform.dim is None:
                 copies.add(target.view(source.shape), source)
                 continue

@@ -216,9 +216,15 @@ class MockSGLang:
 
 
 def _named(sent: dict[str, Tensor]) -> dict[str, Tensor]:
-    for name in sent:
+    """By Hugging Face names; parts of fused experts, which come in their order, as one."""
+    parts: dict[str, list[Tensor]] = {}
+    for name, tensor in sent.items():
         assert fused_experts.sent_name(name) == name, f"an engine would turn {name}"
-    return {fused_experts.hf_name(name): tensor for name, tensor in sent.items()}
+        before = parts.setdefault(fused_experts.hf_name(name), [])
+        first = sum(map(len, before))
+        assert "[" not in name or name.endswith(f"[{first}:{first + len(tensor)}]"), name
+        before.append(tensor)
+    return {name: torch.cat(found) for name, found in parts.items()}
 
 
 def _common(a: list[int], b: list[int]) -> int:

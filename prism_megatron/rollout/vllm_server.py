@@ -8,6 +8,7 @@ copies the result to where the kernels and CUDA graphs look for it. Other layers
 
 import gc
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -99,7 +100,7 @@ class WeightExtension:
     def _load(self, tensors):
         """Some tensors."""
         model = self.model_runner.model
-        tensors = (fused_experts.as_stored(name, tensor) for name, tensor in tensors)
+        tensors = chain.from_iterable(fused_experts.as_stored(*sent) for sent in tensors)
         if self._quantised_layers():
             # a layer keeps what came, and the memory that it came in is used again
             tensors = ((name, tensor.clone()) for name, tensor in tensors)

@@ -141,6 +141,7 @@ class IpcSync:
             model,
             receivers=receivers,
             bucket_bytes=bucket_bytes,
+            cut_experts=True,
             quantization=quantization,
         )
         self._settled: list[Server] = []
@@ -303,6 +304,7 @@ class BroadcastSync:
             model,
             receivers=[0],
             bucket_bytes=bucket_bytes,
+            cut_experts=True,
             quantization=quantization,
         )
         self._joined: list[Server] = []

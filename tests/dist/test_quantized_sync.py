@@ -89,6 +89,7 @@ def _planned(path: Path, layout: Layout, receivers: list[int], bucket_bytes: int
         model,
         receivers=receivers,
         bucket_bytes=bucket_bytes,
+        cut_experts=True,
         quantization="fp8-block",
     )
     memory = plan.buffer()
@@ -104,7 +105,7 @@ def _planned(path: Path, layout: Layout, receivers: list[int], bucket_bytes: int
         found |= {name: tensor.clone() for name, tensor in tensors}
         sent = sum(made.weight.nbytes + made.scale.nbytes for made in bucket.quantised)
         assert sent <= 0.51 * bucket.scratch / 2, "half as much as in BF16"
-        alone = len({task.hf for task in bucket.tasks}) == 1
+        alone = len({(task.hf, task.expert) for task in bucket.tasks}) == 1
         plain = sum(whole.nbytes for whole in bucket.plain)
         assert bucket.scratch + plain <= bucket_bytes or alone, "larger than asked for"
     return wrong + (_differences(found, path) if receives else list(found))

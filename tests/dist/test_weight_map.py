@@ -4,6 +4,7 @@ refused by name."""
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -141,6 +142,66 @@ def test_receivers_alone_get_the_weights_bucket_by_bucket(
 ) -> None:
     found = ranks(world).run(_planned, hf_models[kind], layout, receivers, bucket_bytes)
     assert found == [[]] * world
+
+
+def _cut(path: Path, layout: Layout, receivers: list[int], experts: int) -> list[Any]:
+    """Names that come wrong, twice or not at all if buckets hold no more than that many experts,
+    and how many experts come together."""
+    weights = load_file(path / "model.safetensors")
+    model = _model(path, layout)
+    load_hf_weights(model, weights, str(path))
+    most = experts * max(t[0].nbytes for n, t in weights.items() if n.endswith("gate_up_proj"))
+    plan = WeightPlan(model, receivers=receivers, bucket_bytes=most, cut_experts=True)
+    memory = plan.buffer()
+    receives = dist.get_rank() in receivers
+    parts: dict[str, list[Tensor]] = {}
+    wrong, together = [], set()
+    for bucket in plan.buckets:
+        fused = any(".experts." in task.hf[0] for task in bucket.tasks)
+        if fused and bucket.nbytes + bucket.scratch > most:
+            wrong.append(f"{bucket.nbytes} bytes of {bucket.tasks[0].hf}, more than {most}")
+        memory.fill_(255)  # every bucket has the same memory
+        for name, tensor in plan.fill(bucket, memory if receives else None):
+            whole, cut, part = name.partition("[")
+            before = parts.setdefault(whole, [])
+            first = sum(map(len, before))
+            if cut and part != f"{first}:{first + len(tensor)}]":
+                wrong.append(name)
+            if ".experts." in name:
+                together.add(len(tensor))
+            before.append(tensor.clone())
+    found = {name: torch.cat(tensors) for name, tensors in parts.items()}
+    missing = set(weights) ^ set(found) if receives else set(found)
+    wrong += [n for n in found if n in weights and not torch.equal(found[n], weights[n])]
+    return [sorted(missing) + wrong, sorted(together)]
+
+
+@pytest.mark.parametrize(
+    "kind, world, layout, receivers, experts, together",
+    [
+        ("moe", 1, Layout(), [0], 3, 2),
+        ("moe", 2, Layout(expert=2), [0, 1], 1, 1),
+        # of several ranks
+        ("moe", 4, Layout(expert=4), [1, 2], 3, 2),
+        ("moe", 4, Layout(expert=4), [0], 4, 4),
+        ("moe", 4, Layout(expert=2, expert_tensor=2, tensor=2), [3], 2, 2),
+        ("deep-moe", 4, Layout(expert=2, pipeline=2, virtual_pipeline=3), [0, 2], 1, 1),
+    ],
+)
+def test_experts_that_do_not_fit_a_bucket_come_in_parts(
+    ranks: Worlds,
+    hf_models: dict[str, Path],
+    kind: str,
+    world: int,
+    layout: Layout,
+    receivers: list[int],
+    experts: int,
+    together: int,
+) -> None:
+    layout = replace(layout, sequence_parallel=layout.tensor > 1)
+    found = ranks(world).run(_cut, hf_models[kind], layout, receivers, experts)
+    expected = [[[], [together] if rank in receivers else []] for rank in range(world)]
+    assert found == expected
 
 
 def _traffic(path: Path, layout: Layout, receivers: list[int], hosts: str) -> list[str]:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Iterable
+from itertools import chain
 from types import ModuleType, SimpleNamespace
 from typing import Any
 from unittest.mock import MagicMock
@@ -62,12 +63,40 @@ def test_a_share_is_what_a_loader_of_experts_one_by_one_copies(tensor: int, expe
     for tp_rank in range(tensor):
         for ep_rank in range(expert):
             found, wanted = _empty(tensor, expert), _empty(tensor, expert)
-            stored = (fused_experts.as_stored(*item) for item in sent.items())
-            _one_by_one(wanted, stored, tp_rank, ep_rank)
+            _one_by_one(wanted, _stored(sent), tp_rank, ep_rank)
             for name, whole in sent.items():
                 ep, tp = (ep_rank, expert), (tp_rank, tensor)
                 assert fused_experts.load_share(found[name], name, whole, ep, tp)
                 assert torch.equal(found[name], wanted[name])
+                for size in (1, 2, 3):
+                    found[name].fill_(torch.nan)
+                    for part, some in _parts(name, whole, size):
+                        assert fused_experts.load_share(found[name], part, some, ep, tp)
+                    assert torch.equal(found[name], wanted[name])
+
+
+def test_parts_are_stored_one_by_one_as_checkpoints_have_them() -> None:
+    sent = _sent()
+    whole = dict(_stored(sent))
+    parts = dict(_stored(dict(p for item in sent.items() for p in _parts(*item, size=4))))
+    assert len(parts) == 3 * EXPERTS
+    for expert in range(EXPERTS):
+        gate, up = whole[LAYER + "gate_up_proj"][expert].T.chunk(2)
+        down = whole[LAYER + "down_proj"][expert].T
+        for name, wanted in (("gate", gate), ("up", up), ("down", down)):
+            assert torch.equal(parts[f"{LAYER}{expert}.{name}_proj.weight"], wanted)
+
+
+def _stored(sent: dict[str, Tensor]) -> Iterable[tuple[str, Tensor]]:
+    return chain.from_iterable(fused_experts.as_stored(*item) for item in sent.items())
+
+
+def _parts(name: str, whole: Tensor, size: int) -> list[tuple[str, Tensor]]:
+    starts = range(0, EXPERTS, size)
+    return [
+        (f"{name}[{first}:{first + len(some)}]", some)
+        for first, some in zip(starts, whole.split(size), strict=True)
+    ]
 
 
 def test_a_parameter_of_another_shape_gets_nothing() -> None:
@@ -77,6 +106,9 @@ def test_a_parameter_of_another_shape_gets_nothing() -> None:
             assert not fused_experts.load_share(other, name, sent[name], (0, 1), (0, 1))
         assert not fused_experts.load_share(parameter, name, sent[name], (0, 1), (0, 2))
         assert not fused_experts.load_share(parameter, name, sent[name], (0, 2), (0, 1))
+        for part in ("[0:5]", "[4:7]", "[1:7]"):
+            other = sent[name][: 3 if part == "[4:7]" else 6]
+            assert not fused_experts.load_share(parameter, name + part, other, (0, 1), (0, 1))
         assert parameter.isnan().all()
 
 
@@ -84,11 +116,13 @@ def test_names_lead_there_and_back_and_others_stay() -> None:
     for name in (LAYER + "gate_up_proj", LAYER + "down_proj"):
         sent = fused_experts.sent_name(name)
         assert sent != name and fused_experts.hf_name(sent) == name
+        part = fused_experts.sent_name(name + "[2:4]")
+        assert part == sent + "[2:4]" and fused_experts.hf_name(part) == name
     # a dense layer's, and an expert's own
     for name in ("model.layers.1.mlp.down_proj.weight", LAYER + "3.down_proj.weight"):
         assert fused_experts.sent_name(name) == fused_experts.hf_name(name) == name
         tensor = torch.zeros(2, 3)
-        assert fused_experts.as_stored(name, tensor) == (name, tensor)
+        assert list(fused_experts.as_stored(name, tensor)) == [(name, tensor)]
 
 
 class _Own(nn.Module):
@@ -165,7 +199,7 @@ def test_sglang_copies_fused_experts_and_loads_the_rest_itself(place: SimpleName
     assert place.model.__name__ == "Qwen3VLMoeForConditionalGeneration"
     model.load_weights(list(sent.items()))
     assert model.given == [], "its loader lists all parameters, though nothing is left"
-    _one_by_one(wanted, (fused_experts.as_stored(*item) for item in sent.items()), 0, 1)
+    _one_by_one(wanted, _stored(sent), 0, 1)
     assert all(torch.equal(place.empty[name], wanted[name]) for name in wanted)
     other = "model.visual.merger.norm.weight", torch.ones(2)
     on_disk = LAYER + "gate_up_proj", torch.zeros(EXPERTS, HIDDEN, 2 * FFN)

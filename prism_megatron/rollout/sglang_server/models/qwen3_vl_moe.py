@@ -31,7 +31,7 @@ class Qwen3VLMoeForConditionalGeneration(qwen3_vl_moe.Qwen3VLMoeForConditionalGe
         """Load fused experts that were sent; the rest as SGLang's loader takes it."""
         for name, tensor in weights:
             if fused_experts.hf_name(name) == name or not self._load_share(name, tensor):
-                yield fused_experts.as_stored(name, tensor)
+                yield from fused_experts.as_stored(name, tensor)
 
     def _load_share(self, name, tensor):
         """Whether this rank holds its share as it was sent, and has copied it."""
@@ -41,7 +41,7 @@ class Qwen3VLMoeForConditionalGeneration(qwen3_vl_moe.Qwen3VLMoeForConditionalGe
         experts = self.model.layers[layer].mlp.experts
         if not _holds_as_sent(experts):
             return False
-        parameter = getattr(experts, name.rpartition(".")[2])
+        parameter = experts.w13_weight if ".w13_weight" in name else experts.w2_weight
         ep = experts.moe_ep_rank, experts.moe_ep_size
         tp = experts.moe_tp_rank, experts.moe_tp_size
         return fused_experts.load_share(parameter, name, tensor, ep, tp)
