@@ -39,10 +39,11 @@ def run(options: argparse.Namespace) -> Iterator[tuple[str, dict[str, Any]]]:
     config = configuration.load(options.stage, options.config, overrides)
     assert isinstance(config, Stage)
     backends.create(config.backend).init_process_group()
-    if folder.exists():
-        raise ValueError(f"{folder} is there already; choose another --out, or remove it")
+    there = [False] * dist.get_world_size()
     # before any rank makes it
-    dist.barrier()
+    dist.all_gather_object(there, folder.exists())
+    if any(there):
+        raise ValueError(f"{folder} is there already; choose another --out, or remove it")
     pipeline: Callable[[Stage], None] = import_module(
         f"prism_megatron.pipelines.{STAGES[options.stage]}"
     ).run

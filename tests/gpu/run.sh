@@ -235,6 +235,8 @@ sync() {
     job sync-dense-tp2 0 2 check_sync "$checkpoints" --kind dense --tensor 2 \
         --engine-tensor $engine_tensor
     job sync-moe-ep2 0 2 check_sync "$checkpoints" --kind moe --expert 2
+    # in parts
+    job sync-moe-parts 0 1 check_sync "$checkpoints" --kind moe --bucket-mib 1
     # as on two hosts, to which each weight goes once
     job sync-moe-pp2-ep2 0 4 check_sync "$checkpoints" --kind moe --pipeline 2 --expert 2 --hosts 2
     # one that is started again and one that lives on
@@ -255,6 +257,7 @@ sync() {
     for kind in dense moe; do
         job sync-$kind-vllm 0 1 check_sync "$checkpoints" --kind $kind --engine vllm
     done
+    job sync-moe-vllm-parts 0 1 check_sync "$checkpoints" --kind moe --engine vllm --bucket-mib 1
     job sync-dense-vllm-fp8 0 1 check_sync "$checkpoints" --kind dense --engine vllm \
         --quantization fp8-block
     job sync-4b-vllm 0 1 check_sync "$checkpoints" --preset qwen3-vl-4b --engine vllm
