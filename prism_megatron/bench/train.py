@@ -8,6 +8,7 @@ the first of which takes the host memory that the later ones use again.
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import shutil
 import tempfile
@@ -97,6 +98,8 @@ def run(options: argparse.Namespace) -> Iterator[tuple[str, dict[str, Any]]]:
         name = "-".join(["train", Path(options.model).name, f"{dist.get_world_size()}gpus", *parts])
         backend.reset_peak_memory()
         yield name, _measure(chosen, config, shape, backend)
+        # the model is in cycles of references
+        gc.collect()
         backend.release_cached()
 
 

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import gc
 import gzip
 import json
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import yaml
 
 from checkpoint_tools.headers import hf_directory
 from model_providers.architecture import Qwen3VLConfig
+from model_providers.qwen3_vl import Qwen3VLModel
 from prism_megatron.bench import command, workload
 from prism_megatron.config import schema
 from prism_megatron.data import digit_sums
@@ -68,6 +72,33 @@ def result(path: Path) -> dict[str, Any]:
     assert found["versions"]["megatron-core"] and "git_commit" in found and found["device"]
     assert found["gpus"] == 2
     return found
+
+
+def _held(arguments: list[str]) -> list[int]:
+    """How many models there still are when each of them is built."""
+    build, models, held = Qwen3VLModel.__init__, [], []
+
+    def counted(self: Qwen3VLModel, *args: Any, **kwargs: Any) -> None:
+        held.append(sum(model() is not None for model in models))
+        models.append(weakref.ref(self))
+        build(self, *args, **kwargs)
+
+    # which would happen by itself at some time
+    gc.disable()
+    try:
+        with mock.patch.object(Qwen3VLModel, "__init__", counted):
+            command.main(arguments)
+    finally:
+        gc.enable()
+    return held
+
+
+def test_a_combination_has_the_memory_of_those_before(
+    ranks: Worlds, root: Path, tmp_path: Path
+) -> None:
+    arguments = ["train", "--model", str(root / "tiny"), "--recompute", "none", "full", "--out"]
+    arguments += [str(tmp_path), *TRAIN.split(), "--steps", "1", "--warmup", "0"]
+    assert ranks(2).run(_held, arguments) == [[0, 0]] * 2
 
 
 def test_training_of_every_combination(ranks: Worlds, root: Path, tmp_path: Path) -> None:
