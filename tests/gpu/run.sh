@@ -248,7 +248,8 @@ sync() {
     ((gpus == 1)) || for size in 4b 8b; do
         ranks=1 job sync-$size-apart 0 2 check_sync "$checkpoints" --preset qwen3-vl-$size --apart 1
     done
-    job sync-30b-a3b-ep4 0 4 check_sync "$checkpoints" --preset qwen3-vl-30b-a3b --expert 4 \
+    # each rank has what is not of experts, besides
+    ((gpus == 1)) || job sync-30b-a3b-ep4 0 4 check_sync "$checkpoints" --preset qwen3-vl-30b-a3b --expert 4 \
         --engine-tensor $engine_tensor
     if [[ -z ${VLLM_PYTHONPATH:-} ]]; then
         echo "sync with vLLM: skipped, VLLM_PYTHONPATH is not set"
