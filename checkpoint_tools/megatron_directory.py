@@ -99,9 +99,11 @@ class Saving:
         optimizer: Any = None,
         scheduler: Any = None,
         in_background: bool = False,
+        check: bool = True,
     ) -> None:
         """in_background: copy everything to host memory, and write that in a thread; the model may
-        change meanwhile."""
+        change meanwhile. check: that the ranks' shards make up whole tensors, for which all of them
+        are told of all; what was right once is right in a model's later checkpoints, too."""
         self.path, self._hf, self._staging = path, hf, staging_of(path)
         self._is_writer = dist.get_rank() == 0
         if self._is_writer:
@@ -114,6 +116,7 @@ class Saving:
         self._request = dist_checkpointing.save(
             _to_write(model, optimizer, scheduler),
             str(self._staging),
+            validate_access_integrity=check,
             async_sharded_save=True,
             async_strategy="mcore",
         )

@@ -103,7 +103,7 @@ class ModelRunner:
         self.micro_batch_tokens, self.pad_id, self.mrope = micro_batch_tokens, pad_id, mrope
         self.parallel = model.parallel
         self.ddp: list[DistributedDataParallel] = []
-        self._has_scales = False
+        self._has_scales = self._is_checked = False
         self._recorded: list[list[Tensor]] | None = None
         self.loads = torch.zeros(0)
         if optimizer is None:
@@ -186,9 +186,10 @@ class ModelRunner:
         self, path: Path, hf: Path, in_background: bool = False
     ) -> megatron_directory.Saving:
         """The same up to its `finish`; in_background: see Saving."""
+        check, self._is_checked = not self._is_checked, True
         with self._state():
             return megatron_directory.Saving(
-                path, self.model, hf, self.optimizer, self.scheduler, in_background
+                path, self.model, hf, self.optimizer, self.scheduler, in_background, check
             )
 
     def load(self, path: Path) -> None:

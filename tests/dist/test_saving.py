@@ -15,6 +15,7 @@ from unittest import mock
 
 import pytest
 import torch.distributed as dist
+from megatron.core.dist_checkpointing.validation import validate_sharding_integrity
 
 from checkpoint_tools.megatron_directory import Saving
 from prism_megatron.config import schema
@@ -49,6 +50,21 @@ def _train(root: Path, out: Path, train: dict[str, Any]) -> None:
         }
     )
     sft.run(config)
+
+
+def _checks(root: Path, out: Path) -> tuple[int, list[str]]:
+    """How often a run had all ranks told of all shards, and its checkpoints."""
+    name = "megatron.core.dist_checkpointing.state_dict_utils.validate_sharding_integrity"
+    with mock.patch(name, side_effect=validate_sharding_integrity) as check:
+        _train(root, out, {"keep_checkpoints": 3})
+    return check.call_count, _names(out)
+
+
+def test_shards_are_checked_against_each_other_once_a_run(
+    ranks: Worlds, root: Path, tmp_path: Path
+) -> None:
+    names = ["step_000002", "step_000004", "step_000006"]
+    assert ranks(2).run(_checks, root, tmp_path / "run") == [(1, names)] * 2
 
 
 def _lines(out: Path) -> list[dict[str, float]]:
