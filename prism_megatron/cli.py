@@ -15,6 +15,7 @@ message and exit status 2; a defect of ours keeps its traceback.
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import logging
 import os
 import sys
@@ -81,6 +82,9 @@ TOOLS = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command `argv` (default: sys.argv) and return its exit status."""
     _quieten()
+    # where every thread was, if something beneath Python ends this process
+    if sys.__stderr__ and not faulthandler.is_enabled():
+        faulthandler.enable(sys.__stderr__)
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] in ("-h", "--help"):
         print(_overview())

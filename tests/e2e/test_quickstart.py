@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from transformers import Qwen3VLForConditionalGeneration, Qwen3VLMoeForConditionalGeneration
@@ -49,8 +50,12 @@ def kill_after_first_checkpoint(process: subprocess.Popen[str], stage: Path) -> 
         assert process.poll() is None, process.communicate()[0][-4000:]
         assert time.monotonic() < deadline, "no checkpoint within 300 s"
         time.sleep(0.1)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.communicate()
+    # torchrun's ranks are in sessions of their own
+    shell = psutil.Process(process.pid)
+    for each in (shell, *shell.children(recursive=True)):
+        with suppress(psutil.NoSuchProcess):
+            each.kill()
+    process.communicate(timeout=60)
 
 
 @pytest.fixture(scope="module")

@@ -3,6 +3,7 @@ from __future__ import annotations
 import inspect
 import json
 import os
+import signal
 import subprocess
 import sys
 import warnings
@@ -124,6 +125,13 @@ def test_a_defect_in_a_library_keeps_its_traceback(tmp_path: Path) -> None:
         with pytest.raises(json.JSONDecodeError):
             config = str(ROOT / "configs/quickstart/report.yaml")
             cli.main(["report", "--config", config, f"dir={tmp_path}"])
+
+
+def test_a_process_that_is_ended_from_beneath_python_says_where_it_was() -> None:
+    code = "import os; from prism_megatron import cli; cli.main(['-h']); os.abort()"
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert ran.returncode == -signal.SIGABRT
+    assert "Fatal Python error: Aborted" in ran.stderr and 'File "<string>", line 1' in ran.stderr
 
 
 @pytest.mark.parametrize("stage", list(configuration.STAGES))
