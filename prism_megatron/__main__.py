@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
+from prism_megatron.cli import run
 
-from prism_megatron.cli import main
-
-sys.exit(main())
+run()

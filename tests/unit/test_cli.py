@@ -127,6 +127,32 @@ def test_a_defect_in_a_library_keeps_its_traceback(tmp_path: Path) -> None:
             cli.main(["report", "--config", config, f"dir={tmp_path}"])
 
 
+LAST = """
+import atexit, sys, time
+from concurrent.futures import ThreadPoolExecutor
+from prism_megatron import cli
+
+class Kept:
+    def __del__(self):
+        sys.__stdout__.write("torn down ")
+
+def main():
+    print("main", end=" ")
+    ThreadPoolExecutor(1).submit(lambda: (time.sleep(0.2), print("thread", end=" ")))
+    return 3
+
+kept = Kept()
+atexit.register(print, "registered", end=" ")
+cli.main = main
+cli.run()
+"""
+
+
+def test_a_command_ends_with_all_but_the_interpreter() -> None:
+    ran = subprocess.run([sys.executable, "-c", LAST], capture_output=True, text=True)
+    assert (ran.returncode, ran.stdout.split()) == (3, ["main", "thread", "registered"])
+
+
 def test_a_process_that_is_ended_from_beneath_python_says_where_it_was() -> None:
     code = "import os; from prism_megatron import cli; cli.main(['-h']); os.abort()"
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
