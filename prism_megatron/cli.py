@@ -85,11 +85,11 @@ TOOLS = {
 def run() -> NoReturn:
     """Be the process of a command.
 
-    It ends as the interpreter ends it, but for taking the interpreter down: threads beneath Python,
-    of process groups for one, may let go of Python's objects just then, which aborts a rank that
-    has done all it had to (seen of gloo, once in 40 runs that had nothing left to do).
+    It ends as the interpreter ends it, but for taking the interpreter down, in which one rank in 40
+    runs over gloo was aborted that had done all it had to; which thread did it is not known.
     """
     status = main()
+    # what Python does first; there is no public name, and none in typeshed
     threading._shutdown()  # type: ignore[attr-defined]
     atexit._run_exitfuncs()
     # `| head` has read enough

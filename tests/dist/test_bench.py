@@ -12,6 +12,7 @@ from typing import Any
 from unittest import mock
 
 import pytest
+import torch.distributed as dist
 import yaml
 
 from checkpoint_tools.headers import hf_directory
@@ -64,6 +65,19 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def _run(arguments: list[str]) -> None:
     command.main(arguments)
+
+
+def _refused(arguments: list[str]) -> bool:
+    """Whether this rank is told that the folder is there, which the second one does not see."""
+    exists = Path.exists
+
+    def seen(path: Path) -> bool:
+        return exists(path) and not (dist.get_rank() == 1 and path.name == "run-rlvr")
+
+    with mock.patch.object(Path, "exists", seen):
+        with pytest.raises(ValueError, match="run-rlvr is there already"):
+            command.main(arguments)
+    return True
 
 
 def result(path: Path) -> dict[str, Any]:
@@ -178,8 +192,7 @@ def test_steps_of_a_stage_by_phase(ranks: Worlds, root: Path, tmp_path: Path) ->
     assert [("time/save" in step) for step in steps] == [False, False, True, False]
     assert found["tokens_per_s_per_gpu"] > 0
     assert 0 < found["tflops_per_gpu"] < found["train_tflops_per_gpu"]
-    with pytest.raises(Exception, match="run-rlvr is there already"):
-        ranks(2).run(_run, arguments)
+    assert ranks(2).run(_refused, arguments) == [True, True]
 
 
 def test_engines_sample_and_get_weights(ranks: Worlds, root: Path, tmp_path: Path) -> None:

@@ -79,7 +79,7 @@ OPTIONS = {
     # without FlashAttention-3's and FlashInfer's binaries
     "sglang": "--attention-backend triton --sampling-backend pytorch --grammar-backend none "
     "--mm-attention-backend sdpa --disable-cuda-graph --max-running-requests 256 "
-    "--max-total-tokens 65536 --mem-fraction-static 0.95",
+    "--max-total-tokens 65536 --mem-fraction-static 0.9",
     "vllm": "--enforce-eager --dtype bfloat16 --max-model-len 2048 --moe-backend triton "
     "--skip-mm-profiling --kv-cache-memory-bytes 10000000000 --gpu-memory-utilization 0.1",
 }
