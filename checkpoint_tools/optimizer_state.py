@@ -81,7 +81,7 @@ class OptimizerState:
     @property
     def step(self) -> int:
         """How many updates were made."""
-        return max(int(group.get("step") or 0) for group in self._groups(self._part.state_dict()))
+        return max((int(counter.get("step", 0)) for counter in self._counters()), default=0)
 
     def to_write(self) -> Pieces:
         """The state as it lies, this rank's part."""
@@ -89,8 +89,6 @@ class OptimizerState:
 
     def to_read(self) -> Pieces:
         """The whole rows that this rank needs some of, without data."""
-        # which allocates the state where no update has been made yet
-        self._part.load_state_dict(self._part.state_dict())
         return self._pieces(_rows)
 
     def _pieces(self, cut: Cut) -> Pieces:
@@ -108,10 +106,11 @@ class OptimizerState:
 
     def restore(self, step: int, loaded: dict[int, dict[str, list[Tensor]]]) -> None:
         """Take over the step, and what the pieces of to_read were filled with."""
-        state = self._part.state_dict()
-        for group in self._groups(state):
-            group["step"] = step
-        self._part.load_state_dict(state)
+        for counter in self._counters():
+            if isinstance(counter.get("step"), Tensor):
+                counter["step"].fill_(step)
+            else:
+                counter["step"] = step
         for index, found in enumerate(self._ranges):
             for name, tensor in self._tensors(found.parameter).items():
                 read = iter(loaded[index][name])
@@ -119,9 +118,13 @@ class OptimizerState:
                     ahead = start % math.prod(place.local_shape[1:])
                     flat.copy_(next(read).flatten()[ahead : ahead + stop - start])
 
-    def _groups(self, state: dict[str, Any]) -> list[dict[str, Any]]:
-        groups: list[dict[str, Any]] = state["optimizer"]["param_groups"]
-        return groups
+    def _counters(self) -> list[dict[str, Any]]:
+        """What has the number of updates as its "step": with torch's Adam each parameter's state,
+        with Transformer Engine's each group, from the first update on."""
+        if self._part.is_stub_optimizer:
+            return []
+        inner = self._part.optimizer
+        return [state for state in inner.state.values() if "step" in state] or inner.param_groups
 
     def _tensors(self, parameter: Tensor) -> dict[str, Tensor]:
         """By name: the main weights and moments of a parameter's elements that are this rank's."""

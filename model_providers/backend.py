@@ -70,6 +70,10 @@ class Backend:
         if self.device.type == "cuda":
             torch.cuda.current_stream().synchronize()
 
+    def side_stream(self) -> torch.Stream | None:
+        """A queue of work beside the current one; None where nothing is queued."""
+        return torch.Stream(self.device) if self.device.type == "cuda" else None
+
     def release_cached(self) -> None:
         """Give the device the memory that torch keeps for tensors to come."""
         if self.device.type == "cuda":

@@ -7,13 +7,14 @@
                  (1 each). Experts are cast whenever they are used
     optimizer    fp32 weights and moments (12 bytes, or 8 with BF16 moments) of what is trained,
                  spread over data-parallel ranks; a replicated tower has it, as the first two, on
-                 all tensor-parallel ranks
+                 all tensor-parallel ranks. With offload it lies in host memory, and an update has
+                 three pieces of it at a time
     language     what a decoder layer keeps of each token for its backward pass
     head         logits in BF16, whose gradient takes their place, and the gradient of the head
                  before it is added to the others
     vision       what the tower keeps of each patch
     rounding     with fp8_param_gather a BF16 copy (2) of the main weights that are rounded, all at
-                 once, in the update
+                 once, or with offload a piece's, in the update
 
 The first four are exact but for norms and padding. Activations are counted tensor by tensor as
 Transformer Engine keeps them, attention as flash attention does. Megatron's pipeline schedules hold
@@ -34,8 +35,7 @@ from model_providers.parallel import Layout
 WEIGHT, GRADIENT = 2, 4
 BUFFERS = 1.84e9
 """Bytes that torch allocates besides: Transformer Engine's and cuBLAS's workspaces, the batch. From
-docs/results/h200/dense-2gpu-offload-tensorwise.json, whose peak is in the update, where nothing
-else is unknown."""
+a step of 8B on two H200s whose peak was in the update, where nothing else is unknown."""
 CONTEXT = 1.5e9
 """Bytes of a process that torch does not count: CUDA's context and NCCL's buffers."""
 ENGINE_ASLEEP = 1.7e9
@@ -43,6 +43,9 @@ ENGINE_ASLEEP = 1.7e9
 model in docs/results/h200/sync-dense.json: 139.8 GiB less 136.8 free."""
 SYNC_BUCKET = 2**30
 """Bytes of the weights that go to an engine at a time, unless a single tensor has more."""
+PIECE = 2**26
+"""Parameters whose state is on the device at a time where it lies in host memory, unless a single
+one is larger."""
 NO_RECOMPUTE = Recompute()
 
 
@@ -58,6 +61,8 @@ class Memory:
     head: float
     vision: float
     rounding: float
+    pieces: float
+    """Of the optimizer's part, what an update has at a time where it lies in host memory."""
 
     @property
     def activations(self) -> float:
@@ -69,7 +74,7 @@ class Memory:
 
     def passing(self, offload: bool) -> float:
         """What is there besides at the worst moment, of the passes or of the update."""
-        return max(self.activations, self.rounding + (self.optimizer if offload else 0))
+        return max(self.activations, self.pieces if offload else self.rounding)
 
     def peak(self, offload: bool = False) -> float:
         """Most that torch allocates at a time for this model."""
@@ -261,15 +266,24 @@ def _stage_bytes(
     gathered = matrices if fp8_param_gather else 0.0
     # of a layer's up and gate projections, before it is added to what other micro-batches gave
     added = 0.0 if not trained_experts else WEIGHT * 2 / 3 * count.experts / split
+    state, shard = 4 + 2 * moment_bytes, trained / ranks + trained_experts / expert_shard
+    parts = [
+        (head if last else 0) / layout.tensor,
+        (count.embedding if first else 0) / layout.tensor,
+    ]
+    parts += [2 / 3 * count.experts / split]
+    largest = min(max(PIECE, *parts), shard)
     return Memory(
         weights=WEIGHT * (own + own_experts) - gathered,
         gradients=GRADIENT * (trained + trained_experts / split) + added,
         fp8=(2 * matrices if fp8 else 0) - gathered,
-        optimizer=(4 + 2 * moment_bytes) * (trained / ranks + trained_experts / expert_shard),
+        optimizer=state * shard,
         language=language,
         head=logits,
         vision=vision,
         rounding=WEIGHT * matrices / ranks if fp8_param_gather else 0,
+        # moments in BF16 are in fp32 while they are updated
+        pieces=state * min(largest + 2 * PIECE, shard) + (8 if moment_bytes == 2 else 0) * largest,
     )
 
 

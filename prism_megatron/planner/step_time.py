@@ -367,7 +367,8 @@ def _update(
         moved = shard * (4 + 2 * state) + 8 * (dense + experts)
         update = moved / (gpu.hbm * hardware.HBM)
         if options.offload:
-            update += 2 * shard * state / hardware.HOST
+            # there and back at the same time
+            update = max(update, shard * state / hardware.HOST)
         # of a replicated tower the gradients are summed over tensor-parallel ranks
         update += 4 * tower * 2 * (layout.towers - 1) / layout.towers / hardware.NVLINK
         worst = max(worst, (4 * a_byte, weights, update, network or also))

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from model_providers.fp8_weights import is_rounded
-from prism_megatron.training.optimizer import HostState
+from prism_megatron.training.host_state import HostState
 
 
 class MainWeights:

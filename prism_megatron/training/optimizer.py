@@ -1,9 +1,8 @@
-"""AdamW over one model's shards, its learning-rate schedule, and where its state lies."""
+"""AdamW over one model's shards, and its learning-rate schedule."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -19,7 +18,6 @@ from megatron.core.optimizer.optimizer_config import ParamPredicate
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler, ParamGroupOverride
 from torch import Tensor
 
-from model_providers.host_memory import on_host
 from model_providers.qwen3_vl import Qwen3VLModel
 from prism_megatron.config.schema import Optimizer
 
@@ -27,7 +25,9 @@ from prism_megatron.config.schema import Optimizer
 def build_optimizer(
     section: Optimizer, ddp: list[DistributedDataParallel], model: Qwen3VLModel
 ) -> Any:
-    """megatron.core's distributed AdamW: main weights in fp32 and moments, each rank its shard."""
+    """megatron.core's distributed AdamW: main weights in fp32 and moments, each rank its shard.
+    With section.offload the moments are HostState's to allocate.
+    """
     config = OptimizerConfig(
         optimizer="adam",
         lr=section.lr,
@@ -57,16 +57,22 @@ def build_optimizer(
         use_gloo_process_groups=False,
         pg_collection=model.parallel.groups,
     )
-    for part in optimizer.chained_optimizers:
-        if isinstance(part.optimizer, torch.optim.Adam | torch.optim.AdamW):
-            _allocate_moments(part.optimizer)
-        elif section.moments == "bfloat16":
-            update_in_parts(part.optimizer, AT_ONCE)
+    for part in (p for p in optimizer.chained_optimizers if not p.is_stub_optimizer):
+        if section.offload:
+            continue
+        parameters = [p for group in part.optimizer.param_groups for p in group["params"]]
+        for parameter in parameters:
+            allocate_moments(part.optimizer, parameter)
+        if section.moments == "bfloat16":
+            parts = list(in_parts(parameters, AT_ONCE))
+            update_in_parts(part.optimizer, lambda parts=parts: parts)
     return optimizer
 
 
-def update_in_parts(optimizer: torch.optim.Optimizer, elements: int) -> None:
-    """Have `optimizer` update at most so many elements at a time, a single parameter at least.
+def update_in_parts(
+    optimizer: torch.optim.Optimizer, parts: Callable[[], Iterable[list[Tensor]]]
+) -> None:
+    """Have an update of `optimizer` be one of each of the `parts` that its parameters are cut into.
 
     Transformer Engine's Adam expands BF16 moments to fp32, of all parameters of a group before it
     updates the first: 8 bytes a parameter, twice what BF16 saves. It counts the updates of a group
@@ -74,26 +80,27 @@ def update_in_parts(optimizer: torch.optim.Optimizer, elements: int) -> None:
     """
     update = optimizer.step
 
-    def in_parts() -> None:
+    def by_parts() -> None:
         wholes = [
             (group, group["params"], group.get("step", 0)) for group in optimizer.param_groups
         ]
-        for group, _, _ in wholes:
-            group["params"] = []
         try:
-            for group, parameters, done in wholes:
-                for part in _parts(parameters, elements):
-                    group["params"], group["step"] = part, done
+            for part in parts():
+                chosen = {id(parameter) for parameter in part}
+                for group, parameters, done in wholes:
+                    group["params"] = [p for p in parameters if id(p) in chosen]
+                    if group["params"]:
+                        group["step"] = done
+                if chosen:
                     update()
-                group["params"] = []
         finally:
             for group, parameters, _ in wholes:
                 group["params"] = parameters
 
-    optimizer.step = in_parts  # type: ignore[method-assign, assignment]
+    optimizer.step = by_parts  # type: ignore[method-assign, assignment]
 
 
-def _parts(parameters: list[Tensor], elements: int) -> Iterator[list[Tensor]]:
+def in_parts(parameters: Iterable[Tensor], elements: int) -> Iterator[list[Tensor]]:
     """The parameters in their order, as many together as have `elements`, or one."""
     part, count = list[Tensor](), 0
     for parameter in parameters:
@@ -106,19 +113,17 @@ def _parts(parameters: list[Tensor], elements: int) -> Iterator[list[Tensor]]:
         yield part
 
 
-def _allocate_moments(optimizer: torch.optim.Optimizer) -> None:
-    """torch's Adam allocates its state at the first step, but megatron.core wants to find it when a
-    checkpoint is loaded before that (DistributedOptimizer.state_dict), and a step count even on a
-    rank that has nothing to train."""
-    if not any(group["params"] for group in optimizer.param_groups):
-        optimizer.state["nothing"] = {"step": torch.zeros(())}
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            optimizer.state[parameter] = {
-                "step": torch.zeros(()),
-                "exp_avg": torch.zeros_like(parameter),
-                "exp_avg_sq": torch.zeros_like(parameter),
-            }
+def allocate_moments(optimizer: Any, parameter: Tensor) -> None:
+    """What torch's and Transformer Engine's Adam do in the first update, for a checkpoint that is
+    loaded before."""
+    if isinstance(optimizer, torch.optim.Adam | torch.optim.AdamW):
+        optimizer.state[parameter] = {
+            "step": torch.zeros(()),
+            "exp_avg": torch.zeros_like(parameter),
+            "exp_avg_sq": torch.zeros_like(parameter),
+        }
+    else:
+        optimizer.initialize_state(parameter, store_param_remainders=False)
 
 
 def update(optimizer: Any, grad_norm: float) -> bool:
@@ -150,56 +155,6 @@ _HALF_MOMENTS = dict(
     # Nothing else reads it.
     fp8_recipe="tensorwise",
 )
-
-
-class HostState:
-    """Main weights and moments that are on the device only while they are used.
-
-    Between two updates they lie in pinned host memory, so that activations have the device's; the
-    tensors stay the same objects, without storage. Copies are ordered with the stream's other work
-    and nobody waits for them.
-    """
-
-    def __init__(self, optimizer: Any) -> None:
-        self._optimizer = optimizer
-        self._host: dict[Tensor, Tensor] = {}
-        self._to_host()
-
-    @contextmanager
-    def on_device(self) -> Iterator[None]:
-        """What reads or changes the state runs inside."""
-        for tensor, host in self._host.items():
-            tensor.untyped_storage().resize_(host.nbytes)
-            tensor.copy_(host, non_blocking=True)
-        yield
-        self._to_host()
-
-    def values(self, tensor: Tensor) -> Tensor:
-        """What one of them is after the last update, on the host."""
-        return self._host.get(tensor, tensor)
-
-    def _to_host(self) -> None:
-        # a checkpoint that was loaded brought new tensors
-        state = self._tensors()
-        new = [tensor for tensor in state if tensor not in self._host]
-        kept = self._host | dict(zip(new, on_host(new), strict=True))
-        self._host = {tensor: kept[tensor] for tensor in state}
-        for tensor, host in self._host.items():
-            host.copy_(tensor, non_blocking=True)
-            tensor.untyped_storage().resize_(0)
-
-    def _tensors(self) -> list[Tensor]:
-        """All but main weights that are the model's own, as a discriminator's fp32 head is."""
-        found: list[Tensor] = []
-        for part in self._optimizer.chained_optimizers:
-            # of a rank that has nothing to train
-            if part.is_stub_optimizer:
-                continue
-            for group in part.shard_fp32_from_float16_groups:
-                found += group
-            for moments in part.optimizer.state.values():
-                found += [m for m in moments.values() if isinstance(m, Tensor) and m.dim()]
-        return [tensor for tensor in found if tensor.nbytes]
 
 
 def build_scheduler(section: Optimizer, optimizer: Any, steps: int) -> OptimizerParamScheduler:

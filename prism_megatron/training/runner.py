@@ -45,13 +45,9 @@ from prism_megatron.flops import training_flops
 from prism_megatron.phases import count, phase
 from prism_megatron.training.gradient_overlap import reduce_in_order
 from prism_megatron.training.guard import Guard, Unsound, UnsoundInference
+from prism_megatron.training.host_state import HostState
 from prism_megatron.training.main_weights import MainWeights
-from prism_megatron.training.optimizer import (
-    HostState,
-    build_optimizer,
-    build_scheduler,
-    update,
-)
+from prism_megatron.training.optimizer import build_optimizer, build_scheduler, update
 from prism_megatron.training.watchdog import reached
 from prism_megatron.types import ImageShare, PackedBatch, Sequence, VisualInputs
 
@@ -110,11 +106,14 @@ class ModelRunner:
             model.requires_grad_(False)
             return
         self.ddp = _wrap(model)
+        if optimizer.offload:
+            # main weights are on the device before they are on the host
+            self.release()
         self.optimizer = build_optimizer(optimizer, self.ddp, model)
         self.scheduler = build_scheduler(optimizer, self.optimizer, steps)
         fp8_weights.forget(model)
-        host = HostState(self.optimizer) if optimizer.offload else None
-        self._state = host.on_device if host else nullcontext
+        host = HostState(self.optimizer, model.backend) if optimizer.offload else None
+        self._state = host.on_host if host else nullcontext
         model.read_weight = MainWeights(self.optimizer, host).read
 
     @phase("train")
@@ -156,8 +155,7 @@ class ModelRunner:
         # before the update, so that a warm-up does not begin with a step at rate zero
         self.scheduler.step(increment=1)
         rate = float(self.optimizer.param_groups[0]["lr"])
-        with self._state():
-            updated = update(self.optimizer, grad_norm)
+        updated = update(self.optimizer, grad_norm)
         assert updated, "nothing but the guard leaves updates out"
         return StepResult(sums, grad_norm, rate)
 
