@@ -69,7 +69,7 @@ class Memory:
         return self.language + self.head + self.vision
 
     def held(self, offload: bool) -> float:
-        """What is there all the time; offload: the optimizer's part only in the update."""
+        """What is there all the time; offload: without the optimizer's part."""
         return self.weights + self.gradients + self.fp8 + (0 if offload else self.optimizer)
 
     def passing(self, offload: bool) -> float:

@@ -36,7 +36,7 @@ class Need:
 
     memory: Memory
     offload: bool
-    """The optimizer's part is there during the update alone."""
+    """The optimizer's part is in host memory."""
     reference: float
     """Of the frozen start weights, where there is a KL term."""
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
@@ -54,7 +53,7 @@ def main(arguments: Sequence[str]) -> int:
         print(scaling_table(requests))
         return 0
     [request] = requests
-    found = search_either(request)
+    found = search(request)
     if not found.candidates:
         print(nothing_fits(request, found))
         return 1
@@ -155,15 +154,6 @@ def _architecture(model: str) -> tuple[str, Qwen3VLConfig]:
     return path.resolve().name, Qwen3VLConfig.from_hf(hf_directory(path))
 
 
-def search_either(request: Request) -> Found:
-    """With fp32 moments or, if nothing fits so, with BF16 ones."""
-    found = search(request)
-    if found.candidates:
-        return found
-    other = search(replace(request, moments="bfloat16"))
-    return other if other.candidates else Found([], min(found.least, other.least))
-
-
 def nothing_fits(request: Request, found: Found) -> str:
     """What is the smallest that would."""
     message = (
@@ -200,8 +190,9 @@ def describe_saving(candidate: Candidate) -> str:
     words += recompute.modules
     words += ["vision"] * recompute.vision
     found = ["recompute " + ", ".join(words)] if words else []
-    found += ["offload"] * candidate.offload
-    found += ["BF16 moments"] * (candidate.request.moments == "bfloat16")
+    if candidate.offload:
+        host = min(hardware.NODE, candidate.request.gpus) * candidate.memory.optimizer
+        found.append(f"offload of {host / GB:,.0f} GB a host")
     return "; ".join(found) or "-"
 
 
@@ -303,7 +294,7 @@ def scaling_table(requests: list[Request]) -> str:
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for request in requests:
-        found = search_either(request).candidates
+        found = search(request).candidates
         if not found:
             lines.append(f"| {request.model} | {request.gpus} | does not fit | | | | | | |")
             continue

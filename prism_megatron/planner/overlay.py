@@ -23,7 +23,7 @@ def layout_file(candidate: Candidate, gpus: list[int]) -> dict[str, Any]:
             "gpu_memory_gb": request.gpu.gigabytes,
             "layout": _parallel(candidate),
             "recompute": _recompute(candidate),
-            "optimizer": _optimizer(candidate),
+            "optimizer": {"offload": candidate.offload},
         }
     }
 
@@ -39,7 +39,8 @@ def overlay(candidate: Candidate) -> dict[str, Any]:
         "fp8": request.fp8,
         "fp8_param_gather": request.fp8_param_gather,
     }
-    found["optimizer" if request.stage == "sft" else "policy_optimizer"] = _optimizer(candidate)
+    optimizer = "optimizer" if request.stage == "sft" else "policy_optimizer"
+    found[optimizer] = {"offload": candidate.offload}
     found["train"] = {"micro_batch_tokens": candidate.row_tokens}
     if request.stage == "align":
         judge = judge_layout(request.gpus)
@@ -68,10 +69,6 @@ def _parallel(candidate: Candidate) -> dict[str, Any]:
 def _recompute(candidate: Candidate) -> dict[str, Any]:
     found: dict[str, Any] = RecomputeSection(**asdict(candidate.recompute)).model_dump(mode="json")
     return found
-
-
-def _optimizer(candidate: Candidate) -> dict[str, Any]:
-    return {"moments": candidate.request.moments, "offload": candidate.offload}
 
 
 def _rollout(candidate: Candidate) -> dict[str, Any]:

@@ -58,13 +58,8 @@ class Request:
     """sft, rlvr (with an engine that sleeps), align (with a discriminator besides)."""
     fp8: str | None = None
     fp8_param_gather: bool = False
-    moments: str = "float32"
     vision: Literal["sharded", "replicated"] = "sharded"
     """See Layout."""
-
-    @property
-    def moment_bytes(self) -> int:
-        return 2 if self.moments == "bfloat16" else 4
 
 
 @dataclass(frozen=True)
@@ -119,7 +114,6 @@ class Candidate:
             * memory.images_of_a_rank(self.layout, self.row_tokens / asked.sequence),
             micro_batches=self.micro_batches,
             recompute=self.recompute,
-            moment_bytes=asked.moment_bytes,
             fp8=asked.fp8 is not None,
             fp8_param_gather=asked.fp8_param_gather,
             offload=self.offload,
@@ -166,11 +160,6 @@ class Candidate:
         return max(self.peak, self.request.memory - self.engine.cache + least)
 
     @property
-    def saves_optimizer(self) -> tuple[bool, str]:
-        """Whether the optimizer's state is offloaded, and in what its moments are."""
-        return self.offload, self.request.moments
-
-    @property
     def fits(self) -> bool:
         return self.needed <= self.request.memory
 
@@ -193,7 +182,6 @@ class Candidate:
             fp8=asked.fp8 is not None,
             fp8_param_gather=asked.fp8_param_gather,
             offload=self.offload,
-            moment_bytes=asked.moment_bytes,
         )
         return estimate(asked.config, self.layout, asked.gpus, work, asked.gpu, options)
 

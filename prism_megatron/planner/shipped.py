@@ -19,11 +19,10 @@ from prism_megatron.planner.command import (
     describe_saving,
     explain,
     scaling_table,
-    search_either,
 )
 from prism_megatron.planner.hardware import GPU, H100, H200
 from prism_megatron.planner.overlay import layout_file, to_yaml
-from prism_megatron.planner.search import FILL, Candidate, Request
+from prism_megatron.planner.search import FILL, Candidate, Request, search
 
 ROOT = Path(__file__).resolve().parents[2]
 GPUS = (8, 16, 64, 256)
@@ -54,14 +53,14 @@ def shared_layouts(model: str, gpu: GPU) -> list[tuple[Candidate, list[int]]]:
     shared: list[tuple[Candidate, list[int]]] = []
     for gpus in GPUS:
         asked = request(model, gpus, gpu)
-        found = search_either(asked).candidates
+        found = search(asked).candidates
         if not found:
             continue
         for candidate, counts in shared:
             again = replace(candidate, request=found[0].request)
             is_near = again.fits and again.rank <= NEARLY * found[0].rank
-            # nobody gets BF16 moments or offload for others' sake
-            if is_near and candidate.saves_optimizer == found[0].saves_optimizer:
+            # nobody gets offload for others' sake
+            if is_near and candidate.offload == found[0].offload:
                 counts.append(gpus)
                 break
         else:

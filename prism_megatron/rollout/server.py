@@ -21,7 +21,7 @@ import psutil
 
 from prism_megatron.rollout.engine import EngineDied, Part, ServerClient
 
-LOG_LINES = 30
+LOG_LINES, LOG_BYTES = 30, 2**15
 POLL_SECONDS = 0.5
 
 
@@ -127,7 +127,13 @@ class Server:
 
     def last_words(self) -> str:
         """The end of the server's log, for an error message."""
-        lines = self.log.read_text(errors="replace").splitlines() if self.log.exists() else []
+        end = b""
+        if self.log.exists():
+            with self.log.open("rb") as log:
+                # of weeks
+                log.seek(max(0, os.fstat(log.fileno()).st_size - LOG_BYTES))
+                end = log.read()
+        lines = end.decode(errors="replace").splitlines()
         if not lines:
             return f"it wrote nothing to {self.log}"
         return "\n".join([f"the last lines of {self.log}:", *lines[-LOG_LINES:]])

@@ -127,6 +127,8 @@ class ModelRunner:
         assert self.ddp, "this runner has no optimizer"
         self._count(sequences)
         self.model.train()
+        for chunk in self.ddp:
+            chunk.restore_grad_buffers(synchronize=False)
         if not self._has_scales:
             # Gradients are far below what FP8 holds without a scale, so the first updates would be
             # lost. One pass finds the scales of the last products of attention and MLP, a second
@@ -135,7 +137,6 @@ class ModelRunner:
                 self.forward_backward(sequences, loss_fn, loads)
             self._has_scales = True
         for chunk in self.ddp:
-            chunk.restore_grad_buffers(synchronize=False)
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
         read = self._forward_backward(sequences, loss_fn, loads)

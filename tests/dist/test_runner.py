@@ -91,6 +91,8 @@ def test_two_steps_equal_adamw_on_the_hugging_face_model(
 def _first_steps(path: Path, lacks_scales: bool) -> tuple[list[int], list[float], Weights]:
     """Forward-backward passes of the first two steps, their losses, the weights after them."""
     runner = checks.make_runner(path, Layout())
+    # as for responses, which are sampled first
+    runner.release()
     batch = checks.mixed_batch()
     passes = []
     with (

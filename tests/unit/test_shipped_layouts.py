@@ -24,7 +24,6 @@ train: {steps: 7}
 model: {path: model, parallel: "${vars.layout}", recompute: "${vars.recompute}"}
 optimizer:
   lr: 1e-3
-  moments: ${vars.optimizer.moments}
   offload: ${vars.optimizer.offload}
 backend: cuda
 batch_size: 4
@@ -47,7 +46,6 @@ def test_a_shipped_layout_fits(path: Path, tmp_path: Path) -> None:
     checks.check_layout(PRESETS[facts["model"]], layout)
     assert facts["gpus"]
     recompute = Recompute(**config.model.recompute.model_dump())
-    moment_bytes = 2 if config.optimizer.moments == "bfloat16" else 4
     offload = config.optimizer.offload
     for gpus in facts["gpus"]:
         configuration.check_world(config.model.parallel, gpus)
@@ -58,7 +56,6 @@ def test_a_shipped_layout_fits(path: Path, tmp_path: Path) -> None:
             tokens=8192,
             patches=4096 / layout.context,
             recompute=recompute,
-            moment_bytes=moment_bytes,
             offload=offload,
         )
         assert need.held(offload) <= 0.7e9 * facts["gpu_memory_gb"], gpus
