@@ -56,9 +56,9 @@ NVLINK = 327e9
 ALL_TO_ALL = 0.4
 """Share of it that sending tokens to experts reaches, waiting for the slowest rank included
 (decoder.json: 30B-A3B, EP4)."""
-HOST = 54e9
-"""Bytes a second between a GPU and host memory (dense-tensorwise-kernels.csv: 52.6 GB in 0.97
-s)."""
+HOST = 45e9
+"""Bytes a second from a GPU to host memory and as many back at the same time
+(dense-1gpu-offload-*.json: 70 GB in 1.4 to 1.7 s of an update; in one direction alone 54 GB/s)."""
 GAP = 0.8e-3
 """Seconds a layer and micro-batch in which no kernel runs (dense-bf16.json less the kernels of
 dense-bf16-kernels.csv)."""

@@ -173,6 +173,9 @@ moe() {
         bench moe-235b-2-layers-16k-$recipe 1 --model qwen3-vl-235b-a22b --layers 2 --rows 12 \
             --micro-batch-tokens 16384 --moments bfloat16 --fp8 $recipe
     done
+    # all of it, with 122 GB of host memory for each
+    bench moe-ep2-offload 2 --model qwen3-vl-30b-a3b --expert 2 --moments bfloat16 --offload \
+        --rows 16 --micro-batch-tokens 16384 --recompute full --recompute-vision
     bench moe-bf16 4 "${flags[@]}" --moments bfloat16 --micro-batch-tokens 4096 \
         --profile "$out/moe-bf16.txt"
 }
@@ -239,6 +242,9 @@ sync() {
     job sync-moe-parts 0 1 check_sync "$checkpoints" --kind moe --bucket-mib 1
     # as on two hosts, to which each weight goes once
     job sync-moe-pp2-ep2 0 4 check_sync "$checkpoints" --kind moe --pipeline 2 --expert 2 --hosts 2
+    job sync-4b-tp4 0 4 check_sync "$checkpoints" --preset qwen3-vl-4b --tensor 4
+    ((gpus == 1)) || job sync-4b-tp4-tp2 0 4 check_sync "$checkpoints" --preset qwen3-vl-4b \
+        --tensor 4 --engine-tensor 2
     # one that is started again and one that lives on
     ranks=1 job sync-dense-apart 0 3 check_sync "$checkpoints" --kind dense --apart 2
     ((gpus == 1)) || ranks=1 job sync-dense-apart-tp2 0 3 check_sync "$checkpoints" --kind dense \
@@ -249,6 +255,8 @@ sync() {
         ranks=1 job sync-$size-apart 0 2 check_sync "$checkpoints" --preset qwen3-vl-$size --apart 1
     done
     # each rank has what is not of experts, besides
+    ((gpus == 1)) || job sync-30b-a3b-ep2 0 2 check_sync "$checkpoints" --preset qwen3-vl-30b-a3b \
+        --expert 2 --engine-tensor $engine_tensor
     ((gpus == 1)) || job sync-30b-a3b-ep4 0 4 check_sync "$checkpoints" --preset qwen3-vl-30b-a3b --expert 4 \
         --engine-tensor $engine_tensor
     if [[ -z ${VLLM_PYTHONPATH:-} ]]; then

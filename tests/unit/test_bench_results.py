@@ -22,7 +22,7 @@ def test_what_was_measured_is_shown_beside_its_baseline(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     png = tmp_path / "scaling.png"
-    runs = [H200 / "dense-bf16.json", H200 / "dense-2gpu-offload-bf16.json"]
+    runs = [H200 / "dense-bf16.json", H200 / "dense-1gpu-offload-bf16.json"]
     printed = show(capsys, *runs, "--baseline", H200 / "baseline-fsdp2.json", "--plot", png)
     [line] = [line for line in printed.splitlines() if "dense-bf16 " in line]
     cells = [cell.strip() for cell in line.strip("│").split("│")]

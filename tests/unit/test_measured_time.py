@@ -43,7 +43,11 @@ def test_a_measured_step_is_estimated(name: str) -> None:
         gpus,
         Work(tokens, rows * SQUARE, rows, PATCHES, micro_batches),
         H200,
-        Options(fp8=run["fp8"] != "off", offload=run.get("offload", False)),
+        Options(
+            fp8=run["fp8"] != "off",
+            offload=run.get("offload", False),
+            moment_bytes=2 if run["moments"] == "bfloat16" else 4,
+        ),
     )
     assert found.total == pytest.approx(run["step_s"], rel=0.25)
 
@@ -117,6 +121,6 @@ def test_what_leaves_the_host_is_the_networks() -> None:
 
 def test_offload_waits_for_the_host() -> None:
     plain, offloaded = step(DENSE, Layout(), 2), step(DENSE, Layout(), 2, offload=True)
-    # 12 bytes of half of the weights, there and back at the same time, at 54 GB/s
+    # 12 bytes of half of the weights, there and back at the same time, at 45 GB/s
     assert plain.update < 0.1 < offloaded.update
-    assert offloaded.update == pytest.approx(6 * 8.767e9 / 54e9, rel=0.05)
+    assert offloaded.update == pytest.approx(6 * 8.767e9 / 45e9, rel=0.05)
