@@ -38,6 +38,7 @@ from prism_megatron.config.sections import (
     Source,
     Train,
     Validation,
+    Wandb,
 )
 
 __all__ = [
@@ -88,6 +89,7 @@ __all__ = [
     "Train",
     "Upcycle",
     "Validation",
+    "Wandb",
     "Warmup",
 ]
 
@@ -100,6 +102,7 @@ class Stage(Section):
     """Device, collectives and layer kernels: cpu = gloo and plain torch in fp32."""
     data: Data
     train: Train
+    wandb: Wandb | None = None
 
     @model_validator(mode="after")
     def _only_demonstrations_are_cut(self) -> Self:

@@ -54,6 +54,21 @@ class Run(Section):
     """
 
 
+class Wandb(Section):
+    """A run of Weights & Biases, which gets the metrics besides metrics.jsonl and TensorBoard."""
+
+    project: str
+    """Its project there."""
+    entity: str | None = None
+    """User or team; by default that of the account."""
+    name: str | None = None
+    """The run's name; by default that of run.dir's last folder."""
+    group: str | None = None
+    """What it is grouped by, such as the stages of one pipeline."""
+    mode: Literal["online", "offline"] = "online"
+    """offline: files in run.dir/wandb, for `wandb sync` to send later."""
+
+
 class Parallel(Section):
     """How one model is split over the ranks.
 

@@ -1,6 +1,7 @@
 """Steps from the last checkpoint to the last step: metrics, progress, checkpoints, export.
 
-    step(i) -> metrics --> metrics.jsonl, tensorboard/, progress (step, loss or reward, time left)
+    step(i) -> metrics --> metrics.jsonl and others (training/metrics_log.py), progress (step, loss
+          or reward, time left)
           every save_every steps and at the end: checkpoints/step_NNNNNN/{state.json, MODEL/}
           at the end: hf/ in Hugging Face format
 
@@ -10,21 +11,18 @@ nothing that it had written.
 
 from __future__ import annotations
 
-import json
-import math
 import sys
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.utils.tensorboard import SummaryWriter
 
 from checkpoint_tools import hf_writer
 from checkpoint_tools.command import REQUEUE
-from checkpoint_tools.files import write_atomically
 from checkpoint_tools.headers import hf_directory
 from model_providers.weight_plan import WeightPlan
 from prism_megatron import phases
@@ -32,12 +30,11 @@ from prism_megatron.config.schema import Stage
 from prism_megatron.data.stream import BatchStream, Quarantine
 from prism_megatron.training.display import Display
 from prism_megatron.training.guard import Guard, Unsound, UnsoundInference
+from prism_megatron.training.metrics_log import Metrics, MetricsLog, drop_after
 from prism_megatron.training.preemption import Preemption
 from prism_megatron.training.runner import ModelRunner
 from prism_megatron.training.saving import Checkpoints
 from prism_megatron.training.watchdog import Watchdog
-
-Metrics = dict[str, float]
 
 
 class EndOfData(Exception):
@@ -92,7 +89,7 @@ class TrainingLoop:
             state = self.checkpoints.load(path)
             self.step = state["step"]
         if self.is_writer:
-            self._drop_metrics_after(self.step)
+            drop_after(self.dir, self.step)
         dist.barrier()
         return state
 
@@ -129,13 +126,9 @@ class TrainingLoop:
         train = self.config.train
         last = min(train.steps, train.stop_at or train.steps)
         ended, metrics = "", Metrics()
-        writer = (
-            SummaryWriter(self.dir / "tensorboard", purge_step=self.step)
-            if self.is_writer
-            else None
-        )
         phases.take(0.0)  # of what came before the first step
         with (
+            MetricsLog(self.config, self.step) if self.is_writer else nullcontext() as log,
             Preemption() as preemption,
             Watchdog(self.dir / "stacks", self.config.run.hang_timeout) as watchdog,
             Display(
@@ -164,8 +157,8 @@ class TrainingLoop:
                 metrics |= {"step": self.step, "time": seconds, **phases.take(seconds)}
                 metrics |= self._skipped() | self.checkpoints.take_times()
                 metrics |= {f"epoch/{name}": n for name, n in self.stream.epochs.items()}
-                if writer is not None:
-                    self._log(metrics, writer)
+                if log is not None:
+                    log.write(self.step, metrics)
                 value = metrics.get(self.shown)
                 display.update(
                     self.step, f"{self.shown} {'-' if value is None else f'{value:.4f}'}"
@@ -181,15 +174,13 @@ class TrainingLoop:
                 if is_asked:
                     self.checkpoints.finish()
                     raise SystemExit(REQUEUE)
-        if ended:
-            self._save(metrics)
-            if self.is_writer:
-                print(ended, flush=True)
-        self.checkpoints.close()
-        if writer is not None:
-            for name, seconds in self.checkpoints.take_times().items():
-                writer.add_scalar(name, seconds, self.step)
-            writer.close()
+            if ended:
+                self._save(metrics)
+                if self.is_writer:
+                    print(ended, flush=True)
+            self.checkpoints.close()
+            if log is not None:
+                log.add(self.step, self.checkpoints.take_times())
         if self.is_writer and self.quarantine.total:
             print(self.quarantine.summary(), flush=True)
         return bool(ended) or self.step >= train.steps
@@ -224,19 +215,3 @@ class TrainingLoop:
             return {}
         guards = [self.guard, *(runner.guard for runner, _ in self.runners.values())]
         return {"skipped_updates": sum(guard.take_skipped() for guard in guards)}
-
-    def _log(self, metrics: Metrics, writer: SummaryWriter) -> None:
-        # those of a skipped update may not be finite, which JSON does not know
-        metrics = {name: value for name, value in metrics.items() if math.isfinite(value)}
-        for name, value in metrics.items():
-            writer.add_scalar(name, value, self.step)
-        with (self.dir / "metrics.jsonl").open("a") as file:
-            file.write(json.dumps(metrics) + "\n")
-
-    def _drop_metrics_after(self, step: int) -> None:
-        """Steps after the checkpoint will be taken again and must not be logged twice."""
-        self.dir.mkdir(parents=True, exist_ok=True)
-        file = self.dir / "metrics.jsonl"
-        lines = file.read_text().splitlines() if file.exists() else []
-        kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
-        write_atomically(file, "".join(line + "\n" for line in kept))

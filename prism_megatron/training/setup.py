@@ -3,6 +3,7 @@ refused here, before the first collective of training."""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Literal
 
@@ -28,10 +29,12 @@ from prism_megatron.config.schema import (
     Parallel,
     Run,
     Train,
+    Wandb,
 )
 from prism_megatron.data.prompts import PromptEncoder
 from prism_megatron.data.stream import Quarantine
 from prism_megatron.environment import check_host, check_shared
+from prism_megatron.training.metrics_log import check_account
 from prism_megatron.training.runner import ModelRunner
 
 DEFAULT_TIMEOUT = 600
@@ -66,11 +69,13 @@ def options_of(
     )
 
 
-def start(backend_name: str, run: Run, *models: Model) -> Backend:
+def start(backend_name: str, run: Run, *models: Model, wandb: Wandb | None = None) -> Backend:
     """Check this host, and what every model asks for against its architecture and the backend, then
     join the world and see that all its hosts share run.dir."""
     backend = backends.create(backend_name)
     check_host(run.dir, backend.device)
+    if wandb is not None and os.environ.get("RANK", "0") == "0":
+        check_account(wandb)
     for model in models:
         layout = layout_of(model.parallel)
         backend.check(layout)

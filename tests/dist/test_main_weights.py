@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -18,6 +19,7 @@ from model_providers import fp8_weights
 from model_providers.parallel import Layout
 from model_providers.weight_plan import WeightPlan, iter_hf_weights
 from prism_megatron.config.schema import Optimizer
+from prism_megatron.training import host_state
 from prism_megatron.training.main_weights import MainWeights
 from prism_megatron.training.runner import ModelRunner
 from tests.dist import checks
@@ -101,6 +103,48 @@ def test_a_checkpoint_has_main_weights_of_what_is_rounded(
     doubled = {n for n in found if torch.equal(found[n], 2 * source[n])}
     assert {n for n in found if torch.equal(found[n], source[n])} == set(found) - doubled
     assert doubled == {n for n in found if found[n].dim() > 1}
+
+
+def _updated(path: Path, layout: Layout, rounds: bool) -> tuple[dict[str, Tensor], list[list[int]]]:
+    """Weights after two steps with the optimizer's state on the host, in pieces; rounds: as if
+    matrices were in FP8. Of each call that rounds, how many weights, and how many of them here."""
+    calls: list[list[int]] = []
+
+    def together(models: Any, mains: Any, starts: Any, group: dist.ProcessGroup) -> None:
+        same: list[Any] = [None] * group.size()
+        dist.all_gather_object(same, [model.shape for model in models], group=group)
+        assert all(shapes == same[0] for shapes in same), same
+        calls.append([len(models), sum(main is not None for main in mains)])
+        for model, main, start in zip(models, mains, starts, strict=True):
+            assert (main is None) == (start is None)
+            if main is not None:
+                model.data.view(-1)[start : start + main.numel()].copy_(main)
+
+    with (
+        mock.patch.object(host_state, "PIECE", 3000),
+        mock.patch.object(host_state, "is_rounded", _is_matrix if rounds else lambda model: False),
+        mock.patch.object(host_state, "quantize_param_shard", together),
+    ):
+        settings = Optimizer(lr=1e-3, offload=True)
+        runner = checks.make_runner(path, layout, optimizer=settings, dtype=torch.bfloat16)
+        for _ in range(2):
+            runner.train_step(checks.mixed_batch(), checks.weighted_loss(30))
+    weights = {name: tensor.clone() for name, tensor in iter_hf_weights(runner.model)}
+    return weights if dist.get_rank() == 0 else {}, calls
+
+
+@pytest.mark.parametrize("layout", ["dp2", "ep2-dp2"])
+def test_data_parallel_ranks_round_the_same_weights_together(
+    ranks: Worlds, hf_models: dict[str, Path], layout: str
+) -> None:
+    kind, world, split = LAYOUTS[layout]
+    (wanted, none), *_ = ranks(world).run(_updated, hf_models[kind], split, False)
+    (found, calls), *others = ranks(world).run(_updated, hf_models[kind], split, True)
+    assert none == [] and len(calls) > 20
+    assert all(torch.equal(found[name], weight) for name, weight in wanted.items())
+    # each weight is on one of the ranks, or in parts on both
+    counts = [calls, *(rank for _, rank in others)]
+    assert any(here < there for rank in counts for there, here in rank)
 
 
 def test_a_plain_weight_is_assigned_and_read_as_it_is() -> None:
