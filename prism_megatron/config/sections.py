@@ -240,8 +240,7 @@ class Optimizer(Section):
     """Type of Adam's moments; bfloat16, with backend=cuda, takes 8 instead of 12 bytes a weight
     together with the main weight, shared by the data-parallel ranks."""
     offload: bool = False
-    """Main weights and moments lie in host memory, with backend=cuda; an update has a piece of them
-    on the device at a time."""
+    """Main weights and moments lie in host memory and are updated by pieces, with backend=cuda."""
     warmup_steps: int = Field(0, ge=0)
     """Steps of linear learning-rate warm-up."""
     schedule: Literal["constant", "cosine"] = "constant"
