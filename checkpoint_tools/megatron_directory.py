@@ -49,7 +49,7 @@ logging.getLogger("megatron.core.dist_checkpointing.strategies.torch").addFilter
 EXPERTS = ".mlp.experts."
 """In the keys of what is replicated over the experts' data-parallel ranks."""
 COPIERS = 8
-"""Threads that copy what lies in host memory, where one reaches a fraction of its speed."""
+"""Threads that copy what lies in host memory."""
 EXTRA_STATE = re.compile(r".*\._extra_state\d*")
 """Of a layer, or of one expert of several in a layer."""
 

@@ -267,12 +267,10 @@ def _stage_bytes(
     # of a layer's up and gate projections, before it is added to what other micro-batches gave
     added = 0.0 if not trained_experts else WEIGHT * 2 / 3 * count.experts / split
     state, shard = 4 + 2 * moment_bytes, trained / ranks + trained_experts / expert_shard
-    parts = [
-        (head if last else 0) / layout.tensor,
-        (count.embedding if first else 0) / layout.tensor,
-    ]
-    parts += [2 / 3 * count.experts / split]
-    largest = min(max(PIECE, *parts), shard)
+    ends = max(first * count.embedding, last * head) / layout.tensor
+    largest = min(max(PIECE, ends, 2 / 3 * count.experts / split), shard)
+    # moments in BF16 are in fp32 while they are updated, before weights are rounded
+    beside = max(8 if moment_bytes == 2 else 0, WEIGHT if fp8_param_gather else 0)
     return Memory(
         weights=WEIGHT * (own + own_experts) - gathered,
         gradients=GRADIENT * (trained + trained_experts / split) + added,
@@ -282,8 +280,7 @@ def _stage_bytes(
         head=logits,
         vision=vision,
         rounding=WEIGHT * matrices / ranks if fp8_param_gather else 0,
-        # moments in BF16 are in fp32 while they are updated
-        pieces=state * min(largest + 2 * PIECE, shard) + (8 if moment_bytes == 2 else 0) * largest,
+        pieces=state * min(largest + 2 * PIECE, shard) + beside * largest,
     )
 
 
