@@ -34,6 +34,7 @@ import signal
 import socket
 import statistics
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -44,6 +45,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import psutil
 import torch
 import torch.distributed as dist
 
@@ -61,7 +63,7 @@ from prism_megatron.bench import workload
 from prism_megatron.config import schema
 from prism_megatron.config.schema import Sampling
 from prism_megatron.pipelines.sync_check import distances
-from prism_megatron.rollout import sglang, vllm
+from prism_megatron.rollout import guard, sglang, vllm
 from prism_megatron.rollout.quantized import served_directory
 from prism_megatron.rollout.server import outside_of_ranks
 from prism_megatron.rollout.vocabulary import Vocabulary
@@ -129,11 +131,12 @@ class ServerProcess:
         self.log = log
         with log.open("w") as file:
             self.process = subprocess.Popen(
-                command,
+                # which ends it also if this rank is killed
+                [sys.executable, "-P", guard.__file__, *command],
                 env=outside_of_ranks() | environment,
+                stdin=subprocess.PIPE,
                 stdout=file,
                 stderr=file,
-                start_new_session=True,
             )
         self.engine = client(f"http://127.0.0.1:{port}", "key", Vocabulary.of(path))
 
@@ -151,8 +154,10 @@ class ServerProcess:
         raise RuntimeError(f"the server did not come up: {self.log.read_text()[-3000:]}")
 
     def stop(self) -> None:
-        with suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGKILL)
+        """By SIGKILL, as a server dies."""
+        with suppress(psutil.NoSuchProcess, ProcessLookupError):
+            for child in psutil.Process(self.process.pid).children():
+                os.killpg(child.pid, signal.SIGKILL)
         self.process.wait()
 
 

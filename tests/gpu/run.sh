@@ -243,6 +243,9 @@ sync() {
     # as on two hosts, to which each weight goes once
     job sync-moe-pp2-ep2 0 4 check_sync "$checkpoints" --kind moe --pipeline 2 --expert 2 --hosts 2
     job sync-4b-tp4 0 4 check_sync "$checkpoints" --preset qwen3-vl-4b --tensor 4
+    ((gpus == 1)) || for size in 4b 8b; do
+        job sync-$size-tp2 0 2 check_sync "$checkpoints" --preset qwen3-vl-$size --tensor 2
+    done
     ((gpus == 1)) || job sync-4b-tp4-tp2 0 4 check_sync "$checkpoints" --preset qwen3-vl-4b \
         --tensor 4 --engine-tensor 2
     # one that is started again and one that lives on
@@ -257,8 +260,10 @@ sync() {
     # each rank has what is not of experts, besides
     ((gpus == 1)) || job sync-30b-a3b-ep2 0 2 check_sync "$checkpoints" --preset qwen3-vl-30b-a3b \
         --expert 2 --engine-tensor $engine_tensor
-    ((gpus == 1)) || job sync-30b-a3b-ep4 0 4 check_sync "$checkpoints" --preset qwen3-vl-30b-a3b --expert 4 \
-        --engine-tensor $engine_tensor
+    # over NCCL's sockets, where ranks share GPUs, one sync takes half a minute
+    local cycles=$((gpus < 4 ? 1 : 10))
+    ((gpus == 1)) || job sync-30b-a3b-ep4 0 4 check_sync "$checkpoints" --preset qwen3-vl-30b-a3b \
+        --expert 4 --engine-tensor $engine_tensor --cycles $cycles
     if [[ -z ${VLLM_PYTHONPATH:-} ]]; then
         echo "sync with vLLM: skipped, VLLM_PYTHONPATH is not set"
         return
