@@ -116,21 +116,6 @@ class PairRow(Row):
     student_cot: str
 
 
-class Rows[R](Protocol):
-    """Rows by index: `rows[i]` parses row i and raises RowError if it can't be used."""
-
-    name: str
-    """What the quarantine and statistics call them."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int) -> R: ...
-
-    def row_id(self, index: int) -> str:
-        """Name of a row, also of one that can't be read."""
-        ...
-
-
 @dataclass(frozen=True)
 class FileOptions:
     """How a file is read that is not just as it was published.
@@ -157,7 +142,7 @@ class FileRows[R]:
         parse: Callable[[Any, str, Path], R],
         options: FileOptions = AS_PUBLISHED,
     ):
-        self.path, self.name = path, path.stem
+        self.path = path
         self._items, self._parse = items, parse
         self._mapping = options.mapping
         self._media_dir = options.media_dir or path.parent
@@ -165,11 +150,9 @@ class FileRows[R]:
     def __len__(self) -> int:
         return len(self._items)
 
-    def row_id(self, index: int) -> str:
-        return f"{self.name}:{index}"
-
     def __getitem__(self, index: int) -> R:
-        return self._parse(self.stored(index), self.row_id(index), self._media_dir)
+        row_id = f"{self.path.stem}:{index}"
+        return self._parse(self.stored(index), row_id, self._media_dir)
 
     def stored(self, index: int) -> Any:
         """The row as the file holds it, under the names that the reader knows."""

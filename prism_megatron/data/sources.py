@@ -40,8 +40,9 @@ DATA_SUFFIXES = (".parquet", ".jsonl", ".json")
 class Source[R: Row]:
     """The rows of one source: those of its files one after the other, or a sample of them.
 
-    name: what its counters and statistics go by; weight: see BatchStream. num_samples: at most so
-    many rows, the same ones in every run. system_prompt: for rows that bring none.
+    name: what its counters and statistics go by, and its rows, as NAME:INDEX; weight: see
+    BatchStream. num_samples: at most so many rows, the same ones in every run. system_prompt: for
+    rows that bring none.
     """
 
     def __init__(
@@ -73,12 +74,13 @@ class Source[R: Row]:
         return self.files[number], index - self._starts[number]
 
     def row_id(self, index: int) -> str:
-        rows, place = self.place(index)
-        return rows.row_id(place)
+        """Name of a row, also of one that can't be read; no other row has it, whatever its files
+        are called."""
+        return f"{self.name}:{index}"
 
     def __getitem__(self, index: int) -> R:
         rows, place = self.place(index)
-        row = rows[place]
+        row = replace(rows[place], row_id=self.row_id(index))
         if self._system_prompt is not None and row.messages[0].role != "system":
             system = Message("system", self._system_prompt)
             return replace(row, messages=(system, *row.messages))
@@ -100,10 +102,10 @@ def open_sources[R: Row](data: schema.Data, read: Read[R]) -> list[Source[R]]:
 
 def find_row[R: Row](sources: Sequence[Source[R]], name: str) -> R:
     """The row of that name; ValueError if no source has it."""
+    of, _, number = name.rpartition(":")
     for source in sources:
-        for index in range(len(source)):
-            if source.row_id(index) == name:
-                return source[index]
+        if source.name == of and number.isdecimal() and int(number) < len(source):
+            return source[int(number)]
     raise ValueError(
         f"no row is called {name}, which a checkpoint carries along; give it the same data, or "
         "start a new run.dir from the exported model"

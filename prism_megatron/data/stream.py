@@ -4,9 +4,12 @@
     source j -- ...                                                         +--> batches
              the next row is of the source that is furthest below its share-+
                       (threads convert the next batch while this one is used)
+    bad rows of this rank --gather--> those of all ranks: the same? --yes--> quarantine
+                                   the batch once more without them <--no-+
 
 Every rank draws the same batches; how a batch is shared out among ranks is decided after that, so
-the stream does not depend on the number of ranks. All its state is a few counters.
+the stream does not depend on the number of ranks. All its state is a few counters. A file that one
+rank alone can't read is bad for all of them.
 """
 
 from __future__ import annotations
@@ -17,33 +20,42 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
-from threading import Lock
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from prism_megatron.data.rows import Row, RowError, Rows
+from prism_megatron.data.rows import Row, RowError
 from prism_megatron.data.sources import Source
+
+Bad = dict[tuple[int, int], str]
+"""(source, row) that can't be used -> why."""
 
 
 class Quarantine:
     """Rows that can't be used: each written once with its reason, counted, and limited in share.
 
-    path: JSON lines {row, source, reason}; a run that goes on keeps what is already there.
-    counts: by source, how many rows were put there for which kind of reason.
+    path: JSON lines {row, source, file, index, reason}; a run that goes on keeps what is already
+    there. counts: by source, how many rows were put there for which kind of reason.
     write: False on all ranks but one, which then count alike without writing.
+    gather: what every rank gives, in the order of ranks.
     """
 
-    def __init__(self, path: Path, max_bad_share: float, *, write: bool = True):
-        self.path = path
+    def __init__(
+        self,
+        path: Path,
+        max_bad_share: float,
+        *,
+        write: bool = True,
+        gather: Callable[[Bad], list[Bad]] = lambda bad: [bad],
+    ):
+        self.path, self._gather = path, gather
         self._write = write
         self.max_bad_share = max_bad_share
         self.counts: dict[str, Counter[str]] = {}
         self._seen: set[tuple[str, str]] = set()
-        # rows are added by the thread that makes batches
-        self._lock = Lock()
         if path.exists():
             if write:
                 drop_half_line(path)
@@ -58,33 +70,48 @@ class Quarantine:
         """Distinct rows quarantined."""
         return len(self._seen)
 
-    def add(self, rows: Rows[object], index: int, reason: str) -> None:
+    def agree(self, bad: Bad) -> tuple[Bad, bool]:
+        """What any rank found to be bad, and whether all found the same; every rank has to ask."""
+        found = self._gather(bad)
+        merged: Bad = {}
+        for place in sorted({place for one in found for place in one}):
+            ranks = [rank for rank, one in enumerate(found) if place in one]
+            merged[place] = found[ranks[0]][place]
+            if len(ranks) < len(found):
+                merged[place] += f" (on ranks {ranks} of {len(found)} alone)"
+        return merged, all(one.keys() == merged.keys() for one in found)
+
+    def allows(self, source: Source[Any], count: int) -> bool:
+        """Whether so many rows of a source may be bad."""
+        return count <= self.max_bad_share * len(source)
+
+    def add(self, source: Source[Any], index: int, reason: str) -> None:
         """Record a row; one that is already recorded is not counted again.
 
         ValueError if more than the allowed share of its source's rows is bad now.
         """
-        row_id, source = rows.row_id(index), rows.name
-        with self._lock:
-            if self._count(row_id, source, reason) and self._write:
-                self.path.parent.mkdir(parents=True, exist_ok=True)
-                append_line(self.path, {"row": row_id, "source": source, "reason": reason})
-            bad = self.counts[source].total()
-        if bad > self.max_bad_share * len(rows):
+        row_id, name = source.row_id(index), source.name
+        if self._count(row_id, name, reason) and self._write:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            file, place = source.place(index)
+            entry = {"row": row_id, "source": name, "file": str(file.path), "index": place}
+            append_line(self.path, entry | {"reason": reason})
+        bad = self.counts[name].total()
+        if not self.allows(source, bad):
             raise ValueError(
-                f"{bad} of {len(rows)} rows of {source} can't be used, more than "
+                f"{bad} of {len(source)} rows of {name} can't be used, more than "
                 f"data.max_bad_share={self.max_bad_share:g} allows: "
-                f"{_reasons(self.counts[source])}; see {self.path}"
+                f"{_reasons(self.counts[name])}; see {self.path}"
             )
 
     def summary(self) -> str:
         """One line for the end of a run."""
         if not self.total:
             return "0 rows quarantined"
-        with self._lock:
-            parts = [
-                (f"{source}: " if len(self.counts) > 1 else "") + _reasons(counts)
-                for source, counts in self.counts.items()
-            ]
+        parts = [
+            (f"{source}: " if len(self.counts) > 1 else "") + _reasons(counts)
+            for source, counts in self.counts.items()
+        ]
         return f"{self.total} rows quarantined ({'; '.join(parts)}), listed in {self.path}"
 
     def _count(self, row_id: str, source: str, reason: str) -> bool:
@@ -119,15 +146,24 @@ def _reasons(counts: Counter[str]) -> str:
 def convert_all[R: Row, T](
     sources: Sequence[Source[R]], convert: Callable[[R], T], quarantine: Quarantine
 ) -> list[T]:
-    """Every usable row of every source, converted, in the order of the files."""
-    converted = []
-    for source in sources:
+    """Every usable row of every source, converted, in the order of the files; every rank has to
+    ask."""
+    converted: dict[tuple[int, int], T] = {}
+    bad: Bad = {}
+    for number, source in enumerate(sources):
+        failed = 0
         for index in range(len(source)):
             try:
-                converted.append(convert(source[index]))
+                converted[number, index] = convert(source[index])
             except RowError as error:
-                quarantine.add(source, index, str(error))
-    return converted
+                bad[number, index] = str(error)
+                failed += 1
+                if not quarantine.allows(source, failed):
+                    break
+    bad, _ = quarantine.agree(bad)
+    for (number, index), reason in bad.items():
+        quarantine.add(sources[number], index, reason)
+    return [value for place, value in converted.items() if place not in bad]
 
 
 @dataclass(frozen=True)
@@ -143,6 +179,15 @@ class Counters:
     drawn: int = 0
     used: int = 0
     failed: int = 0
+
+
+@dataclass(frozen=True)
+class Made[T]:
+    """A batch, the counters after it, and the rows on the way that this rank can't use."""
+
+    batch: list[T]
+    counters: tuple[Counters, ...]
+    bad: Bad
 
 
 class BatchStream[R: Row, T]:
@@ -184,7 +229,7 @@ class BatchStream[R: Row, T]:
             return rng.permutation(len(self._sources[number]))
 
         self._order = order
-        self._ahead: Future[tuple[list[T], tuple[Counters, ...]]] | None = None
+        self._ahead: Future[Made[T]] | None = None
         self._maker = ThreadPoolExecutor(1, "batches") if num_workers else None
         self._workers = ThreadPoolExecutor(num_workers, "rows") if num_workers else None
 
@@ -218,32 +263,50 @@ class BatchStream[R: Row, T]:
         self._counters = tuple(Counters(**state[source.name]) for source in self._sources)
 
     def next_batch(self) -> list[T]:
-        """The next `batch_size` usable rows; ValueError when too many rows can't be used."""
-        if self._maker is None:
-            batch, self._counters = self._make(self._counters)
-            return batch
-        ahead = self._ahead or self._maker.submit(self._make, self._counters)
-        batch, self._counters = ahead.result()
-        self._ahead = self._maker.submit(self._make, self._counters)
-        return batch
+        """The next `batch_size` usable rows, the same on every rank, all of which have to ask;
+        ValueError when too many rows can't be used."""
+        ahead, self._ahead = self._ahead, None
+        made = ahead.result() if ahead else self._make(self._counters, {})
+        known: Bad = {}
+        while True:
+            bad, same = self._quarantine.agree(made.bad)
+            if same:
+                break
+            known |= bad
+            made = self._make(self._counters, known)
+        for (number, index), reason in bad.items():
+            self._quarantine.add(self._sources[number], index, reason)
+        for source, counters in zip(self._sources, made.counters, strict=True):
+            if counters.failed > 2 * len(source):
+                raise ValueError(f"no row of {source.name} can be used")
+        self._counters = made.counters
+        if self._maker is not None:
+            self._ahead = self._maker.submit(self._make, self._counters, {})
+        return made.batch
 
-    def _make(self, counters: tuple[Counters, ...]) -> tuple[list[T], tuple[Counters, ...]]:
-        """The batch that comes after `counters`, and the counters after it."""
+    def _make(self, counters: tuple[Counters, ...], known: Bad) -> Made[T]:
+        """The batch that comes after `counters`, without rows that are known to be bad; too short
+        if more are bad than the quarantine allows."""
         states = list(counters)
         batch: list[T] = []
+        bad: Bad = {}
+        failed: Counter[int] = Counter()
         while len(batch) < self._batch_size:
             drawn = [self._draw(states) for _ in range(self._batch_size - len(batch))]
-            for (number, index), result in zip(drawn, self._results(drawn), strict=True):
+            for place, result in zip(drawn, self._results(drawn, known), strict=True):
+                number = place[0]
                 if not isinstance(result, RowError):
                     batch.append(result)
                     states[number] = replace(states[number], failed=0)
                     continue
-                rows, state = self._sources[number], states[number]
+                source, state = self._sources[number], states[number]
                 states[number] = replace(state, used=state.used - 1, failed=state.failed + 1)
-                self._quarantine.add(rows, index, str(result))
-                if state.failed > 2 * len(rows):
-                    raise ValueError(f"no row of {rows.name} can be used")
-        return batch, tuple(states)
+                failed[number] += place not in bad
+                bad[place] = str(result)
+                allowed = self._quarantine.allows(source, failed[number])
+                if not allowed or state.failed > 2 * len(source):
+                    return Made(batch, tuple(states), bad)
+        return Made(batch, tuple(states), bad)
 
     def _draw(self, states: list[Counters]) -> tuple[int, int]:
         """(source, row) that comes next, counted in `states` as if it can be used."""
@@ -257,11 +320,14 @@ class BatchStream[R: Row, T]:
         states[number] = replace(state, drawn=state.drawn + 1, used=state.used + 1)
         return number, int(self._order(number, epoch)[offset])
 
-    def _results(self, drawn: list[tuple[int, int]]) -> list[T | RowError]:
+    def _results(self, drawn: list[tuple[int, int]], known: Bad) -> list[T | RowError]:
         """Each row converted, or why it can't be used, in order."""
-        return list((self._workers.map if self._workers else map)(self._result, drawn))
+        convert = partial(self._result, known)
+        return list((self._workers.map if self._workers else map)(convert, drawn))
 
-    def _result(self, place: tuple[int, int]) -> T | RowError:
+    def _result(self, known: Bad, place: tuple[int, int]) -> T | RowError:
+        if place in known:
+            return RowError(known[place])
         number, index = place
         try:
             return self._convert(self._sources[number][index])

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -32,7 +32,7 @@ from prism_megatron.config.schema import (
     Wandb,
 )
 from prism_megatron.data.prompts import PromptEncoder
-from prism_megatron.data.stream import Quarantine
+from prism_megatron.data.stream import Bad, Quarantine
 from prism_megatron.environment import check_host, check_shared
 from prism_megatron.training.metrics_log import check_account
 from prism_megatron.training.runner import ModelRunner
@@ -176,4 +176,12 @@ def build_encoder(path: Path, data: Data) -> PromptEncoder:
 def open_quarantine(run: Run, data: Data, name: str = "quarantine.jsonl") -> Quarantine:
     """The file `name` in run.dir; every rank reads the same rows, rank 0 writes them down."""
     run.dir.mkdir(parents=True, exist_ok=True)
-    return Quarantine(run.dir / name, data.max_bad_share, write=dist.get_rank() == 0)
+    group = dist.new_group(backend="gloo")
+
+    def gather(bad: Bad) -> list[Bad]:
+        found: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(found, bad, group=group)
+        return found
+
+    write = dist.get_rank() == 0
+    return Quarantine(run.dir / name, data.max_bad_share, write=write, gather=gather)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,10 +13,13 @@ from unittest import mock
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch.distributed as dist
 
 from prism_megatron.config import schema
 from prism_megatron.data import digit_sums
 from prism_megatron.pipelines import sft, tiny_model
+from prism_megatron.training.runner import ModelRunner
+from prism_megatron.types import Sequence
 from tests.dist.ranks import Ranks
 
 Worlds = Callable[[int], Ranks]
@@ -48,7 +53,15 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def _train(root: Path, out: Path, num_workers: int, dies_in: int | None) -> None:
+def _train(
+    root: Path,
+    out: Path,
+    num_workers: int,
+    dies_in: int | None,
+    unread: tuple[int, ...] = (),
+) -> list[list[int]]:
+    """The tokens of what this rank was given in each step. unread: images, by the order in which
+    the last rank reads them, that it alone can't read."""
     config = schema.SFT.model_validate(
         {
             "run": {"dir": out},
@@ -57,7 +70,7 @@ def _train(root: Path, out: Path, num_workers: int, dies_in: int | None) -> None
                     {"path": root / "files.json", "weight": 2},
                     {"path": root / "bytes.parquet", "weight": 1},
                 ],
-                "max_bad_share": 0.2,
+                "max_bad_share": 0.25,
                 "num_workers": num_workers,
             },
             "model": {"path": root / "tiny"},
@@ -66,21 +79,32 @@ def _train(root: Path, out: Path, num_workers: int, dies_in: int | None) -> None
             "train": {"steps": STEPS, "save_every": SAVE_EVERY, "micro_batch_tokens": 1024},
         }
     )
-    taken = 0
+    given: list[list[int]] = []
+    reads = 0
 
-    def step(*args: Any) -> dict[str, float]:
-        nonlocal taken
-        taken += 1
-        if taken == dies_in:
+    def step(model: ModelRunner, sequences: list[Sequence]) -> dict[str, float]:
+        given.append([len(sequence.input_ids) for sequence in sequences])
+        if len(given) == dies_in:
             raise KeyboardInterrupt
-        return real(*args)
+        return real(model, sequences)
 
-    real = sft.step
+    def read_bytes(path: Path) -> bytes:
+        nonlocal reads
+        reads += path.suffix == ".png"
+        if reads in unread and dist.get_rank() == dist.get_world_size() - 1:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return read(path)
+
+    real, read = sft.step, Path.read_bytes
     try:
-        with mock.patch.object(sft, "step", step):
+        with (
+            mock.patch.object(sft, "step", step),
+            mock.patch.object(Path, "read_bytes", read_bytes),
+        ):
             sft.run(config)
     except KeyboardInterrupt:
         assert dies_in is not None
+    return given
 
 
 def _lines(out: Path) -> list[dict[str, Any]]:
@@ -113,3 +137,14 @@ def test_a_run_goes_on_with_the_same_rows_on_other_ranks(
     assert state["files"]["used"] == 4 * STEPS and state["bytes"]["used"] == 2 * STEPS
     quarantined = (broken / "quarantine.jsonl").read_text().splitlines()
     assert sorted(json.loads(line)["row"] for line in quarantined) == ["files:3", "files:8"]
+
+
+def test_ranks_train_the_same_batches_where_one_fails_to_read_a_file(
+    ranks: Worlds, root: Path, tmp_path: Path
+) -> None:
+    first, last = ranks(2).run(_train, root, tmp_path, 0, None, (3, 10, 12))
+    assert first == last and all(len(sizes) == 6 for sizes in first)
+    lines = [json.loads(line) for line in (tmp_path / "quarantine.jsonl").read_text().splitlines()]
+    alone = [line for line in lines if line["reason"].endswith(" (on ranks [1] of 2 alone)")]
+    assert len(alone) == 3 and {line["row"] for line in lines} >= {"files:3", "files:8"}
+    assert all("Input/output error" in line["reason"] for line in alone)

@@ -13,6 +13,7 @@ import torch
 
 from prism_megatron.config import schema
 from prism_megatron.config.schema import Sampling
+from prism_megatron.data.rows import Row
 from prism_megatron.data.sources import Source
 from prism_megatron.data.stream import BatchStream, Quarantine
 from prism_megatron.objectives.rewards.types import Reward
@@ -40,11 +41,8 @@ class Numbers:
     def __len__(self) -> int:
         return self.size
 
-    def __getitem__(self, index: int) -> int:
-        return index
-
-    def row_id(self, index: int) -> str:
-        return f"numbers:{index}"
+    def __getitem__(self, index: int) -> Row:
+        return Row(str(index), (), ())
 
 
 def task_of(name: str) -> Task:
@@ -59,9 +57,9 @@ def sampler(
     **options: Any,
 ) -> DynamicSampler[Task]:
     """Batches of three groups; row i has right and wrong answers where teaches(i)."""
-    stream: BatchStream[int, Task] = BatchStream(
+    stream: BatchStream[Row, Task] = BatchStream(
         [Source("numbers", [Numbers(size)])],
-        lambda i: task_of(f"numbers:{i}"),
+        lambda row: task_of(row.row_id),
         Quarantine(tmp_path / "q", 1.0),
         batch_size=gen_batch_size,
         seed=3,

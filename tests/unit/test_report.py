@@ -56,7 +56,7 @@ def write_stage(folder: Path, name: str, data: Path) -> None:
     write_jsonl(
         folder / "eval_rows.jsonl",
         [
-            eval_row(rows.row_id(i), rows[i].ground_truth, i < RIGHT_ROWS[name])
+            eval_row(rows[i].row_id, rows[i].ground_truth, i < RIGHT_ROWS[name])
             for i in range(NUM_ROWS)
         ],
     )

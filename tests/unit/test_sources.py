@@ -10,7 +10,7 @@ import pytest
 
 from prism_megatron.config import schema
 from prism_megatron.data.rows import ImageSource, Message, RowError, SFTRow, read_prompts, read_sft
-from prism_megatron.data.sources import Source, open_sources
+from prism_megatron.data.sources import Source, find_row, open_sources
 
 
 def opened(path: Path | str, **options: Any) -> Source[SFTRow]:
@@ -46,10 +46,33 @@ def test_files_of_a_pattern_come_one_after_the_other(shards: Path) -> None:
     source = opened(shards / "part-*.jsonl")
     assert len(source) == 12
     assert [source[i].response for i in range(12)] == [str(i) for i in range(12)]
-    assert [source.row_id(i) for i in (0, 5, 11)] == ["part-0:0", "part-1:0", "part-2:5"]
+    places = [source.place(i) for i in (0, 5, 11)]
+    assert [(file.path.name, i) for file, i in places] == [
+        ("part-0.jsonl", 0),
+        ("part-1.jsonl", 0),
+        ("part-2.jsonl", 5),
+    ]
     assert source[11].images == (ImageSource(path=shards / "11.png"),)
     with pytest.raises(IndexError):
         source[12]
+
+
+def test_rows_of_files_of_one_name_are_told_apart(tmp_path: Path) -> None:
+    """A checkpoint names the rows whose responses it carries along."""
+    for number, folder in enumerate(["charts", "geometry", "geometry/more"]):
+        shard(tmp_path / folder / "train.jsonl", 10 * number, 3)
+    sections = (
+        schema.Source(path=tmp_path / "charts" / "train.jsonl", name="charts"),
+        schema.Source(path=tmp_path / "geometry" / "**" / "train.jsonl", name="geometry"),
+        schema.Source(path=tmp_path / "geometry" / "train.jsonl"),
+    )
+    sources = open_sources(schema.Data(sources=sections), read_sft)
+    rows = [source[index] for source in sources for index in range(len(source))]
+    assert len({row.row_id for row in rows}) == len(rows) > 6
+    assert [find_row(sources, row.row_id) for row in rows] == rows
+    for gone in ("charts:3", "train", "train:-1", "shapes:0"):
+        with pytest.raises(ValueError, match=f"no row is called {gone}, which a checkpoint"):
+            find_row(sources, gone)
 
 
 def test_what_is_not_there_says_what_would_be(shards: Path, tmp_path: Path) -> None:

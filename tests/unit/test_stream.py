@@ -7,7 +7,9 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -36,6 +38,9 @@ class Numbers:
     def row_id(self, index: int) -> str:
         return f"{self.name}:{index}"
 
+    def place(self, index: int) -> tuple[Any, int]:
+        return SimpleNamespace(path=Path(f"{self.name}.json")), index + self.first
+
     def __getitem__(self, index: int) -> int:
         if index in self.bad:
             raise RowError(f"bad number: {index}")
@@ -57,7 +62,8 @@ def stream(
 
 def test_quarantine_writes_counts_and_goes_on(tmp_path: Path) -> None:
     path = tmp_path / "run" / "quarantine.jsonl"
-    a, b = Numbers(8, name="a"), Numbers(8, name="b")
+    a: Any = Numbers(8, name="a")
+    b: Any = Numbers(8, name="b", first=100)
     first = Quarantine(path, 0.5)
     assert first.summary() == "0 rows quarantined"
     first.add(a, 1, "overlong prompt: 9 tokens")
@@ -69,7 +75,8 @@ def test_quarantine_writes_counts_and_goes_on(tmp_path: Path) -> None:
     again.add(b, 2, "missing image: x.png")
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     assert [line["row"] for line in lines] == ["a:1", "a:2", "b:2"]
-    assert lines[2] == {"row": "b:2", "source": "b", "reason": "missing image: x.png"}
+    place = {"file": "b.json", "index": 102}
+    assert lines[2] == {"row": "b:2", "source": "b", **place, "reason": "missing image: x.png"}
     assert again.total == 3
     assert again.counts == {"a": {"overlong prompt": 2}, "b": {"missing image": 1}}
     assert "3 rows quarantined (a: overlong prompt: 2; b: missing image: 1)" in again.summary()
@@ -77,7 +84,7 @@ def test_quarantine_writes_counts_and_goes_on(tmp_path: Path) -> None:
 
 def test_quarantine_goes_on_after_a_line_that_a_full_disk_cut(tmp_path: Path) -> None:
     path = tmp_path / "quarantine.jsonl"
-    rows = Numbers(8, name="a")
+    rows: Any = Numbers(8, name="a")
     Quarantine(path, 0.5).add(rows, 1, "missing image: x.png")
     with path.open("a") as file:
         file.write('{"row": "a:2", "sou')
@@ -90,10 +97,12 @@ def test_quarantine_goes_on_after_a_line_that_a_full_disk_cut(tmp_path: Path) ->
 
 def test_quarantine_stops_a_run_with_too_many_bad_rows_of_one_source(tmp_path: Path) -> None:
     quarantine = Quarantine(tmp_path / "q.jsonl", 0.1, write=False)
-    quarantine.add(Numbers(10, name="a"), 1, "missing image: x.png")
+    a: Any = Numbers(10, name="a")
+    b: Any = Numbers(9, name="b")
+    quarantine.add(a, 1, "missing image: x.png")
     message = r"1 of 9 rows of b.*max_bad_share=0\.1.*missing image: 1"
     with pytest.raises(ValueError, match=message):
-        quarantine.add(Numbers(9, name="b"), 1, "missing image: y.png")
+        quarantine.add(b, 1, "missing image: y.png")
     assert not (tmp_path / "q.jsonl").exists()
 
 
@@ -228,6 +237,99 @@ def test_stream_ends_when_no_row_of_a_source_is_left(tmp_path: Path) -> None:
     sources = [Numbers(5, name="good"), Numbers(2, name="empty", bad=(0, 1))]
     with pytest.raises(ValueError, match="no row of empty"):
         stream(sources, tmp_path, share=1.0).next_batch()
+
+
+class Ranks:
+    """Threads that ask quarantines of their own as ranks do: each gets what all have found."""
+
+    def __init__(self, count: int):
+        self.found: list[Any] = [None] * count
+        self.rounds = 0
+        self._all = threading.Barrier(count, timeout=20)
+
+    def gather(self, rank: int) -> Callable[[Any], list[Any]]:
+        def gather(bad: Any) -> list[Any]:
+            self.found[rank] = bad
+            if self._all.wait() == 0:
+                self.rounds += 1
+            found = list(self.found)
+            self._all.wait()
+            return found
+
+        return gather
+
+
+def of_ranks(work: Callable[[int, Any], Any], count: int = 3) -> tuple[list[Any], Ranks]:
+    ranks = Ranks(count)
+    with ThreadPoolExecutor(count) as threads:
+        asked = [threads.submit(work, rank, ranks.gather(rank)) for rank in range(count)]
+        return [future.result(20) for future in asked], ranks
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_what_one_rank_cannot_read_is_bad_for_all(tmp_path: Path, num_workers: int) -> None:
+    """Rank 1 alone can't read some rows, and rank 2 others, one of which comes only where the
+    first is left out."""
+    unread = {0: (2,), 1: (2, 7, 1003), 2: (2, 11, 30)}
+
+    def batches(rank: int, gather: Any) -> Any:
+        def convert(number: int) -> int:
+            if number in unread[rank]:
+                raise RowError(f"missing image: {number}.png")
+            return number
+
+        quarantine = Quarantine(tmp_path / f"{rank}.jsonl", 0.5, gather=gather)
+        listed: Any = [Numbers(40, name="a", weight=3), Numbers(11, name="b", first=1000)]
+        options = {"batch_size": 5, "seed": 1, "num_workers": num_workers}
+        drawn = BatchStream[Any, int](listed, convert, quarantine, **options)
+        given = [drawn.next_batch() for _ in range(20)]
+        return given, drawn.state, quarantine.counts
+
+    found, ranks = of_ranks(batches)
+    assert found[0] == found[1] == found[2] and ranks.rounds > 20
+    given, _, counts = found[0]
+    assert all(len(batch) == 5 for batch in given)
+    seen = {number for batch in given for number in batch}
+    assert seen == {*range(40), *range(1000, 1011)} - {2, 7, 11, 30, 1003}
+    assert {name: count.total() for name, count in counts.items()} == {"a": 4, "b": 1}
+    lines = [(tmp_path / f"{rank}.jsonl").read_text() for rank in range(3)]
+    assert lines[0] == lines[1] == lines[2]
+    reasons = {line["row"]: line["reason"] for line in map(json.loads, lines[0].splitlines())}
+    assert reasons["a:2"] == "missing image: 2.png"
+    assert reasons["b:3"] == "missing image: 1003.png (on ranks [1] of 3 alone)"
+
+
+def test_ranks_that_read_alike_ask_each_other_once_a_batch(tmp_path: Path) -> None:
+    def batches(rank: int, gather: Any) -> None:
+        quarantine = Quarantine(tmp_path / f"{rank}.jsonl", 0.5, gather=gather)
+        listed: Any = [Numbers(40, bad=(3, 4))]
+        drawn = BatchStream[Any, int](listed, int, quarantine, batch_size=4, seed=1)
+        for _ in range(12):
+            drawn.next_batch()
+
+    assert of_ranks(batches)[1].rounds == 12
+
+
+def test_all_ranks_convert_what_all_can_read(tmp_path: Path) -> None:
+    def converted(rank: int, gather: Any) -> list[str]:
+        quarantine = Quarantine(tmp_path / f"{rank}.jsonl", 0.5, gather=gather)
+        sources: Any = [Numbers(5, bad=(rank,)), Numbers(2, name="more", first=1000)]
+        return convert_all(sources, str, quarantine)
+
+    assert of_ranks(converted)[0] == [["3", "4", "1000", "1001"]] * 3
+
+
+def test_too_many_rows_that_one_rank_cannot_read_stop_all(tmp_path: Path) -> None:
+    def batches(rank: int, gather: Any) -> str:
+        quarantine = Quarantine(tmp_path / f"{rank}.jsonl", 0.1, gather=gather)
+        listed: Any = [Numbers(40, bad=tuple(range(40)) if rank == 2 else ())]
+        drawn = BatchStream[Any, int](listed, int, quarantine, batch_size=4, seed=1)
+        with pytest.raises(ValueError, match="5 of 40 rows of numbers can't be used") as error:
+            drawn.next_batch()
+        return str(error.value).split(";")[0]
+
+    found, _ = of_ranks(batches)
+    assert found[0] == found[1] == found[2]
 
 
 def test_convert_all_keeps_file_order(tmp_path: Path) -> None:
