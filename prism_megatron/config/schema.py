@@ -94,6 +94,19 @@ __all__ = [
 ]
 
 
+def _check_the_longest_fits(data: Data, responses: dict[str, int], key: str, tokens: int) -> None:
+    """ValueError if micro-batches of `tokens`, the value of `key`, don't hold the longest prompt
+    with the longest of the responses: the run would stop as soon as there is one."""
+    name = max(responses, key=responses.__getitem__)
+    longest = data.max_prompt_tokens + responses[name]
+    if longest > tokens:
+        raise ValueError(
+            f"data.max_prompt_tokens={data.max_prompt_tokens} and {name}={responses[name]} allow "
+            f"for sequences of {longest} tokens, but a micro-batch holds {key}={tokens}; raise it, "
+            "or lower one of the others"
+        )
+
+
 class Stage(Section):
     """What every training stage has."""
 
@@ -103,6 +116,17 @@ class Stage(Section):
     data: Data
     train: Train
     wandb: Wandb | None = None
+
+    @property
+    def _responses(self) -> dict[str, int]:
+        """Tokens of the longest response in training, by the key that says so."""
+        return {"data.max_response_tokens": self.data.max_response_tokens}
+
+    @model_validator(mode="after")
+    def _micro_batches_hold_the_longest(self) -> Self:
+        tokens = self.train.micro_batch_tokens
+        _check_the_longest_fits(self.data, self._responses, "train.micro_batch_tokens", tokens)
+        return self
 
     @model_validator(mode="after")
     def _only_demonstrations_are_cut(self) -> Self:
@@ -234,6 +258,12 @@ class Warmup(Stage):
     batch of four teachers' or students' is as long as any of both, all others are scored too early,
     by twice what they are shorter (value_head.py, get_last_token_scores)."""
 
+    @property
+    def _responses(self) -> dict[str, int]:
+        if self.section_ends == "reference":
+            return {"data.max_response_tokens + 1": self.data.max_response_tokens + 1}
+        return super()._responses
+
 
 class Sampled(PolicyUpdate):
     """A policy that trains on its own responses."""
@@ -343,6 +373,11 @@ class Align(Advantage, Sampled, Stage):
     image tokens are counted one by one like text (dp_critic.py)."""
     alarms: Alarms = Alarms()
 
+    @property
+    def _responses(self) -> dict[str, int]:
+        # the teacher's are data
+        return super()._responses | {"sampling.max_new_tokens": self.sampling.max_new_tokens}
+
 
 class RLVR(Sampled, Stage):
     """Stage 3: reinforcement learning with verifiable rewards, by GRPO and what grew out of it."""
@@ -373,6 +408,10 @@ class RLVR(Sampled, Stage):
     max_epochs: int | None = Field(None, ge=1)
     """Passes over the data after which the run ends, even before train.steps; null: any number.
     With dynamic_sampling it also ends when one pass does not fill a step."""
+
+    @property
+    def _responses(self) -> dict[str, int]:
+        return {"sampling.max_new_tokens": self.sampling.max_new_tokens}
 
     @model_validator(mode="after")
     def _algorithm_fills_what_is_not_set(self) -> Self:
@@ -438,11 +477,19 @@ class SyncCheck(Section):
     sampling: Sampling
     prompts: int = Field(16, ge=1)
     """Prompts that get sampling.n responses each."""
-    micro_batch_tokens: int = Field(4096, ge=1)
-    """Most tokens that the trainer computes at once."""
+    micro_batch_tokens: int = Field(8192, ge=1)
+    """Most tokens that the trainer computes at once; at least the longest prompt and the longest
+    response."""
     max_distance: float = Field(0.01, gt=0)
     """Most that log-probabilities of engines and trainer may be apart, on average over tokens. With
     rollout.quantization more is to be expected; tests/gpu/check_served.py allows 0.15."""
+
+    @model_validator(mode="after")
+    def _micro_batches_hold_the_longest(self) -> Self:
+        responses = {"sampling.max_new_tokens": self.sampling.max_new_tokens}
+        tokens = self.micro_batch_tokens
+        _check_the_longest_fits(self.data, responses, "micro_batch_tokens", tokens)
+        return self
 
 
 class Evaluate(Section):

@@ -280,9 +280,9 @@ class Train(Section):
 
     steps: int = Field(ge=0)
     """Optimizer steps."""
-    micro_batch_tokens: int = Field(4096, ge=1)
-    """Most tokens in one packed micro-batch, over all context-parallel ranks; a longer single
-    sequence is an error."""
+    micro_batch_tokens: int = Field(8192, ge=1)
+    """Most tokens in one packed micro-batch, over all context-parallel ranks; at least the longest
+    prompt and the longest response."""
     save_every: int = Field(0, ge=0)
     """Steps between training checkpoints; 0 saves only at the end."""
     keep_checkpoints: int = Field(1, ge=1)

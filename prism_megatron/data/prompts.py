@@ -122,10 +122,11 @@ class PromptEncoder:
             )
         return Prompt(row.row_id, tuple(ids), images)
 
-    def encode_section(self, text: str) -> tuple[int, ...]:
-        """Ids of a response or a part of one, without the end of the turn."""
+    def encode_section(self, text: str, *, is_sampled: bool = False) -> tuple[int, ...]:
+        """Ids of a response or a part of one, without the end of the turn; is_sampled: of any
+        length, which is what sampling made it."""
         ids = self._text_ids(text)
-        if len(ids) + 1 > self.max_response_tokens:
+        if not is_sampled and len(ids) + 1 > self.max_response_tokens:
             raise RowError(
                 f"overlong response: {len(ids) + 1} tokens with the end of the turn, "
                 f"data.max_response_tokens={self.max_response_tokens}"

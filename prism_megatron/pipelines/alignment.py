@@ -88,6 +88,7 @@ def run(config: schema.Align) -> None:
         config.discriminator,
         teacher_length=config.teacher_length,
         section_ends=config.section_ends,
+        sampled_tokens=config.train.micro_batch_tokens,
     )
     quarantine = open_quarantine(config.run, config.data)
     sources = open_sources(config.data, partial(read_prompts, required=TEACHER_SECTIONS))
@@ -217,12 +218,12 @@ class Game:
         slept = self.sampler.engine.sleep()
         tasks = [task for task, _ in answered]
         samples = [(task.prompt, rollout) for task, group in answered for rollout in group]
-        sections = [self._sections(rollout) for _, rollout in samples]
+        read = [self._read(prompt, rollout) for prompt, rollout in samples]
         groups = torch.arange(len(tasks)).repeat_interleave(config.sampling.n)
-        valid = torch.tensor([s is not None for s in sections])
+        valid = torch.tensor([sequences is not None for sequences in read])
         accuracy = self._accuracy(tasks, samples)
 
-        streams = self._score(tasks, samples, sections)
+        streams = self._score(tasks, samples, read)
         advantages = alignment_advantage(
             [(stream.weight, self._rewards(stream, valid)) for stream in streams.values()],
             groups,
@@ -292,21 +293,24 @@ class Game:
         self,
         tasks: list[Task],
         samples: list[tuple[Prompt, Rollout]],
-        sections: list[Sections | None],
+        read: list[dict[str, Sequence] | None],
     ) -> dict[str, Stream]:
-        """All streams in one packed pass of the discriminator. An image is encoded once for the
-        sequences of a micro-batch that show it."""
-        read = [
-            (found is not None, self._read(prompt, rollout, found))
-            for (prompt, rollout), found in zip(samples, sections, strict=True)
-            if found is not None or self.config.regularised_scores == "reference"
-        ]
+        """All streams in one packed pass of the discriminator; read: what _read gives for each
+        sample. An image is encoded once for the sequences of a micro-batch that show it."""
+        invalid = []
+        if self.config.regularised_scores == "reference":
+            invalid = [
+                # halves of its tokens, for want of sections
+                self.reader.read_sampled(prompt, rollout.ids, max(1, len(rollout.ids) // 2))
+                for (prompt, rollout), found in zip(samples, read, strict=True)
+                if found is None
+            ]
         streams = {
             name: Stream(
                 getattr(self.config, f"{name}_weight"),
                 [t.teacher[name] for t in tasks],
-                [response[name] for valid, response in read if valid],
-                [response[name] for valid, response in read if not valid],
+                [response[name] for response in read if response is not None],
+                [response[name] for response in invalid],
             )
             for name in self.reader.streams
         }
@@ -315,19 +319,20 @@ class Game:
             stream.scores = own
         return streams
 
-    def _read(
-        self, prompt: Prompt, rollout: Rollout, found: Sections | None
-    ) -> dict[str, Sequence]:
-        """What the discriminator reads of a response: its sections or, of an invalid one, halves of
-        its tokens."""
-        if found is not None and self.config.student_tokens == "corrected":
-            return self.reader.read(prompt, found, teacher=False)
+    def _read(self, prompt: Prompt, rollout: Rollout) -> dict[str, Sequence] | None:
+        """What the discriminator reads of a valid response; None of an invalid one."""
+        found = self._sections(rollout)
         if found is None:
-            count = max(1, len(rollout.ids) // 2)
-        else:
-            encoder = self.reader.encoder
-            hidden = encoder.hidden_ids(self.config.response_format)
-            count = caption_tokens(rollout.ids, encoder.token_bytes, found.caption, hidden)
+            return None
+        if self.config.student_tokens == "corrected":
+            try:
+                return self.reader.read(prompt, found, teacher=False)
+            except RowError:
+                # it spells a control token of this tokenizer that does not look like Qwen's
+                return None
+        encoder = self.reader.encoder
+        hidden = encoder.hidden_ids(self.config.response_format)
+        count = caption_tokens(rollout.ids, encoder.token_bytes, found.caption, hidden)
         return self.reader.read_sampled(prompt, rollout.ids, count)
 
     def _bounded(self, scores: Tensor) -> Tensor:

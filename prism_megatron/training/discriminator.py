@@ -101,24 +101,28 @@ class Reader:
         teacher_length: Defect = "corrected",
         section_ends: Defect = "corrected",
         line_end: bool = False,
+        sampled_tokens: int | None = None,
     ) -> None:
         """teacher_length, section_ends: see schema.Align, whose defects of the reference they are;
-        line_end: see schema.Warmup.section_ends."""
+        line_end: see schema.Warmup.section_ends. sampled_tokens: students are sampled now, so that
+        data.max_response_tokens does not hold for them, and their sequences have so many tokens at
+        most: tokenised anew a text can have some more than it was sampled with, which are cut off
+        before the end. None: they are data like the teachers."""
         self.encoder, self.text_only = encoder, section.text_only
         self.streams = STREAMS[section.streams]
         self.teacher_length, self.section_ends = teacher_length, section_ends
+        self.sampled_tokens = sampled_tokens
         self.end = (encoder.end_id, *(encoder.encode_section("\n") if line_end else ()))
 
     def read(self, prompt: Prompt, answer: Sections, *, teacher: bool) -> dict[str, Sequence]:
         """A sequence for each of `streams`; RowError if one can't be encoded."""
-        return {
-            stream: self._sequence(
-                prompt,
-                stream,
-                self._ended(self.encoder.encode_section(answer.read_by(stream)), stream, teacher),
-            )
-            for stream in self.streams
-        }
+        is_sampled = not teacher and self.sampled_tokens is not None
+        found = {}
+        for stream in self.streams:
+            ids = self.encoder.encode_section(answer.read_by(stream), is_sampled=is_sampled)
+            ids = self._ended(ids, stream, teacher)
+            found[stream] = self._sequence(prompt, stream, ids, is_sampled=is_sampled)
+        return found
 
     def read_sampled(
         self, prompt: Prompt, ids: tuple[int, ...], caption_tokens: int
@@ -136,10 +140,17 @@ class Reader:
             if self.section_ends == "corrected":
                 part = part if part[-1:] == self.end else (*part, *self.end)
             # a single token has no second half: the reference takes the padding behind it
-            found[stream] = self._sequence(prompt, stream, part or (self.encoder.pad_id,))
+            ids_shown = part or (self.encoder.pad_id,)
+            found[stream] = self._sequence(prompt, stream, ids_shown, is_sampled=True)
         return found
 
-    def _sequence(self, prompt: Prompt, stream: str, ids: tuple[int, ...]) -> Sequence:
+    def _sequence(
+        self, prompt: Prompt, stream: str, ids: tuple[int, ...], *, is_sampled: bool
+    ) -> Sequence:
+        if is_sampled and self.sampled_tokens is not None:
+            room = self.sampled_tokens - len(prompt.input_ids)
+            # the last one is where the score is read
+            ids = ids if len(ids) <= room else (*ids[: room - 1], ids[-1])
         section = SECTION_OF.get(stream, 0)
         return self.encoder.section_sequence(prompt, ids, section=section, text_only=self.text_only)
 

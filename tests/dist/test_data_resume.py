@@ -72,6 +72,8 @@ def _train(
                 ],
                 "max_bad_share": 0.25,
                 "num_workers": num_workers,
+                "max_prompt_tokens": 512,
+                "max_response_tokens": 512,
             },
             "model": {"path": root / "tiny"},
             "optimizer": {"lr": 1e-4},

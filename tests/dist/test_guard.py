@@ -25,6 +25,7 @@ from tests.dist.ranks import Ranks
 Worlds = Callable[[int], Ranks]
 SYSTEM_PROMPT = Path(__file__).parents[2] / "configs/quickstart/system_prompt.txt"
 STEPS = 6
+LIMITS = {"max_prompt_tokens": 512, "max_response_tokens": 512}
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +62,7 @@ def _train(
     config = schema.SFT.model_validate(
         {
             "run": {"dir": out},
-            "data": {"path": root / "sft.json", "num_workers": 0},
+            "data": {"path": root / "sft.json", "num_workers": 0} | LIMITS,
             "model": {"path": root / "tiny"},
             "optimizer": {"lr": 1e-3, "warmup_steps": 3},
             "batch_size": 4,

@@ -125,7 +125,7 @@ def _align(root: Path, out: Path, judge: Path, variant: str, **options: Any) -> 
                     "discriminator": _discriminator(judge, variant),
                     "discriminator_optimizer": {"lr": 1e-4},
                     "prompts_per_step": 3,
-                    "sampling": {"n": len(RESPONSES)},
+                    "sampling": {"n": len(RESPONSES), "max_new_tokens": 64},
                     "samples_every": 2,
                     "validation": {
                         "path": root / "data/heldout.parquet",

@@ -25,6 +25,7 @@ from tests.dist.ranks import Ranks
 
 SYSTEM_PROMPT = Path(__file__).parents[2] / "configs/quickstart/system_prompt.txt"
 CLOCKS = ("time", "sync_s", "save_s", "time/")
+LIMITS = {"max_prompt_tokens": 512, "max_response_tokens": 512}
 TRAIN = {"save_every": 2, "keep_checkpoints": 2, "micro_batch_tokens": 1024}
 # of texts without format nothing is rewarded, but the entropy has a gradient, so that every
 # response depends on the updates before it
@@ -36,7 +37,7 @@ SAMPLED = {
 }
 STAGES: dict[str, Any] = {
     "sft": {
-        "data": {"path": "data/sft.json"},
+        "data": {"path": "data/sft.json"} | LIMITS,
         "model": {"path": "tiny", "parallel": {"tensor": 2}},
         "optimizer": {"lr": 1e-3, "warmup_steps": 9},
         "batch_size": 4,
@@ -44,7 +45,7 @@ STAGES: dict[str, Any] = {
     },
     "align": SAMPLED
     | {
-        "data": {"path": "data/prompts.parquet", "system_prompt": SYSTEM_PROMPT},
+        "data": {"path": "data/prompts.parquet", "system_prompt": SYSTEM_PROMPT} | LIMITS,
         "policy": {"path": "tiny", "parallel": {"tensor": 2}},
         "discriminator": {"path": "judge", "parallel": {"expert": 2}},
         "discriminator_optimizer": {"lr": 1e-3},
@@ -57,7 +58,7 @@ STAGES: dict[str, Any] = {
     },
     "rlvr": SAMPLED
     | {
-        "data": {"path": "data/prompts.parquet", "system_prompt": SYSTEM_PROMPT},
+        "data": {"path": "data/prompts.parquet", "system_prompt": SYSTEM_PROMPT} | LIMITS,
         "policy": {"path": "tiny"},
         "kl_coef": 0.01,
         "train": TRAIN | {"steps": 12, "async_save": True},

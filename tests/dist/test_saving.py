@@ -25,6 +25,7 @@ from tests.dist.ranks import Ranks
 
 Worlds = Callable[[int], Ranks]
 SYSTEM_PROMPT = Path(__file__).parents[2] / "configs/quickstart/system_prompt.txt"
+LIMITS = {"max_prompt_tokens": 512, "max_response_tokens": 512}
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +42,7 @@ def _train(root: Path, out: Path, train: dict[str, Any]) -> None:
     config = schema.SFT.model_validate(
         {
             "run": {"dir": out},
-            "data": {"path": root / "sft.json", "num_workers": 0},
+            "data": {"path": root / "sft.json", "num_workers": 0} | LIMITS,
             # all state of a shard is on one rank, which need not gather it
             "model": {"path": root / "tiny", "parallel": {"tensor": dist.get_world_size()}},
             "optimizer": {"lr": 1e-3},

@@ -8,10 +8,14 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoProcessor
 
 from prism_megatron.config import load, schema
+from prism_megatron.data.prompts import PromptEncoder
 from prism_megatron.pipelines.alignment import Game, Stream
-from prism_megatron.types import Sequence
+from prism_megatron.training.discriminator import Reader
+from prism_megatron.types import Prompt, Rollout, Sequence
+from tests import tiny_models
 
 QUICKSTART = Path(__file__).resolve().parents[2] / "configs" / "quickstart" / "align.yaml"
 # two prompts, of whose four responses the third is ill-formed
@@ -80,3 +84,26 @@ def test_long_sections_earn_less(overrides: tuple[str, ...], wanted: list[float]
     stream = Stream(0.5, [section(5)], students, [], scores)
     found = game(*overrides)._rewards(stream, VALID)
     torch.testing.assert_close(found, torch.tensor(wanted), atol=1e-5, rtol=0)
+
+
+def test_no_sampled_response_ends_the_game(tmp_path: Path) -> None:
+    processor = AutoProcessor.from_pretrained(tiny_models.save_with_processor(tmp_path))
+    processor.tokenizer.add_special_tokens({"extra_special_tokens": ["[STOP]"]})
+    encoder = PromptEncoder(
+        processor, system_prompt=None, max_prompt_tokens=9, max_response_tokens=30
+    )
+    rules = game()
+    rules.reader = Reader(encoder, rules.config.discriminator, sampled_tokens=400)
+    prompt = Prompt("row", (5, 6, 7), ())
+
+    def read(think: str, finish_reason: str = "stop") -> Any:
+        text = f"<caption>c</caption><think>{think}</think><answer>7</answer>"
+        ids = (*encoder.tokenizer(text, add_special_tokens=False).input_ids, encoder.end_id)
+        return rules._read(prompt, Rollout(ids, (0.0,) * len(ids), finish_reason, 0))
+
+    # longer than a text that is data may be, and than what a micro-batch holds
+    lengths = [len(read("1 2 3 " * times)["reasoning"]) for times in (1, 20, 200)]
+    assert lengths[0] < 3 + 100 < lengths[1] < lengths[2] == 400
+    assert read("1 2 3", "length") is None
+    # a control token of this tokenizer that does not look like Qwen's
+    assert read("[STOP]") is None

@@ -49,7 +49,7 @@ def message(files: Path | list[Path], *overrides: str, stage: str = "sft") -> st
 def test_a_file_gives_its_values_and_the_defaults_of_the_rest(write: Write) -> None:
     config = load_sft(write("sft.yaml", SFT))
     assert (config.train.steps, config.optimizer.lr, config.model.path) == (7, 1e-3, Path("model"))
-    assert (config.run.seed, config.train.micro_batch_tokens) == (1234, 4096)
+    assert (config.run.seed, config.train.micro_batch_tokens) == (1234, 8192)
 
 
 def test_override_wins_over_overlay_over_file_over_base(write: Write) -> None:
@@ -457,6 +457,29 @@ def test_options_that_contradict_each_other_are_refused(
 ) -> None:
     with pytest.raises(ValueError, match=said):
         rlvr(*overrides)
+
+
+@pytest.mark.parametrize(
+    ("stage", "overrides", "key", "longest"),
+    [
+        ("sft", (), "data.max_response_tokens=64", 256),
+        ("warmup", (), "data.max_response_tokens=64", 256),
+        # the reference's line end comes after the end of the turn
+        ("warmup", ("section_ends=reference",), r"data.max_response_tokens \+ 1=65", 257),
+        ("align", ("sampling.max_new_tokens=70",), "sampling.max_new_tokens=70", 262),
+        # the teacher's answers, which the discriminator reads, are data
+        ("align", ("sampling.max_new_tokens=60",), "data.max_response_tokens=64", 256),
+        ("rlvr", ("data.max_response_tokens=80",), "sampling.max_new_tokens=64", 256),
+    ],
+)
+def test_micro_batches_hold_the_longest_sequence_there_may_be(
+    stage: str, overrides: tuple[str, ...], key: str, longest: int
+) -> None:
+    file = ROOT / f"configs/quickstart/{stage}.yaml"
+    configuration.load(stage, file, [f"train.micro_batch_tokens={longest}", *overrides])
+    said = f"{key} allow for sequences of {longest} tokens.*micro_batch_tokens={longest - 1}"
+    with pytest.raises(ValueError, match=said):
+        configuration.load(stage, file, [f"train.micro_batch_tokens={longest - 1}", *overrides])
 
 
 def switches(config: schema.Section, prefix: str = "") -> Iterator[tuple[str, str]]:

@@ -11,6 +11,7 @@ from transformers import AutoProcessor
 
 from prism_megatron.config import schema
 from prism_megatron.data.prompts import PromptEncoder
+from prism_megatron.data.rows import RowError
 from prism_megatron.objectives.sections import Sections
 from prism_megatron.training import discriminator
 from prism_megatron.types import Prompt, Sequence
@@ -125,6 +126,25 @@ def read_sampled(
     reader = discriminator.Reader(encoder, section, **ends)
     found = reader.read_sampled(PROMPT, ids, count)
     return {name: each.input_ids.tolist()[3:] for name, each in found.items()}
+
+
+def test_a_sampled_student_is_bound_by_sampling_alone(encoder: PromptEncoder) -> None:
+    short = PromptEncoder(
+        encoder.processor, system_prompt=None, max_prompt_tokens=400, max_response_tokens=60
+    )
+    whole = [*ids(encoder, LONG.reasoning_text), encoder.end_id]
+    for teacher, options in ((True, {"sampled_tokens": 9000}), (False, {})):
+        with pytest.raises(RowError, match="overlong response"):
+            read(short, LONG, teacher, **options)
+    for tokens in (len(whole), 9000):
+        student = read(short, LONG, False, sampled_tokens=tokens)["reasoning"]
+        assert student.input_ids.tolist() == whole
+    # what does not fit a micro-batch is cut off, but not the token that is scored
+    cut = read(short, LONG, False, sampled_tokens=len(whole) - 2)["reasoning"]
+    assert cut.input_ids.tolist() == [*whole[:-3], encoder.end_id]
+    assert read_sampled(encoder, (11, 12, 13, 14), 2, "response", sampled_tokens=7) == {
+        "response": [11, 12, 13, encoder.end_id]
+    }
 
 
 def test_sampled_tokens_are_shown_as_they_are_but_for_the_end(encoder: PromptEncoder) -> None:
