@@ -193,8 +193,8 @@ def read_pairs(path: Path, options: FileOptions = AS_PUBLISHED) -> FileRows[Pair
     """Rows of a warm-up file.
 
     A row has `prompt` (or `question`), the four sections `teacher_caption`, `student_caption`,
-    `teacher_cot`, `student_cot`, and optionally `image` (a path). A prompt without a literal
-    <image> gets one in front when the row has an image.
+    `teacher_cot`, `student_cot`, and optionally `image` (a path) and `system`. A prompt without a
+    literal <image> gets one in front when the row has an image.
     """
     wanted = (("prompt", "question"), *((key,) for key in PAIR_SECTIONS))
     return _open(path, options, _pair_row, wanted)
@@ -302,15 +302,18 @@ def stored_images(images: Sequence[ImageSource]) -> list[dict[str, Any]]:
 def write_pairs(path: Path, rows: Iterable[PairRow]) -> int:
     """Write warm-up pairs as JSONL that `read_pairs` gives back, and return how many.
 
-    Images given as bytes are written once each to `<stem>_images/` beside the file. A row may have
-    one image at most, and its prompt is its last user turn: the format has no more room.
+    Images given as bytes are written once each to `<stem>_images/` beside the file. RowError if
+    `check_pair` refuses a row.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     written = 0
     with temporary.open("w") as file:
         for row in rows:
+            check_pair(row)
             line = {"id": row.row_id, "prompt": row.question}
+            if row.messages[0].role == "system":
+                line["system"] = row.messages[0].content
             if row.images:
                 line["image"] = _store_image(row, path)
             line |= {key: getattr(row, key) for key in PAIR_SECTIONS}
@@ -320,10 +323,18 @@ def write_pairs(path: Path, rows: Iterable[PairRow]) -> int:
     return written
 
 
+def check_pair(row: Row) -> None:
+    """RowError if a warm-up file has no room for the row's prompt: one user turn, after a system
+    turn or not, and at most one image."""
+    roles = [turn.role for turn in row.messages]
+    if roles not in (["user"], ["system", "user"]):
+        raise RowError(f"several turns: {', '.join(roles)}; a warm-up pair holds system and user")
+    if len(row.images) > 1:
+        raise RowError(f"several images: {len(row.images)}; a warm-up pair holds one")
+
+
 def _store_image(row: PairRow, path: Path) -> str:
     """Path to write for the row's image, relative to the JSONL where the image is stored there."""
-    if len(row.images) > 1:
-        raise ValueError(f"{row.row_id} has {len(row.images)} images; a warm-up pair holds one")
     (image,) = row.images
     if image.path is not None:
         return str(image.path.resolve())
@@ -397,8 +408,11 @@ def _pair_row(item: Any, row_id: str, folder: Path) -> PairRow:
     images = _images([item["image"]] if item.get("image") else [], folder)
     if images and "<image>" not in text:
         text = f"<image>\n{text}"
+    turns = [Message("user", text)]
+    if item.get("system"):
+        turns.insert(0, Message("system", _text(item, "system")))
     sections = {key: _text(item, key) for key in PAIR_SECTIONS}
-    return PairRow(str(item.get("id", row_id)), (Message("user", text),), images, **sections)
+    return PairRow(str(item.get("id", row_id)), tuple(turns), images, **sections)
 
 
 def _prompt_row(item: Any, row_id: str, folder: Path, required: tuple[str, ...]) -> PromptRow:

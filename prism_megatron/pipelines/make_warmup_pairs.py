@@ -14,6 +14,7 @@ from prism_megatron.data.rows import (
     PairRow,
     PromptRow,
     RowError,
+    check_pair,
     read_prompts,
     write_pairs,
 )
@@ -53,7 +54,7 @@ def _pairs(
     engines: Fleet,
     quarantine: Quarantine,
 ) -> Iterator[PairRow]:
-    for sampled in sample(config, sources, engines, quarantine, _teacher):
+    for sampled in sample(config, sources, engines, quarantine, _check):
         row, teacher = sampled.row, _teacher(sampled.row)
         for number, response in enumerate(sampled.responses):
             student = split_sections(response.text) if response.finished else None
@@ -67,6 +68,12 @@ def _pairs(
                     teacher_cot=row.teacher_cot or "",
                     student_cot=student.reasoning_text,
                 )
+
+
+def _check(row: PromptRow) -> None:
+    """RowError if no pair could be made of the row, whatever the policy answers."""
+    check_pair(row)
+    _teacher(row)
 
 
 def _teacher(row: PromptRow) -> Sections:

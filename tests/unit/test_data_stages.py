@@ -270,7 +270,13 @@ def test_pairs_are_the_policys_sections_beside_the_teachers(
     tmp_path: Path, data: Path, model: Path
 ) -> None:
     items = pq.read_table(data / "prompts.parquet").to_pylist()
+    items[1]["prompt"].insert(0, {"role": "system", "content": "The row's own."})
     items[3]["teacher_cot"] = "no sections"
+    items[4]["prompt"] = [
+        {"role": "user", "content": "first"},
+        {"role": "assistant", "content": "yes"},
+        *items[4]["prompt"],
+    ]
     pq.write_table(pa.Table.from_pylist(items), tmp_path / "prompts.parquet")
     values = difficulty(tmp_path, tmp_path, model).model_dump(exclude={"low", "high", "rewards"})
     config = schema.MakeWarmupPairs.model_validate(values | {"out": tmp_path / "pairs.jsonl"})
@@ -283,14 +289,19 @@ def test_pairs_are_the_policys_sections_beside_the_teachers(
         except KeyboardInterrupt:
             assert not config.out.exists()
         asked += engine.asked
-    # the row with a broken teacher is not sampled for
-    assert sorted(asked) == sorted(f"prompts:{i}" for i in range(NUM_PROMPTS) if i != 3)
+    # rows with a broken teacher, or with more turns than a pair holds, are not sampled for
+    usable = [i for i in range(NUM_PROMPTS) if i not in (3, 4)]
+    assert sorted(asked) == sorted(f"prompts:{i}" for i in usable)
+    reasons = (tmp_path / "run" / "quarantine.jsonl").read_text()
+    assert reasons.count("several turns") == 1
     rows = [row for row in read_pairs(config.out)]
     # right responses equal the teacher's, and a wrong one of prompt 0 is cut off
     assert Counter(row.row_id.split("/")[0] for row in rows) == {
-        f"prompts:{i}": wrong for i, wrong in enumerate([4, 4, 3, 0, 1]) if wrong
+        f"prompts:{i}": wrong for i, wrong in enumerate([4, 4, 3]) if wrong
     }
     assert "<answer>9" in rows[0].student_cot and "<answer>9" not in rows[0].teacher_cot
+    systems = [row.row_id for row in rows if row.messages[0].role == "system"]
+    assert systems == [f"prompts:1/{k}" for k in range(1, 5)]
     assert rows[0].student_caption == rows[0].teacher_caption == items[0]["teacher_caption"]
 
 

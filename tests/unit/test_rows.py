@@ -202,9 +202,10 @@ def test_pairs_survive_writing_and_reading(tmp_path: Path) -> None:
         (ImageSource(path=stored),),
     ]
     texts = ["<image>\nfirst\u2028line", "<image>\nsecond", "no image", "<image>\nfourth"]
+    systems = [(), (Message("system", "The row's own."),), (), ()]
     written = [
-        PairRow(f"row-{i}", (Message("user", text),), images, **PAIR)
-        for i, (text, images) in enumerate(zip(texts, sources, strict=True))
+        PairRow(f"row-{i}", (*system, Message("user", text)), images, **PAIR)
+        for i, (system, text, images) in enumerate(zip(systems, texts, sources, strict=True))
     ]
     path = tmp_path / "out" / "pairs.jsonl"
     assert write_pairs(path, written) == 4
@@ -214,6 +215,23 @@ def test_pairs_survive_writing_and_reading(tmp_path: Path) -> None:
         assert (row.teacher_cot, row.student_caption) == (want.teacher_cot, want.student_caption)
         assert [i.read() for i in row.images] == [i.read() for i in want.images]
     assert len(list((tmp_path / "out" / "pairs_images").iterdir())) == 1
+
+
+@pytest.mark.parametrize(
+    ("roles", "images", "reason"),
+    [
+        (("user", "assistant", "user"), 0, "several turns: user, assistant, user; a warm-up pair"),
+        (("system", "user", "user"), 1, "several turns: system, user, user;"),
+        (("user",), 2, "several images: 2; a warm-up pair holds one"),
+    ],
+)
+def test_pairs_that_the_format_has_no_room_for_are_refused(
+    tmp_path: Path, roles: tuple[str, ...], images: int, reason: str
+) -> None:
+    messages = tuple(Message(role, "text") for role in roles)
+    row = PairRow("row", messages, (ImageSource(data=b"one"),) * images, **PAIR)
+    with pytest.raises(RowError, match=reason):
+        write_pairs(tmp_path / "pairs.jsonl", [row])
 
 
 def test_published_pair_lines_are_read(tmp_path: Path) -> None:
