@@ -219,7 +219,8 @@ class MakeAlignmentSet(Section):
     rows: Literal["sft", "prompts"] = "sft"
     """What the rows are: demonstrations, or prompts with a teacher_response."""
     heldout_share: float = Field(0.02, ge=0, lt=1)
-    """Share of the images that are held out, with every question about them."""
+    """Share of the images that are held out, with every question about them; images that one row
+    shows together stay together."""
     out: Path
     """Folder that gets train.parquet and heldout.parquet."""
 

@@ -2,12 +2,15 @@
 
 rows --split_sections--> teacher_caption, teacher_cot --held out by image--> train.parquet
          `--ill-formed--> quarantine.jsonl                                   heldout.parquet
+
+Rows are read twice: which ones share images is known after the last of them.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import pyarrow as pa
@@ -24,7 +27,7 @@ from prism_megatron.data.rows import (
     read_sft,
     stored_images,
 )
-from prism_megatron.data.sources import open_sources
+from prism_megatron.data.sources import Source, open_sources
 from prism_megatron.data.stream import Quarantine
 from prism_megatron.objectives.sections import split_sections
 
@@ -34,33 +37,50 @@ DATA_SOURCE = "mm_gad"
 
 
 def run(config: schema.MakeAlignmentSet) -> None:
-    """Write config.out/train.parquet and heldout.parquet; the same seed gives the same split."""
+    """Write config.out/train.parquet and heldout.parquet; the same seed gives the same split,
+    whatever the order of the rows.
+
+    ValueError if nothing would be left to train on.
+    """
     quarantine = Quarantine(config.run.dir / "quarantine.jsonl", config.data.max_bad_share)
-    counts = {"train": 0, "heldout": 0}
+    places: list[tuple[Source[Any], int]] = []
+    contents: list[list[bytes]] = []
+    for source, index, item in _items(config, quarantine):
+        places.append((source, index))
+        contents.append(digests(item))
+    names = groups(contents)
+    is_heldout = [drawn(name, config.run.seed, config.heldout_share) for name in names]
+    if all(is_heldout):
+        raise ValueError(
+            f"all {len(names)} rows would be held out ({len(set(names))} groups that share no "
+            "image); lower heldout_share, or choose another run.seed"
+        )
     with (
         prompt_writer(config.out / "train.parquet", SCHEMA) as train,
         prompt_writer(config.out / "heldout.parquet", SCHEMA) as heldout,
     ):
-        for item in _items(config, quarantine):
-            is_heldout = held_out(item, config.run.seed, config.heldout_share)
-            (heldout if is_heldout else train)(item)
-            counts["heldout" if is_heldout else "train"] += 1
+        for (source, index), held in zip(track(places, "writing"), is_heldout, strict=True):
+            (heldout if held else train)(alignment_item(source[index]))
     print(
-        f"{config.out}: {counts['train']} rows to train on, {counts['heldout']} held out; "
-        f"{quarantine.summary()}"
+        f"{config.out}: {len(names) - sum(is_heldout)} rows to train on, {sum(is_heldout)} held "
+        f"out, of {len(set(names))} groups that share no image, the largest of "
+        f"{max(Counter(names).values())} rows; {quarantine.summary()}"
     )
 
 
-def _items(config: schema.MakeAlignmentSet, quarantine: Quarantine) -> Iterator[dict[str, Any]]:
+def _items(
+    config: schema.MakeAlignmentSet, quarantine: Quarantine
+) -> Iterator[tuple[Source[Any], int, dict[str, Any]]]:
+    """Every usable row: where it is, and what becomes of it."""
     sources: list[Any] = (
         open_sources(config.data, read_sft)
         if config.rows == "sft"
         else open_sources(config.data, read_prompts)
     )
     places = ((source, index) for source in sources for index in range(len(source)))
-    for source, index in track(places, "alignment set", sum(map(len, sources))):
+    for source, index in track(places, "reading", sum(map(len, sources))):
         try:
-            yield alignment_item(source[index])
+            yield source, index, alignment_item(source[index])
         except RowError as error:
             quarantine.add(source, index, str(error))
 
@@ -99,11 +119,37 @@ def alignment_item(row: SFTRow | PromptRow) -> dict[str, Any]:
     }
 
 
-def held_out(item: dict[str, Any], seed: int, share: float) -> bool:
-    """Whether a row is held out: drawn by its images (by its text where it has none), so that no
-    image is on both sides of the split, whatever else the data holds."""
-    shown = [image["bytes"] for image in item["images"]]
-    digest = hashlib.sha256(str(seed).encode())
-    for part in shown or [turn["content"].encode() for turn in item["prompt"]]:
-        digest.update(hashlib.sha256(part).digest())
-    return int.from_bytes(digest.digest()[:8]) < share * 2**64
+def digests(item: dict[str, Any]) -> list[bytes]:
+    """What must not be on both sides of the split: the row's images or, where it has none, its
+    text."""
+    if item["images"]:
+        return [hashlib.sha256(image["bytes"]).digest() for image in item["images"]]
+    turns = [hashlib.sha256(turn["content"].encode()).digest() for turn in item["prompt"]]
+    return [b"".join(turns)]
+
+
+def groups(contents: Iterable[list[bytes]]) -> list[bytes]:
+    """The group that each row belongs to, given the digests of each: rows that share one belong
+    together, and so do those that others connect. A group goes by the smallest of its digests,
+    which does not depend on the order of the rows."""
+    parent: dict[bytes, bytes] = {}
+
+    def root(digest: bytes) -> bytes:
+        while (above := parent.setdefault(digest, digest)) != digest:
+            # halves the way for those that come after
+            parent[digest] = digest = parent[above]
+        return digest
+
+    firsts = []
+    for shown in contents:
+        firsts.append(shown[0])
+        roots = {root(digest) for digest in shown}
+        for each in roots:
+            parent[each] = min(roots)
+    return [root(first) for first in firsts]
+
+
+def drawn(group: bytes, seed: int, share: float) -> bool:
+    """Whether a group of rows is held out."""
+    digest = hashlib.sha256(str(seed).encode() + group).digest()
+    return int.from_bytes(digest[:8]) < share * 2**64

@@ -7,6 +7,7 @@ import json
 import shutil
 from collections import Counter
 from collections.abc import Callable, Sequence
+from itertools import permutations
 from pathlib import Path
 from typing import Any
 
@@ -366,6 +367,40 @@ def test_the_split_follows_the_seed_and_keeps_images_together(tmp_path: Path, da
     }
     assert shown["train"] and shown["heldout"] and not shown["train"] & shown["heldout"]
     assert len(a["train"]) + len(a["heldout"]) == 3 * NUM_PROMPTS
+
+
+def test_rows_that_share_an_image_are_on_one_side(tmp_path: Path, data: Path) -> None:
+    items = json.loads((data / "sft.json").read_text())
+    images = [item["images"][0] for item in items]
+    # pairs of neighbours, each of which connects two questions about one image; four connect none
+    for first in range(0, NUM_PROMPTS - 4, 2):
+        turns = [{"role": "user", "content": "<image><image>Same?"}, items[first]["messages"][1]]
+        items.append({"messages": turns, "images": images[first : first + 2]})
+    sets = []
+    for name, rows in (("a", items), ("b", items[::-1])):
+        (data / f"{name}.json").write_text(json.dumps(rows))
+        make_alignment_set.run(alignment_config(tmp_path / name, data / f"{name}.json"))
+        shown = {
+            part: {image["bytes"] for row in rows for image in row["images"]}
+            for part, rows in alignment_rows(tmp_path / name).items()
+        }
+        assert shown["train"] and shown["heldout"] and not shown["train"] & shown["heldout"]
+        sets.append(shown)
+    assert sets[0] == sets[1]
+
+
+def test_groups_are_what_digests_connect_in_any_order() -> None:
+    rows = [[b"d", b"e"], [b"a"], [b"c", b"b"], [b"e", b"c"], [b"f"], [b"f", b"f"]]
+    wanted = [b"b", b"a", b"b", b"b", b"f", b"f"]
+    for order in permutations(range(len(rows))):
+        found = make_alignment_set.groups([rows[i] for i in order])
+        assert found == [wanted[i] for i in order]
+
+
+def test_a_set_without_training_rows_is_refused(tmp_path: Path, data: Path) -> None:
+    config = alignment_config(tmp_path, data / "sft.json", heldout_share=1 - 1e-9)
+    with pytest.raises(ValueError, match="all 12 rows would be held out .*lower heldout_share"):
+        make_alignment_set.run(config)
 
 
 def test_a_teachers_responses_to_prompts_become_alignment_rows(tmp_path: Path, data: Path) -> None:
