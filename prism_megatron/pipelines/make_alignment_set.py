@@ -31,7 +31,7 @@ from prism_megatron.data.sources import Source, open_sources
 from prism_megatron.data.stream import Quarantine
 from prism_megatron.objectives.sections import split_sections
 
-SCHEMA = pa.schema([*PROMPT_FIELDS, ("extra_info", pa.struct([("index", pa.string())]))])
+EQUIVALENT_ANSWERS = pa.field("equivalent_answers", pa.list_(pa.string()))
 DATA_SOURCE = "mm_gad"
 """What the published alignment file has as data_source."""
 
@@ -40,14 +40,16 @@ def run(config: schema.MakeAlignmentSet) -> None:
     """Write config.out/train.parquet and heldout.parquet; the same seed gives the same split,
     whatever the order of the rows.
 
-    ValueError if nothing would be left to train on.
+    ValueError if nothing would be left to train on, or rows can't be written to one file.
     """
     quarantine = Quarantine(config.run.dir / "quarantine.jsonl", config.data.max_bad_share)
     places: list[tuple[Source[Any], int]] = []
     contents: list[list[bytes]] = []
+    types: dict[pa.DataType, None] = {}
     for source, index, item in _items(config, quarantine):
         places.append((source, index))
         contents.append(digests(item))
+        types[pa.infer_type([item["extra_info"]])] = None
     names = groups(contents)
     is_heldout = [drawn(name, config.run.seed, config.heldout_share) for name in names]
     if all(is_heldout):
@@ -55,9 +57,10 @@ def run(config: schema.MakeAlignmentSet) -> None:
             f"all {len(names)} rows would be held out ({len(set(names))} groups that share no "
             "image); lower heldout_share, or choose another run.seed"
         )
+    columns = _schema(types)
     with (
-        prompt_writer(config.out / "train.parquet", SCHEMA) as train,
-        prompt_writer(config.out / "heldout.parquet", SCHEMA) as heldout,
+        prompt_writer(config.out / "train.parquet", columns) as train,
+        prompt_writer(config.out / "heldout.parquet", columns) as heldout,
     ):
         for (source, index), held in zip(track(places, "writing"), is_heldout, strict=True):
             (heldout if held else train)(alignment_item(source[index]))
@@ -83,6 +86,21 @@ def _items(
             yield source, index, alignment_item(source[index])
         except RowError as error:
             quarantine.add(source, index, str(error))
+
+
+def _schema(extra_info: Iterable[pa.DataType]) -> pa.Schema:
+    """Columns of the alignment file; extra_info: types of the rows', which get one that has the
+    fields of all."""
+    try:
+        extra = pa.unify_schemas(
+            [pa.schema([("extra_info", each)]) for each in extra_info],
+            promote_options="permissive",
+        )
+    except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
+        raise ValueError(f"the rows' extra_info can't be written to one file: {error}") from error
+    reward = [*dict(PROMPT_FIELDS)["reward_model"], EQUIVALENT_ANSWERS]
+    others = [field for field in PROMPT_FIELDS if field[0] != "reward_model"]
+    return pa.schema([*others, ("reward_model", pa.struct(reward)), *extra])
 
 
 def alignment_item(row: SFTRow | PromptRow) -> dict[str, Any]:
@@ -114,8 +132,10 @@ def alignment_item(row: SFTRow | PromptRow) -> dict[str, Any]:
         "reward_model": {
             "ground_truth": row.ground_truth if is_prompt else answer,
             "style": "rule",
+            "equivalent_answers": list(row.equivalents) if is_prompt else [],
         },
-        "extra_info": {"index": row.row_id},
+        # the row that it was made of takes the place of a number in a file that is no more
+        "extra_info": {**(row.extra_info if is_prompt else {}), "index": row.row_id},
     }
 
 

@@ -407,7 +407,8 @@ def test_a_teachers_responses_to_prompts_become_alignment_rows(tmp_path: Path, d
     items = pq.read_table(data / "prompts.parquet").to_pylist()
     for item in items:
         del item["teacher_caption"], item["teacher_cot"]
-        item["reward_model"]["ground_truth"] = "known"
+        item["reward_model"] = {"ground_truth": "known", "equivalent_answers": ["K", "k."]}
+    items[0]["extra_info"] |= {"level": 3}
     items[5]["teacher_response"] = None
     pq.write_table(pa.Table.from_pylist(items), tmp_path / "p.parquet")
     config = alignment_config(tmp_path, tmp_path / "p.parquet", rows="prompts", heldout_share=0.0)
@@ -417,6 +418,10 @@ def test_a_teachers_responses_to_prompts_become_alignment_rows(tmp_path: Path, d
     assert {row["reward_model"]["ground_truth"] for row in rows["train"]} == {"known"}
     assert {row["data_source"] for row in rows["train"]} == {digit_sums.DATA_SOURCE}
     assert rows["train"][0]["teacher_caption"].startswith("<caption>")
+    read = read_prompts(tmp_path / "set" / "train.parquet")
+    assert {read[i].equivalents for i in range(len(read))} == {("K", "k.")}
+    assert read[0].extra_info == items[0]["extra_info"] | {"index": "p:0"}
+    assert read[1].extra_info == items[1]["extra_info"] | {"index": "p:1", "level": None}
 
 
 def stats(out: Path, model: Path, **values: Any) -> dict[str, Any]:
