@@ -238,6 +238,20 @@ def test_order_matters_in_tuples_but_not_in_sets(parts: list[str], random: Any) 
     assert as_tuple.correct == (mixed == parts)
 
 
+CHOICES = st.sampled_from(
+    "A A. A) (A) B B. B) (B) C. (C) D b (b) red blue Point , ; : / . and or but not is "
+    "The answer option because A, B, wrong".split()
+)
+
+
+@given(st.lists(CHOICES, max_size=8).map(" ".join))
+@settings(deadline=None)
+def test_no_answer_is_right_for_two_options(answer: str) -> None:
+    for truths in ("ABCD", ["(A) red", "(B) blue", "(C) not red", "(D) A"]):
+        right = [truth for truth in truths if compare("corrected", answer, [truth]).correct]
+        assert len(right) <= 1, right
+
+
 @pytest.fixture(scope="module")
 def pool() -> Iterator[ComparisonPool]:
     pool = ComparisonPool(workers=1, timeout=20, memory_gb=2)

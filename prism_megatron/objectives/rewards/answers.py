@@ -7,8 +7,8 @@ An answer is compared with the truth in this order, and the first rule that appl
 
 It follows the rules of the reference (reference.py) where they hold. Corrected: thousands
 separators and tuples are understood before anything is split at commas; units are compared before
-numbers; an option letter has to stand alone, in upper case, and be the only one; a percentage is
-its value alone (50% = 0.5, not 50); more decimals than the truth's are no error; sets have no
+numbers; an option letter has to stand alone, in upper case, and be the only choice; a percentage
+is its value alone (50% = 0.5, not 50); more decimals than the truth's are no error; sets have no
 order; plain-text functions are expressions. Where a rule can't tell an answer from a hedge
 ("A or B", "12, 13", "1 2 3") the answer is wrong.
 """
@@ -58,6 +58,10 @@ _CHARACTERS = str.maketrans(
         "\N{FULLWIDTH EQUALS SIGN}": "=",
         "\N{IDEOGRAPHIC COMMA}": ",",
         "\N{IDEOGRAPHIC FULL STOP}": ".",
+        "\N{LEFT SINGLE QUOTATION MARK}": "'",
+        "\N{RIGHT SINGLE QUOTATION MARK}": "'",
+        "\N{LEFT DOUBLE QUOTATION MARK}": '"',
+        "\N{RIGHT DOUBLE QUOTATION MARK}": '"',
         "\N{MINUS SIGN}": "-",
         "\N{EN DASH}": "-",
         "\N{SUPERSCRIPT TWO}": "^2",
@@ -115,12 +119,26 @@ _OPTION = re.compile(
     r"[(\[]?(?P<only>[A-H])[)\].:]?"
     r"|(?:\((?P<bracketed>[A-H])\)|(?P<marked>[A-H])[.:)])\s*(?P<text>\S.*)"
 )
-_LONE_LETTER = re.compile(r"(?<![A-Za-z\\])[A-H](?![A-Za-z'])")
+_LONE = r"(?<![A-Za-z\\])[A-H](?![A-Za-z'])"
+_LONE_LETTER = re.compile(_LONE)
 _LETTER_ONLY = re.compile(r"[(\[]?([A-Ha-h])[)\]]?[.:]?")
-_LETTER_FIRST = re.compile(r"(?:[(\[]([A-H])[)\]]|([A-H])[.,:;)])")
+_LETTER_FIRST = re.compile(r"[(\[]([A-H])[)\]]|([A-H])[.,:;)]")
 _LETTER_NAMED = re.compile(
-    r"(?i:\b(?:answer|option|choice)\b(?:\s+is)?)\s*:?\s*[(\[]?([A-H])[)\]]?"
-    r"(?=\s*(?:[.,;:]|because\b|since\b|$))"
+    r"(?i:\b(?:answer|option|choice)\b)\s*(?:(?:(?i:is)\b\s*:?|:)\s*[(\[]?([A-H])[)\]]"
+    r"|(?:(?i:is)\b)?\s*:?\s*[(\[]?([A-H])[)\]]?(?=\s*(?:[.,;:]|because\b|since\b|$)))"
+)
+# What makes a letter after the chosen one a second choice, not a word of the option's text. That
+# text may well have letters ("B. A red car", "B. Point A"), so a word that turns away counts too.
+_SECOND_CHOICE = re.compile(
+    rf"(?<!\w\(){_LONE}\s?(?:[.:](?!M\b)|[)\]])"  # C. or (C), but not 9 A.M. or P(C)
+    rf"|(?:[,;/&|和与或]|\band\b)\s*{_LONE}"
+    rf"|(?:^|[.?!])[\W_]*(?:{_LONE}[\W_]*)+$"  # nothing but letters: "A. C"
+    rf"|^\s*[,;].*{_LONE}"  # not the mark of an option: "A, I mean C"
+    r"|^[)\]]?\s*(?:[,;/&|]|and\b|or\b)(?:\W*\b[a-h]\b)+\W*$"  # "A, c"
+    r"|(?:(?i:\b(?:or|nor|either|but|so|then|no|not|cannot|wrong|incorrect|maybe|perhaps|possibly"
+    r"|probably|likely|could|might|also|alternatively|actually|rather|instead|wait|choose|pick"
+    r"|select|answer|option|choice)\b|n't\b)"
+    rf"|或|还是).*{_LONE}"
 )
 _NEGATION = re.compile(r"(?i)\b(?:not|never|neither|nor|except)\b|n't\b")
 _ASSENTS = ("yes", "no", "true", "false")
@@ -136,13 +154,14 @@ def _compare_choices(answer: str, truth: str) -> Verdict | None:
     option = _OPTION.fullmatch(truth)
     if option is None:
         return None
-    letter = _chosen_option(answer)
-    if letter is None and option["text"] is not None:
-        return _compare(answer, option["text"])
-    return Verdict(
-        letter is not None and letter in option.group("only", "bracketed", "marked"),
-        "multiple choice",
-    )
+    letter, true_letter = _chosen_option(answer), _option_letter(option)
+    if letter is not None or option["text"] is None:
+        return Verdict(letter == true_letter, "multiple choice")
+    # the same option, but with other letters in its text: "B. A and C are equal"
+    same = _OPTION.fullmatch(answer)
+    if same and same["text"] and _option_letter(same) == true_letter:
+        answer = same["text"]
+    return _compare(answer, option["text"])
 
 
 def _assents_only(answer: str, truth: str) -> bool:
@@ -152,16 +171,27 @@ def _assents_only(answer: str, truth: str) -> bool:
     return first is not None and first[0].casefold() == truth and len(said) == 1
 
 
+def _option_letter(option: re.Match[str]) -> str:
+    return option["only"] or option["bracketed"] or option["marked"]
+
+
 def _chosen_option(answer: str) -> str | None:
     """The option letter that an answer names, None if it names none or several."""
     if match := _LETTER_ONLY.fullmatch(answer):
         return match[1].upper()
-    if len(set(_LONE_LETTER.findall(answer))) != 1:
+    match = _LETTER_FIRST.match(answer)
+    if match is None and not _NEGATION.search(answer):
+        match = _LETTER_NAMED.search(answer)
+    if match is None:
         return None
-    if match := _LETTER_FIRST.match(answer):
-        return match[1] or match[2]
-    match = _LETTER_NAMED.search(answer)
-    return match[1] if match and not _NEGATION.search(answer) else None
+    letter = match[1] or match[2]
+    # the choice may be repeated
+    before, after = (
+        _LONE_LETTER.sub(lambda found: found[0].replace(letter, ""), text)
+        for text in (answer[: match.start()], answer[match.end(match.lastindex or 0) :])
+    )
+    several = _LONE_LETTER.search(before) or _SECOND_CHOICE.search(after)
+    return None if several else letter
 
 
 # Parts -----------------------------------------------------------------------------------------
@@ -309,6 +339,9 @@ _UNIT_NAMES = {
     "yuan": "元 RMB CNY",
     "sterling": "GBP",
     "rupee": "rupees",
+    "mi/h": "mph MPH",
+    "km/h": "kph kmh kmph",
+    "unit": "单位 units",
     "个": "",
     "条": "",
     "块": "",
@@ -317,19 +350,46 @@ _UNIT_NAMES = {
     "次": "",
 }
 _UNITS = {name: unit for unit, names in _UNIT_NAMES.items() for name in (unit, *names.split())}
+# cm2 and m/s2: powers whose raising was lost
+_RAISED = ("mm", "cm", "dm", "m", "km", "in", "ft", "yd", "mi", "unit", "s")
+_UNITS |= {
+    f"{name}{power}": f"{unit}^{power}"
+    for name, unit in _UNITS.items()
+    if unit in _RAISED
+    for power in "23"
+}
 _UNIT = "|".join(sorted(map(re.escape, _UNITS), key=len, reverse=True))
-_POWER = r"\s*\^\s*\{?\s*([23])\s*\}?"
+
+
+def _factor(name: str) -> str:
+    """Pattern of a unit and its power: "square cm", "cm^2", "cm squared"."""
+    return (
+        rf"(?:(?P<{name}_square>square|sq\.?|平方)\s*|(?P<{name}_cubic>cubic|cu\b\.?|立方)\s*)?"
+        rf"(?P<{name}>{_UNIT})"
+        rf"(?:\s*\^\s*\{{?\s*(?P<{name}_power>[23])\s*\}}?"
+        rf"|\s+(?:(?P<{name}_squared>squared)|(?P<{name}_cubed>cubed)))?"
+    )
+
+
 _WITH_UNIT = re.compile(
-    rf"(?P<body>.*(?:[\d)}}]|\\pi))\s*(?:(?P<square>square|sq\.?|平方)\s*|(?P<cubic>cubic|立方)\s*)?"
-    rf"(?P<unit>{_UNIT})(?:{_POWER})?(?:\s*(?:/|per)\s*(?P<per>{_UNIT})(?:{_POWER})?)?"
+    rf"(?P<body>.*(?:[\d)}}]|\\pi))\s*{_factor('unit')}(?:\s*(?:/|per)\s*{_factor('per')})?"
 )
 _CURRENCIES = {"$": "dollar", "€": "euro", "£": "sterling", "¥": "yuan", "₹": "rupee"}
 _WITH_CURRENCY = re.compile(
     rf"(?P<sign>-?)\s*(?P<currency>[{''.join(_CURRENCIES)}])\s*(?P<body>.+)"
 )
-_COUNTED = re.compile(r"(?P<body>[-+]?[\d.,]*\d)\s+(?P<unit>[A-Za-z]{3,})")
+_COUNTED = re.compile(
+    r"(?P<body>[-+]?(?:(?:\d+\s+)?\d+\s*/\s*\d+|\d*\s*\\frac\s*\{\s*\d+\s*\}\s*\{\s*\d+\s*\}"
+    r"|[\d.,]*\d))\s+(?P<unit>[A-Za-z]{3,})"
+)
+# Words that change the value before them
 _NOT_COUNTED = re.compile(
-    r"(?i)hundred|thousand|million|billion|trillion|dozen|percent|squared|cubed|factorial"
+    r"(?i)(?:tens?|hundred|thousand|[a-z]*illion|dozen|lakh|crore)s?|thou|grand|mil"
+    r"|percent(?:s|ages?)?|pct|squared|cubed|doubled|tripled|halved|factorials?"
+    r"|alpha|beta|gamma|delta|theta|lambda|sigma|omega|phi"
+    r"|hal(?:f|ves)|(?:third|quarter)s?"
+    r"|(?:four|fif|six|seven|eigh|nin|ten|eleven|twelf|[a-z]+teen|[a-z]+tie"
+    r"|hundred|thousand|[a-z]*illion)ths?"
 )
 _DECIMAL = r"(?:\d+|[1-9]\d{0,2}(?:,\d{3})+)(?:\.\d*)?|\.\d+"
 _NUMBER = re.compile(
@@ -370,7 +430,7 @@ def _compare_single(answer: str, truth: str) -> Verdict:
     answer, answer_unit = _split_unit(answer)
     truth, truth_unit = _split_unit(truth)
     # A unit that one side leaves out is the question's.
-    if answer_unit and truth_unit and answer_unit != truth_unit:
+    if answer_unit and truth_unit and not _same_unit(answer_unit, truth_unit):
         return Verdict(False, "unit")
     if _TIGHT.sub(r"\1", answer) == _TIGHT.sub(r"\1", truth):
         return Verdict(True, "exact")
@@ -393,12 +453,28 @@ def _split_unit(text: str) -> tuple[str, str]:
         counted = _COUNTED.fullmatch(text)
         if counted is None or _NOT_COUNTED.fullmatch(counted["unit"]):
             return text, ""
-        return counted["body"], counted["unit"].lower().removesuffix("s")
-    power = "2" if match["square"] else "3" if match["cubic"] else match[5]
-    unit = _UNITS[match["unit"]] + (f"^{power}" if power else "")
-    if match["per"]:
-        unit += "/" + _UNITS[match["per"]] + (f"^{match[7]}" if match[7] else "")
-    return match["body"], unit
+        return counted["body"], counted["unit"].lower()
+    unit = _spell_factor(match, "unit")
+    return match["body"], f"{unit}/{_spell_factor(match, 'per')}" if match["per"] else unit
+
+
+def _spell_factor(match: re.Match[str], name: str) -> str:
+    square = match[f"{name}_square"] or match[f"{name}_squared"]
+    cubic = match[f"{name}_cubic"] or match[f"{name}_cubed"]
+    power = "2" if square else "3" if cubic else match[f"{name}_power"]
+    return _UNITS[match[name]] + (f"^{power}" if power else "")
+
+
+def _same_unit(unit: str, other: str) -> bool:
+    """Equal, or one noun and its plural."""
+    one, many = sorted((unit, other), key=len)
+    plurals = [one + "s"]
+    if one.endswith(("s", "x", "z", "ch", "sh", "o")):
+        plurals.append(one + "es")
+    elif one.endswith("y"):
+        plurals.append(one[:-1] + "ies")
+    # m and ms are no noun and its plural
+    return one == many or (len(one) > 2 and many in plurals)
 
 
 def _parse_number(text: str) -> _Number | None:
