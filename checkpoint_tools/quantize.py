@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import io
 import json
 import re
 import tempfile
@@ -47,6 +46,7 @@ from checkpoint_tools.files import (
     write_atomically,
 )
 from checkpoint_tools.hf_directory import HFDirectory, SafetensorsDirectory
+from checkpoint_tools.images import decode_image
 from checkpoint_tools.megatron_weights import structure_of
 from checkpoint_tools.weights import StoredWeights
 from model_providers import backend as backends
@@ -329,8 +329,7 @@ def _image(value: Any, folder: Path) -> Image.Image:
     """From bytes, a path, or a dictionary of either, as data sets have them."""
     if isinstance(value, dict):
         value = value.get("bytes") or value["path"]
-    stored = io.BytesIO(value) if isinstance(value, bytes) else folder / value
-    return Image.open(stored).convert("RGB")
+    return decode_image(value if isinstance(value, bytes) else (folder / value).read_bytes())
 
 
 def _content(text: str) -> list[dict[str, str]]:

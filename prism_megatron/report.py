@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader
-from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
 from checkpoint_tools.files import write_atomically
+from checkpoint_tools.images import decode_image
 from prism_megatron import plots
 from prism_megatron.config import schema
 from prism_megatron.data.rows import ImageSource, read_prompts
@@ -225,7 +225,7 @@ def read_images(data: Path, row_ids: Sequence[str]) -> dict[str, list[str]]:
 
 def thumbnail(source: ImageSource) -> str:
     """An image as a PNG data URI, at most THUMBNAIL_PIXELS on a side."""
-    image = Image.open(io.BytesIO(source.read())).convert("RGB")
+    image = decode_image(source.read())
     image.thumbnail((THUMBNAIL_PIXELS, THUMBNAIL_PIXELS))
     buffer = io.BytesIO()
     image.save(buffer, format="PNG")

@@ -10,7 +10,6 @@ text would have.
 from __future__ import annotations
 
 import hashlib
-import io
 import re
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
@@ -26,6 +25,7 @@ from torch import Tensor
 from transformers import AutoProcessor
 from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
 
+from checkpoint_tools.images import decode_image
 from prism_megatron.config import schema
 from prism_megatron.data.rows import ImageSource, Message, Row, RowError, read_system_prompt
 from prism_megatron.objectives.sections import response_text, token_bytes
@@ -315,7 +315,7 @@ class _Preprocessor:
         times longer, and many times the bytes, on every rank.
         """
         try:
-            size = Image.open(io.BytesIO(data)).convert("RGB").size
+            size = decode_image(data).size
             for resized, _ in self._before:
                 size = resized(size)
             patch = self._processor.patch_size
@@ -326,13 +326,13 @@ class _Preprocessor:
                 min_pixels=self._size["shortest_edge"],
                 max_pixels=self._size["longest_edge"],
             )
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        except ValueError as error:
             raise RowError(f"unreadable image: {error}") from error
         return 1, height // patch, width // patch
 
     def patches(self, data: bytes) -> tuple[Tensor, tuple[int, int, int]]:
         """pixel_values [P, D] of an image whose `grid` was found, and that grid."""
-        image = Image.open(io.BytesIO(data)).convert("RGB")
+        image = decode_image(data)
         for resized, resampling in self._before:
             image = image.resize(resized(image.size), resampling)
         inputs = self._processor(images=[image], size=self._size, return_tensors="pt")

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import ExifTags, Image
 from transformers import AutoProcessor
 
 from prism_megatron.config import schema
@@ -153,6 +153,19 @@ def test_grids_are_known_before_the_patches(
 def test_images_of_every_mode(encoder: PromptEncoder, mode: str) -> None:
     prompt = encoder.encode_prompt(row(("user", "<image>"), images=(png(64, 64, mode=mode),)))
     assert prompt.images[0].pixel_values.shape == (16, 3 * 2 * 16 * 16)
+
+
+def test_a_photograph_has_the_grid_and_patches_of_the_upright_image(processor: Any) -> None:
+    upright = Image.open(io.BytesIO(png(160, 96)))
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    buffer = io.BytesIO()
+    upright.transpose(Image.Transpose.ROTATE_90).save(buffer, "PNG", exif=exif)
+    encoder = make_encoder(processor, longest_side=128)
+    images = (png(160, 96), buffer.getvalue())
+    want, found = encoder.encode_prompt(row(("user", "<image><image>"), images=images)).images
+    assert found.grid_thw == want.grid_thw and want.grid_thw[1] < want.grid_thw[2]
+    assert torch.equal(found.pixel_values, want.pixel_values)
 
 
 def broken_png() -> bytes:

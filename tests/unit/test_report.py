@@ -17,7 +17,7 @@ from rich.console import Console
 from prism_megatron import report
 from prism_megatron.config import schema
 from prism_megatron.data import digit_sums
-from prism_megatron.data.rows import read_prompts
+from prism_megatron.data.rows import ImageSource, read_prompts
 from prism_megatron.plots import running_mean
 
 NUM_ROWS = 30
@@ -145,6 +145,17 @@ def test_the_page_shows_each_rows_own_image(finished_run: Path) -> None:
     expected = Image.open(io.BytesIO(first_row.images[0].read())).convert("RGB")
     shown = re.findall(r'src="data:image/png;base64,([^"]*)"', page)[1]
     assert Image.open(io.BytesIO(base64.b64decode(shown))).tobytes() == expected.tobytes()
+
+
+def test_a_drawing_on_transparent_ground_is_shown_on_white() -> None:
+    drawing = Image.new("RGBA", (640, 320), (0, 0, 0, 0))
+    drawing.paste("black", (0, 0, 320, 320))
+    buffer = io.BytesIO()
+    drawing.save(buffer, "PNG")
+    uri = report.thumbnail(ImageSource(data=buffer.getvalue()))
+    shown = Image.open(io.BytesIO(base64.b64decode(uri.partition(",")[2])))
+    assert shown.size == (320, 160)
+    assert (shown.getpixel((40, 80)), shown.getpixel((280, 80))) == ((0, 0, 0), (255, 255, 255))
 
 
 def test_what_a_model_wrote_is_text_and_never_markup(finished_run: Path) -> None:
