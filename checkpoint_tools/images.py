@@ -35,8 +35,12 @@ def decode_image(data: bytes) -> Image.Image:
         image = Image.open(io.BytesIO(data))
         image.load()
         return _in_rgb(_upright(image), image.format)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(str(error)) from error
+    except MemoryError:
+        raise
+    except Exception as error:
+        # Beside OSError, Pillow's readers let through what they stumble on in broken bytes:
+        # RuntimeError (AVIF), NotImplementedError (DDS), TypeError, struct.error and others.
+        raise ValueError(str(error) or type(error).__name__) from error
 
 
 def _upright(image: Image.Image) -> Image.Image:

@@ -65,8 +65,10 @@ class ImageSource:
         assert self.path is not None
         try:
             return self.path.read_bytes()
-        except OSError as error:
-            raise RowError(f"missing image: {self.path} ({error.strerror})") from error
+        except (OSError, ValueError) as error:
+            # ValueError: the path has a NUL, or can't be encoded
+            reason = error.strerror if isinstance(error, OSError) else error
+            raise RowError(f"missing image: {self.path} ({reason})") from error
 
 
 @dataclass(frozen=True)
@@ -152,7 +154,10 @@ class FileRows[R]:
 
     def __getitem__(self, index: int) -> R:
         row_id = f"{self.path.stem}:{index}"
-        return self._parse(self.stored(index), row_id, self._media_dir)
+        try:
+            return self._parse(self.stored(index), row_id, self._media_dir)
+        except RecursionError as error:
+            raise RowError(f"malformed row: nested too deep: {error}") from error
 
     def stored(self, index: int) -> Any:
         """The row as the file holds it, under the names that the reader knows."""
@@ -160,11 +165,12 @@ class FileRows[R]:
             raise IndexError(f"row {index} of {self.path}, which has {len(self)} rows")
         try:
             item = self._items[index]
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise RowError(f"malformed row: not a JSON object: {error}") from error
         try:
+            _check_texts(item)
             return self._mapping(item) if self._mapping else item
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, RecursionError) as error:
             raise RowError(f"malformed row: {error}") from error
 
     @property
@@ -347,11 +353,30 @@ def _store_image(row: PairRow, path: Path) -> str:
     return name
 
 
+def _check_texts(value: Any) -> None:
+    """ValueError for a text that UTF-8 can't hold, which no tokenizer takes and no file: JSON can
+    spell half a surrogate pair."""
+    if isinstance(value, str):
+        value.encode()
+    elif isinstance(value, Mapping):
+        _check_texts(list(value.items()))
+    elif isinstance(value, list | tuple):
+        for each in value:
+            _check_texts(each)
+
+
 def _text(item: Mapping[str, Any], *names: str) -> str:
     """The first of the named values that is there; RowError if none is a non-empty string."""
     value = next((item[name] for name in names if item.get(name)), None)
     if not isinstance(value, str):
         raise RowError(f"missing required column {' or '.join(map(repr, names))}")
+    return value
+
+
+def _optional_text(item: Mapping[str, Any], name: str) -> str | None:
+    value = item.get(name)
+    if value is not None and not isinstance(value, str):
+        raise RowError(f"malformed {name!r}: a text is wanted, not {type(value).__name__}")
     return value
 
 
@@ -361,7 +386,8 @@ def _messages(turns: Any, column: str) -> tuple[Message, ...]:
     messages = []
     for turn in turns:
         if not isinstance(turn, dict):
-            raise RowError(f"malformed {column!r}: a turn is an object, not {turn}")
+            kind = type(turn).__name__
+            raise RowError(f"malformed {column!r}: a turn is an object, not {kind}")
         role, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
         if not isinstance(role, str) or not isinstance(content, str):
             raise RowError(f"malformed {column!r}: a turn needs a role and a text, not {turn}")
@@ -370,6 +396,8 @@ def _messages(turns: Any, column: str) -> tuple[Message, ...]:
 
 
 def _images(values: Any, folder: Path) -> tuple[ImageSource, ...]:
+    if not isinstance(values or [], list):
+        raise RowError(f"malformed 'images': a list is wanted, not {type(values).__name__}")
     return tuple(_image(value, folder) for value in values or ())
 
 
@@ -396,8 +424,8 @@ def _sft_row(item: Any, row_id: str, folder: Path) -> SFTRow:
     *prompt, last = _messages(item.get(column), column)
     if last.role != "assistant" or not last.content or not prompt:
         raise RowError(f"malformed {column!r}: it must end with an assistant turn after others")
-    if item.get("system"):
-        prompt.insert(0, Message("system", item["system"]))
+    if system := _optional_text(item, "system"):
+        prompt.insert(0, Message("system", system))
     images = _images(item.get("images"), folder)
     return SFTRow(row_id, tuple(prompt), images, response=last.content)
 
@@ -426,6 +454,10 @@ def _prompt_row(item: Any, row_id: str, folder: Path, required: tuple[str, ...])
     truth = reward.get("ground_truth") if isinstance(reward, dict) else None
     if truth is None or truth == "":
         raise RowError("missing required column 'reward_model.ground_truth'")
+    equivalents = reward.get("equivalent_answers") or []
+    if not isinstance(equivalents, list):
+        kind = type(equivalents).__name__
+        raise RowError(f"malformed 'equivalent_answers': a list is wanted, not {kind}")
     messages = _messages(item["prompt"], "prompt")
     if messages[-1].role != "user":
         raise RowError(
@@ -436,10 +468,10 @@ def _prompt_row(item: Any, row_id: str, folder: Path, required: tuple[str, ...])
         messages=messages,
         images=_images(item.get("images"), folder),
         ground_truth=str(truth),
-        data_source=item.get("data_source") or "",
-        equivalents=tuple(map(str, reward.get("equivalent_answers") or ())),
-        teacher_response=item.get("teacher_response"),
-        teacher_caption=item.get("teacher_caption"),
-        teacher_cot=item.get("teacher_cot"),
+        data_source=_optional_text(item, "data_source") or "",
+        equivalents=tuple(map(str, equivalents)),
+        teacher_response=_optional_text(item, "teacher_response"),
+        teacher_caption=_optional_text(item, "teacher_caption"),
+        teacher_cot=_optional_text(item, "teacher_cot"),
         extra_info=extra,
     )

@@ -181,3 +181,32 @@ def test_numbers_without_a_white_are_refused(dtype: type) -> None:
     data = encoded(Image.fromarray(GREY.astype(dtype)), "TIFF")
     with pytest.raises(ValueError, match="TIFF of mode [FI] does not say which values are black"):
         decode_image(data)
+
+
+def headless_dds() -> bytes:
+    """A pixel format that Pillow has no reader for."""
+    data = bytearray(encoded(Image.fromarray(COLOURS), "DDS"))
+    data[80:84] = struct.pack("<I", 0x10000)
+    return bytes(data)
+
+
+def cut_avif() -> bytes:
+    """The head, which names the size, is whole."""
+    data = encoded(Image.fromarray(np.tile(COLOURS, (20, 20, 1))), "AVIF")
+    return data[:-40] + bytes(40)
+
+
+@pytest.mark.parametrize("data", [headless_dds(), cut_avif()], ids=["DDS", "AVIF"])
+def test_what_a_reader_stumbles_on_is_a_value_error(data: bytes) -> None:
+    with pytest.raises(ValueError, match=r"\w"):
+        decode_image(data)
+
+
+def test_no_memory_is_not_the_fault_of_an_image(monkeypatch: pytest.MonkeyPatch) -> None:
+    def load(_: Image.Image) -> None:
+        raise MemoryError
+
+    data = encoded(Image.fromarray(COLOURS), "BMP")
+    monkeypatch.setattr("PIL.ImageFile.ImageFile.load", load)
+    with pytest.raises(MemoryError):
+        decode_image(data)

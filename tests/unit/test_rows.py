@@ -12,6 +12,7 @@ import pytest
 from prism_megatron.data.rows import (
     PROMPT_FIELDS,
     FileOptions,
+    FileRows,
     ImageSource,
     Message,
     PairRow,
@@ -73,6 +74,22 @@ def test_sft_reads_the_conversations_dialect_and_the_system_column(tmp_path: Pat
     assert row.response == "a"
 
 
+PAIR = {
+    "teacher_caption": "<caption>t</caption>",
+    "student_caption": "<caption>s</caption>",
+    "teacher_cot": "<think>t</think><answer>1</answer>",
+    "student_cot": "<think>s</think><answer>2</answer>",
+}
+
+
+def json_prompt(number: int) -> dict[str, Any]:
+    return prompt_item(number, images=[f"images/{number}.png"])
+
+
+def pair_item(number: int) -> dict[str, Any]:
+    return {"prompt": f"question {number}", "image": f"images/{number}.png", **PAIR}
+
+
 @pytest.mark.parametrize(
     ("item", "reason"),
     [
@@ -87,6 +104,12 @@ def test_sft_reads_the_conversations_dialect_and_the_system_column(tmp_path: Pat
         ("text", "a JSON object is wanted"),
         (sft_item(0) | {"images": ["https://host/a.png"]}, "remote image"),
         (sft_item(0) | {"images": [7]}, "bytes or a path is wanted"),
+        (sft_item(0) | {"images": 5}, "'images': a list is wanted, not int"),
+        (sft_item(0) | {"images": {"path": "a.png"}}, "'images': a list is wanted, not dict"),
+        (sft_item(0) | {"system": ["be brief"]}, "'system': a text is wanted, not list"),
+        (sft_item(0) | {"system": "half a pair: \ud83d"}, "surrogates not allowed"),
+        (sft_item(0) | {"images": ["\ud800.png"]}, "surrogates not allowed"),
+        (sft_item(0) | {"unused": {"\udc00": [1]}}, "surrogates not allowed"),
     ],
 )
 def test_bad_sft_row_says_why(tmp_path: Path, item: Any, reason: str) -> None:
@@ -94,6 +117,28 @@ def test_bad_sft_row_says_why(tmp_path: Path, item: Any, reason: str) -> None:
     assert rows[0].response == "answer 0"
     with pytest.raises(RowError, match=reason):
         rows[1]
+
+
+@pytest.mark.parametrize(
+    ("read", "item"), [(read_sft, sft_item), (read_prompts, json_prompt), (read_pairs, pair_item)]
+)
+def test_a_row_nested_too_deep_says_so(
+    tmp_path: Path, read: Callable[[Path], FileRows[Any]], item: Callable[[int], dict[str, Any]]
+) -> None:
+    """Deeper than Python reads JSON, and about as deep as it walks through what it has read."""
+    path = tmp_path / "deep.jsonl"
+    good = json.dumps(item(0))
+    lines = [good[:-1] + f', "unused": {"[" * depth}{"]" * depth}}}' for depth in range(900, 999)]
+    path.write_text("\n".join([good, good[:-1] + f', "unused": {"[" * 10**5}', *lines]) + "\n")
+    rows = read(path)
+    assert rows[0]
+    with pytest.raises(RowError, match="malformed row: not a JSON object: maximum recursion"):
+        rows[1]
+    for index in range(2, len(rows)):
+        try:
+            rows[index]
+        except RowError as error:
+            assert "recursion" in str(error)
 
 
 @pytest.mark.parametrize("read", [read_sft, read_pairs])
@@ -158,6 +203,12 @@ def test_images_as_bytes_or_paths(tmp_path: Path) -> None:
     assert read_prompts(as_path)[0].images[0].read() == b"from file"
 
 
+@pytest.mark.parametrize("name", ["a\0b.png", "\ud800.png"])
+def test_a_path_that_no_file_can_have_is_a_row_error(tmp_path: Path, name: str) -> None:
+    with pytest.raises(RowError, match="missing image"):
+        ImageSource(path=tmp_path / name).read()
+
+
 def test_missing_image_file_is_a_row_error(tmp_path: Path) -> None:
     with pytest.raises(RowError, match=r"missing image: .*gone\.png"):
         ImageSource(path=tmp_path / "gone.png").read()
@@ -184,12 +235,36 @@ def test_bad_prompt_row_says_why(tmp_path: Path, changes: dict[str, Any], reason
         rows[1]
 
 
-PAIR = {
-    "teacher_caption": "<caption>t</caption>",
-    "student_caption": "<caption>s</caption>",
-    "teacher_cot": "<think>t</think><answer>1</answer>",
-    "student_cot": "<think>s</think><answer>2</answer>",
-}
+@pytest.mark.parametrize(
+    ("read", "item", "reason"),
+    [
+        (read_prompts, json_prompt(1) | {"images": "a.png"}, "'images': a list is wanted, not str"),
+        (read_prompts, json_prompt(1) | {"teacher_cot": [5]}, "'teacher_cot': a text is wanted"),
+        (read_prompts, json_prompt(1) | {"data_source": 5}, "'data_source': a text is wanted"),
+        (read_prompts, json_prompt(1) | {"teacher_caption": "\ud83d"}, "surrogates not allowed"),
+        (
+            read_prompts,
+            json_prompt(1) | {"reward_model": {"ground_truth": "1", "equivalent_answers": 5}},
+            "'equivalent_answers': a list is wanted, not int",
+        ),
+        (
+            read_prompts,
+            json_prompt(1) | {"reward_model": {"ground_truth": "\udc00"}},
+            "surrogates not allowed",
+        ),
+        (read_pairs, pair_item(1) | {"image": 5}, "bytes or a path is wanted, not int"),
+        (read_pairs, pair_item(1) | {"student_cot": ["s"]}, "missing required column"),
+        (read_pairs, pair_item(1) | {"student_cot": "s\udfff"}, "surrogates not allowed"),
+    ],
+)
+def test_what_json_can_spell_but_no_row_can_hold(
+    tmp_path: Path, read: Callable[[Path], FileRows[Any]], item: dict[str, Any], reason: str
+) -> None:
+    good = json_prompt(0) if read is read_prompts else pair_item(0)
+    rows = read(write_sft(tmp_path / "rows.json", [good, item]))
+    assert rows[0].row_id
+    with pytest.raises(RowError, match=reason):
+        rows[1]
 
 
 def test_pairs_survive_writing_and_reading(tmp_path: Path) -> None:
