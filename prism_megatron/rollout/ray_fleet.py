@@ -300,6 +300,8 @@ class RayFleet:
         """Have engines return what they have sampled so far, which stays in work.jobs."""
         assert self._running is not None
         work.interrupted = True
+        # engines are asked for all ranks: none may think that it was cut off for no reason
+        dist.barrier(self._group)
         ended = False
         while not ended:
             # once more for requests that had not arrived
@@ -362,16 +364,23 @@ class RayFleet:
             outcome = Outcome(fault=in_words(error))
         finally:
             await self._manager.release.remote(lease, outcome)
-        if outcome.version == self.weight_version:
-            if any(rollout.finish_reason == "abort" for rollout in rollouts):
-                job.begun = rollouts
-                work.jobs.append(job)
-            else:
+        fault = outcome.fault
+        if not fault and outcome.version != self.weight_version:
+            fault = f"weights of version {outcome.version}"
+        elif not fault:
+            cut = sum(rollout.finish_reason == "abort" for rollout in rollouts)
+            if not cut:
                 work.answers[job.index] = rollouts
                 if work.answered is not None:
                     work.answered(own_place(job.index), rollouts)
-            return
-        fault = outcome.fault or f"weights of version {outcome.version}"
+                return
+            if self.config.partial:
+                job.begun = rollouts
+            if work.interrupted:
+                work.jobs.append(job)
+                return
+            # somebody else had it cut off: no fault of the engine's, but it must not go on for ever
+            fault = f"{cut} of {len(rollouts)} rollouts were cut off"
         job.faults.append(f"engine {lease.engine}: {fault}")
         if len(job.faults) >= self.config.max_attempts:
             faults = "\n".join(job.faults)
@@ -386,9 +395,6 @@ class RayFleet:
         asked = work.sampling.n
         if len(rollouts) != asked:
             raise WrongAnswer(f"{len(rollouts)} rollouts came, {asked} were asked for")
-        cut = sum(rollout.finish_reason == "abort" for rollout in rollouts)
-        if cut and not work.interrupted:
-            raise WrongAnswer(f"{cut} of {asked} rollouts were cut off")
         versions = {rollout.weight_version for rollout in rollouts}
         # those that were complete before an interruption are older than the others
         if len(versions) > 1 and self.config.partial:

@@ -279,6 +279,51 @@ def test_a_sync_lets_rollouts_go_on_with_the_new_weights(fleet: Ranks, hf_dir: P
     assert len(versions_with_their_logprobs(found)) > 1
 
 
+def _interrupted_late(step: int) -> tuple[list[str], int]:
+    """The second rank comes to the sync after the first; what it holds against engines, and how
+    many tokens it has kept."""
+    _sync(10)
+    _fleet.submit(step_prompts(), LONG, step)
+    time.sleep(0.7 + 2 * dist.get_rank())
+    refit, kept = _fleet._refit, []
+
+    def count(leases: Any, version: int) -> dict[str, float]:
+        assert _fleet._work is not None
+        kept.extend(_fleet._work.jobs)
+        return refit(leases, version)
+
+    _fleet._refit = count
+    _sync(11)
+    _fleet._refit = refit
+    _fleet.collect(_version)
+    faults = [fault for job in kept for fault in job.faults]
+    return faults, sum(len(rollout.ids) for job in kept for rollout in job.begun)
+
+
+def test_a_rank_that_comes_later_to_a_sync_keeps_its_rollouts(fleet: Ranks) -> None:
+    for faults, kept in fleet.run(_interrupted_late, 13):
+        assert faults == []
+        assert kept > 0
+
+
+def _cut_off(step: int) -> tuple[list[list[Rollout]], list[str]]:
+    """Somebody else has an engine cut off what it samples; answers, and faults of engines."""
+    _sync(10)
+    _fleet.submit(step_prompts(), LONG, step)
+    if dist.get_rank() == 0:
+        time.sleep(0.5)
+        ray.get([engine["actor"].abort.remote() for engine in status()])
+    dist.barrier()
+    found = [engine["fault"] for engine in status()]
+    return _fleet.collect(_version), found
+
+
+def test_what_is_cut_off_is_no_fault_of_the_engine(fleet: Ranks) -> None:
+    [(found, faults), _] = fleet.run(_cut_off, 14)
+    assert all(r.finish_reason in ("stop", "length") for group in found for r in group)
+    assert not any("cut off" in fault for fault in faults)
+
+
 def versions_with_their_logprobs(found: list[list[Rollout]]) -> set[int]:
     """Each token has the log-probability that the weights of its version give; the versions."""
     models: dict[int, PreTrainedModel] = {}
