@@ -69,6 +69,9 @@ class AsyncLocalEngine:
         async with self._turn:
             await asyncio.to_thread(self.engine.load_weights, tensors, version)
 
+    async def alive(self) -> None:
+        """See Server: who answers is."""
+
     async def health(self) -> None:
         """See EngineClient."""
 

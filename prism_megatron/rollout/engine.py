@@ -18,6 +18,8 @@ from prism_megatron.rollout.weight_check import Action
 from prism_megatron.types import Prompt, Rollout
 
 Part = Literal["weights", "kv_cache"]
+LOAD_SECONDS = 1800
+"""Longest wait for weights that are loaded, compared or read from a disk."""
 
 
 class EngineDied(RuntimeError):

@@ -18,8 +18,6 @@ NEVER = -1e9
 """Added to the logit of a token that must not be sampled."""
 ANSWER_SECONDS = 1800
 """Longest wait for all responses to a prompt."""
-LOAD_SECONDS = 1800
-"""Longest wait for weights that are loaded, compared or read from a disk."""
 CONTROL_SECONDS = 300
 """Longest wait for anything else, so that a server that hangs is noticed."""
 

@@ -28,7 +28,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from prism_megatron.config.schema import Rollout as RolloutConfig
 from prism_megatron.rollout.actors import AsyncLocalEngine, in_words
-from prism_megatron.rollout.engine import EngineDied, Part
+from prism_megatron.rollout.engine import LOAD_SECONDS, EngineDied, Part
 from prism_megatron.rollout.engine_state import UP, EngineState, Probe
 from prism_megatron.rollout.router import Engine, Lease, Outcome, Router
 from prism_megatron.rollout.server import Server, ServerKind
@@ -60,6 +60,9 @@ class Manager:
         )
         self._events: list[str] = []
         self._leases: list[Lease] = []
+        # incarnations of engines that are busy with weights, and until when that is believed
+        self._loading: dict[int, int] = {}
+        self._loading_until = 0.0
         self._supervisors: list[asyncio.Task[None]] = []
         self._actors: dict[int, Any] = {}
         self._group: Any = None
@@ -91,6 +94,7 @@ class Manager:
     async def expect(self, version: int) -> None:
         """From now on only weights of `version` count; `refitting` says who can be given them."""
         self._leases = self.router.expect(version)
+        self._load(self._leases)
 
     async def refitting(self) -> list[Lease]:
         """The engines that can be given the weights of the last `expect`."""
@@ -99,6 +103,26 @@ class Manager:
     async def up(self) -> list[Lease]:
         """See Router."""
         return self.router.up()
+
+    async def begin_check(self) -> list[Lease]:
+        """The engines that are up, whose weights are checked until `end_check`."""
+        leases = self.router.up()
+        self._load(leases)
+        return leases
+
+    async def end_check(self) -> None:
+        """See begin_check."""
+        self._loading = {}
+
+    def _load(self, leases: list[Lease]) -> None:
+        """These engines answer no question for their health until they are done with weights:
+        SGLang's scheduler loads and compares them between two requests."""
+        self._loading = {lease.engine: lease.incarnation for lease in leases}
+        self._loading_until = time.monotonic() + LOAD_SECONDS
+
+    def _is_loading(self, lease: Lease) -> bool:
+        is_overdue = time.monotonic() > self._loading_until
+        return not is_overdue and self._loading.get(lease.engine) == lease.incarnation
 
     async def is_any_stale(self) -> bool:
         """Whether an engine answers, but not with the weights of now."""
@@ -111,6 +135,7 @@ class Manager:
         its supervisor. One with a newer version, from before the run went back to a checkpoint, is
         started again: its number will come once more, for other weights.
         """
+        self._loading = {}
         # without asking for their health, which takes SGLang a second
         versions = await asyncio.gather(
             *(self._check(lease, ask_health=False) for lease in self._leases)
@@ -302,15 +327,22 @@ class Manager:
             await self._check(lease)
 
     async def _check(self, lease: Lease, *, ask_health: bool = True) -> int | None:
-        """Ask an engine for its health and version, and tell the router; None if it did not say."""
+        """Ask an engine for its health and version, and tell the router; None if it did not say.
+
+        While it loads weights, only whether its process lives.
+        """
         if not self._is_up(lease):
             return None
         actor, version, fault, died = self._actors[lease.engine], None, "", False
+        is_loading = self._is_loading(lease)
         try:
             async with asyncio.timeout(self.config.health_timeout):
-                if ask_health:
-                    await actor.health.remote()
-                version = await actor.weight_version.remote()
+                if is_loading:
+                    await actor.alive.remote()
+                else:
+                    if ask_health:
+                        await actor.health.remote()
+                    version = await actor.weight_version.remote()
         except (ActorDiedError, EngineDied) as error:
             fault, died = in_words(error), True
         except TimeoutError:
@@ -322,7 +354,8 @@ class Manager:
             return None
         if died:
             self.router.died(lease.engine, fault)
-        else:
+        # an answer that is missing says nothing where a load came while it was waited for
+        elif version is not None or not (is_loading or self._is_loading(lease)):
             self.router.checked(lease.engine, version, fault)
         return version
 

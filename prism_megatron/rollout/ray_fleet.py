@@ -192,8 +192,11 @@ class RayFleet:
             return ""
 
         async def ask_all() -> list[str]:
-            leases = await self._manager.up.remote()
-            return [words for words in await asyncio.gather(*map(ask, leases)) if words]
+            leases = await self._manager.begin_check.remote()
+            try:
+                return [words for words in await asyncio.gather(*map(ask, leases)) if words]
+            finally:
+                await self._manager.end_check.remote()
 
         found: list[str] = self._first(
             lambda: asyncio.run_coroutine_threadsafe(ask_all(), self._loop).result()

@@ -102,11 +102,16 @@ class Server:
                     ) from error
                 await asyncio.sleep(POLL_SECONDS)
 
-    async def health(self) -> None:
-        """Returns if the server answers; EngineDied, with its last words, if it has ended."""
-        assert self._process is not None and self._client is not None, "start comes first"
+    async def alive(self) -> None:
+        """EngineDied, with its last words, if the server has ended; without asking it."""
+        assert self._process is not None, "start comes first"
         if (status := self._process.poll()) is not None:
             raise EngineDied(f"the server ended with status {status}; {self.last_words()}")
+
+    async def health(self) -> None:
+        """Returns if the server answers; EngineDied, with its last words, if it has ended."""
+        await self.alive()
+        assert self._client is not None, "start comes first"
         async with asyncio.timeout(self.health_timeout):
             await self._client.health()
 

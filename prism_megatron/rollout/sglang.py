@@ -19,8 +19,8 @@ import torch
 
 from prism_megatron.config.schema import Sampling
 from prism_megatron.rollout import pixels
-from prism_megatron.rollout.engine import Part
-from prism_megatron.rollout.http_engine import LOAD_SECONDS, NEVER, HttpEngine, small_routes
+from prism_megatron.rollout.engine import LOAD_SECONDS, Part
+from prism_megatron.rollout.http_engine import NEVER, HttpEngine, small_routes
 from prism_megatron.rollout.vocabulary import Vocabulary
 from prism_megatron.rollout.weight_check import Action
 from prism_megatron.types import Prompt, Rollout, VisualInputs

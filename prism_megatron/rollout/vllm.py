@@ -21,8 +21,8 @@ import numpy as np
 import torch
 
 from prism_megatron.config.schema import Sampling
-from prism_megatron.rollout.engine import Part
-from prism_megatron.rollout.http_engine import LOAD_SECONDS, NEVER, HttpEngine, small_routes
+from prism_megatron.rollout.engine import LOAD_SECONDS, Part
+from prism_megatron.rollout.http_engine import NEVER, HttpEngine, small_routes
 from prism_megatron.rollout.pixels import bf16
 from prism_megatron.rollout.vllm_front import VERSION
 from prism_megatron.rollout.vocabulary import Vocabulary
