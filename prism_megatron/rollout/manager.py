@@ -67,6 +67,8 @@ class Manager:
         self._actors: dict[int, Any] = {}
         self._group: Any = None
         self._asleep = False
+        # engines whose process may hold memory of its GPUs
+        self._awake: set[int] = set()
 
     async def start(self) -> None:
         """Place and start all engines; RuntimeError if one of them does not come up."""
@@ -159,26 +161,41 @@ class Manager:
         return sum(max(0, engine.incarnation - 1) for engine in self.router.engines)
 
     async def sleep(self) -> None:
-        """Have all engines give their GPUs' memory back. None is started again until `wake`; one
-        that is being started sleeps first, too."""
+        """Have all engines give their GPUs' memory back; returns when they have. None is started
+        again until `wake`.
+
+        One that is being started sleeps once it has, and a dead one's process ends first: the
+        policy can't train beside either.
+        """
+
+        async def put_to_sleep(number: int) -> None:
+            await self._actors[number].sleep.remote()
+            self._awake.discard(number)
+
         self._asleep = True
-        await self._all(lambda actor: actor.sleep.remote())
+        await self._all(put_to_sleep)
+        await self.router.until(lambda: not self._awake)
 
     async def wake(self, part: Part) -> None:
         """Have the engines that sleep take the memory of a part again, the KV cache's last."""
+
+        async def wake_up(number: int) -> None:
+            self._awake.add(number)
+            await self._actors[number].wake.remote(part)
+
         if self._asleep:
-            await self._all(lambda actor: actor.wake.remote(part))
+            await self._all(wake_up)
             self._asleep = part != "kv_cache"
             self.router.notify()
 
-    async def _all(self, call: Callable[[Any], Awaitable[None]]) -> None:
+    async def _all(self, call: Callable[[int], Awaitable[None]]) -> None:
         """Call every engine that is up; one that fails is dead, since what memory it has is not
         known."""
 
         async def one(lease: Lease) -> None:
             try:
                 async with asyncio.timeout(self.config.request_timeout):
-                    await call(self._actors[lease.engine])
+                    await call(lease.engine)
             except Exception as error:
                 if self._is_up(lease):
                     self.router.died(lease.engine, in_words(error))
@@ -298,16 +315,23 @@ class Manager:
             if engine.state is not EngineState.DEAD:
                 self.router.died(number, traceback.format_exc())
             self._event(number, f"is given up: {engine.fault}")
+            if number in self._actors:
+                await self._remove(number)
         self.router.give_up(number)
 
     async def _start(self, number: int) -> str:
         """Start the engine; why it failed, or an empty string."""
         actor = self._actors[number] = self._create(number)
+        self._awake.add(number)
         try:
             address = await actor.start.remote(self.config.start_timeout)
-            if self._asleep:
+            # once more where the next sleep comes while it wakes
+            while self._asleep:
                 await actor.sleep.remote()
+                self._awake.discard(number)
+                self.router.notify()
                 await self.router.until(lambda: not self._asleep)
+                self._awake.add(number)
                 await actor.wake.remote("weights")
                 await actor.wake.remote("kv_cache")
         except Exception as error:
@@ -370,6 +394,8 @@ class Manager:
             async with asyncio.timeout(STOP_SECONDS):
                 await actor.stop.remote()
         ray.kill(actor)
+        self._awake.discard(number)
+        self.router.notify()
 
     def _event(self, number: int, what: str) -> None:
         self._events.append(f"rollout engine {number} {what}")

@@ -174,3 +174,43 @@ def test_a_load_is_believed_for_a_while(monkeypatch: pytest.MonkeyPatch) -> None
         await world.until(lambda: len(world.actors) == 3)
 
     run()
+
+
+async def does_not_return(task: asyncio.Task[None]) -> bool:
+    done, _ = await asyncio.wait([task], timeout=0.2)
+    return not done
+
+
+@in_world
+async def test_sleep_waits_for_an_engine_that_is_being_started(world: World) -> None:
+    world.actors[0].is_dead = True
+    await world.until(lambda: world.states() == ["restarting", "healthy"])
+    asleep = asyncio.create_task(world.manager.sleep())
+    assert await does_not_return(asleep)
+    world.actors[2].ready.set()
+    await asleep
+    assert [actor.memory for actor in world.actors] == [set()] * 3
+    # it takes its memory when the others have theirs, and then again gives it back
+    await world.manager.wake("weights")
+    assert world.actors[2].memory == set()
+    world.actors[2].wakes.clear()
+    await world.manager.wake("kv_cache")
+    await world.until(lambda: world.actors[2].memory == {"weights"})
+    asleep = asyncio.create_task(world.manager.sleep())
+    assert await does_not_return(asleep)
+    world.actors[2].wakes.set()
+    await asleep
+    assert [actor.memory for actor in world.actors] == [set()] * 3
+    await world.manager.wake("kv_cache")
+    await world.until(lambda: world.states()[0] == "stale")
+
+
+@in_world
+async def test_sleep_waits_for_the_process_of_a_dead_engine(world: World) -> None:
+    world.actors[0].is_dead, world.actors[0].ends_at_once = True, False
+    await world.until(lambda: world.states() == ["dead", "healthy"])
+    asleep = asyncio.create_task(world.manager.sleep())
+    assert await does_not_return(asleep)
+    world.actors[0].ended.set()
+    await asleep
+    assert not world.actors[0].memory and len(world.actors) == 2
