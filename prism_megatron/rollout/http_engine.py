@@ -16,8 +16,6 @@ from prism_megatron.types import Prompt
 
 NEVER = -1e9
 """Added to the logit of a token that must not be sampled."""
-ANSWER_SECONDS = 1800
-"""Longest wait for all responses to a prompt."""
 CONTROL_SECONDS = 300
 """Longest wait for anything else, so that a server that hangs is noticed."""
 
@@ -38,7 +36,7 @@ class HttpEngine:
         self._settings: dict[str, Any] = {
             "base_url": url,
             "headers": {"Authorization": f"Bearer {api_key}"},
-            "timeout": ANSWER_SECONDS,
+            "timeout": CONTROL_SECONDS,
             # as many requests at once as there are prompts; the server queues them
             "limits": httpx.Limits(max_connections=None),
         }
@@ -60,11 +58,13 @@ class HttpEngine:
     ) -> tuple[Any, httpx.Headers]:
         """Have a prompt answered, any number at once in one event loop; see get.
 
+        It takes as long as it takes: whoever asks knows how long responses may become.
         ValueError if the server refuses the prompt itself.
         """
         if self._asynchronous is None:
             self._asynchronous = httpx.AsyncClient(**self._settings)
-        response = await self._asynchronous.post(path, json=dict(body))
+        patience = httpx.Timeout(CONTROL_SECONDS, read=None)
+        response = await self._asynchronous.post(path, json=dict(body), timeout=patience)
         if response.status_code == httpx.codes.BAD_REQUEST:
             raise ValueError(f"row {prompt.row_id}: {response.url} says: {response.text[:2000]}")
         return checked(response), response.headers

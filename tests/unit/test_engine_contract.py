@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from prism_megatron.config.schema import Sampling
+from prism_megatron.rollout import http_engine
 from prism_megatron.rollout.actors import AsyncLocalEngine, in_words
 from prism_megatron.rollout.engine import EngineClient
 from prism_megatron.rollout.sglang import SGLangEngine
@@ -82,6 +83,27 @@ def test_what_is_cut_off_in_a_servers_queue_is_a_rollout_of_nothing(
     assert [(r.ids, r.finish_reason, r.weight_version, r.routes) for r in found] == 2 * [
         ((), "abort", 6, None)
     ]
+
+
+def test_responses_take_as_long_as_they_take(hf_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server that has not answered yet is no server that hangs; the fleet bounds a request."""
+    monkeypatch.setattr(http_engine, "CONTROL_SECONDS", 0.3)
+
+    async def run(url: str) -> list[Rollout]:
+        engine = SGLangEngine(url, KEY, Vocabulary.of(hf_dir))
+        prompt = Prompt("row", (3, 4, 5), ())
+        waiting = asyncio.create_task(engine.generate(prompt, Sampling(n=2), "key"))
+        await asyncio.sleep(1)
+        while not waiting.done():
+            await engine.abort()
+            await asyncio.sleep(0.05)
+        await engine.close()
+        return await waiting
+
+    mock = MockSGLang(hf_dir)
+    mock.busy = True
+    with serve(mock) as url:
+        assert len(asyncio.run(run(url))) == 2
 
 
 def test_a_server_is_idle_before_it_sleeps_and_its_health_takes_no_sample(hf_dir: Path) -> None:
