@@ -83,9 +83,12 @@ class SGLangEngine(HttpEngine):
         answers = answer if isinstance(answer, list) else [answer]
         if len(answers) != sampling.n:
             raise RuntimeError(f"{self.url} gave {len(answers)} responses instead of {sampling.n}")
-        return [self._rollout(one["meta_info"], len(prompt.input_ids)) for one in answers]
+        return [
+            self._rollout(one["meta_info"], len(prompt.input_ids), sampling.max_new_tokens)
+            for one in answers
+        ]
 
-    def _rollout(self, meta: Mapping[str, Any], prompt_tokens: int) -> Rollout:
+    def _rollout(self, meta: Mapping[str, Any], prompt_tokens: int, longest: int) -> Rollout:
         # of what it cuts off in its queue, where it had to wait or was put back to, the server
         # tells what had been sampled until then, and neither the prompt's length nor experts
         queued = meta["finish_reason"]["type"] == "abort" and "prompt_tokens" not in meta
@@ -104,7 +107,9 @@ class SGLangEngine(HttpEngine):
         return Rollout(
             ids=ids,
             logprobs=tuple(logprob for _, logprob in tokens),
-            finish_reason=self.vocabulary.finish_reason(ids, meta["finish_reason"]["type"]),
+            finish_reason=self.vocabulary.finish_reason(
+                ids, meta["finish_reason"]["type"], longest
+            ),
             weight_version=int(meta["weight_version"]),
             routes=routes,
             cached=0 if queued else meta["cached_tokens"],

@@ -94,9 +94,14 @@ class VLLMEngine(HttpEngine):
         choices = answer["choices"]
         if len(choices) != sampling.n:
             raise RuntimeError(f"{self.url} gave {len(choices)} responses instead of {sampling.n}")
-        return [self._rollout(choice, int(told), len(prompt.input_ids)) for choice in choices]
+        longest = sampling.max_new_tokens
+        return [
+            self._rollout(choice, int(told), len(prompt.input_ids), longest) for choice in choices
+        ]
 
-    def _rollout(self, choice: Mapping[str, Any], version: int, prompt_tokens: int) -> Rollout:
+    def _rollout(
+        self, choice: Mapping[str, Any], version: int, prompt_tokens: int, longest: int
+    ) -> Rollout:
         ids = tuple(choice["token_ids"])
         if choice["finish_reason"] == "error":
             raise RuntimeError(f"{self.url} failed after {len(ids)} tokens; see the server's log")
@@ -108,7 +113,7 @@ class VLLMEngine(HttpEngine):
         return Rollout(
             ids=ids,
             logprobs=tuple(token["logprob"] for token in choice["logprobs"]["content"]),
-            finish_reason=self.vocabulary.finish_reason(ids, choice["finish_reason"]),
+            finish_reason=self.vocabulary.finish_reason(ids, choice["finish_reason"], longest),
             weight_version=version,
             routes=routes,
         )

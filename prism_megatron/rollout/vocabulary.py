@@ -43,6 +43,14 @@ class Vocabulary:
         ends = tuple(torch.tensor(stop).reshape(-1).tolist())
         return cls(ends, config.image_token_id, forbidden, len(tokenizer))
 
-    def finish_reason(self, ids: tuple[int, ...], told: str) -> str:
-        """What the server told, or "invalid" if an id belongs to no token."""
-        return "invalid" if any(token >= self.size for token in ids) else told
+    def finish_reason(self, ids: tuple[int, ...], told: str, longest: int) -> str:
+        """What the server told, or "invalid" if an id belongs to no token.
+
+        longest: how many ids were asked for. SGLang looks for a cut before it looks at its last
+        token, so what is cut off may have ended with that (schedule_batch.py, check_finished).
+        """
+        if any(token >= self.size for token in ids):
+            return "invalid"
+        if told == "abort" and ids and ids[-1] in self.stop:
+            return "stop"
+        return "length" if told == "abort" and len(ids) >= longest else told

@@ -7,6 +7,7 @@ import asyncio
 import re
 from collections.abc import Awaitable, Callable
 from pathlib import Path
+from unittest.mock import AsyncMock, patch
 
 import pytest
 
@@ -104,6 +105,40 @@ def test_responses_take_as_long_as_they_take(hf_dir: Path, monkeypatch: pytest.M
     mock.busy = True
     with serve(mock) as url:
         assert len(asyncio.run(run(url))) == 2
+
+
+@pytest.mark.parametrize(
+    "ids, reason",
+    [
+        ((5, 13), "stop"),
+        ((5, 6), "abort"),
+        ((5, 6, 7), "length"),
+        ((5, 99), "invalid"),
+        ((), "abort"),
+    ],
+)
+def test_what_had_ended_when_it_was_cut_off_is_not_continued(
+    ids: tuple[int, ...], reason: str
+) -> None:
+    """SGLang appends a token and then asks first whether the request was cut off."""
+    vocabulary = Vocabulary(stop=(12, 13), image=1, forbidden=(1, 2), size=20)
+    meta = {
+        "prompt_tokens": 4,
+        "output_token_logprobs": [[-0.5, token, None] for token in ids],
+        "finish_reason": {"type": "abort"},
+        "weight_version": "3",
+        "cached_tokens": 2,
+    }
+    sampling = Sampling(n=1, max_new_tokens=3)
+
+    async def run() -> list[Rollout]:
+        engine = SGLangEngine("http://localhost", "key", vocabulary)
+        answer = AsyncMock(return_value=({"meta_info": meta}, {}))
+        with patch.object(engine, "ask", answer):
+            return await engine.generate(Prompt("row", (3, 4, 5, 6), ()), sampling, "key")
+
+    [found] = asyncio.run(run())
+    assert (found.ids, found.finish_reason) == (ids, reason)
 
 
 def test_a_server_is_idle_before_it_sleeps_and_its_health_takes_no_sample(hf_dir: Path) -> None:

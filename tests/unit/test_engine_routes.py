@@ -17,7 +17,7 @@ from prism_megatron.rollout import sglang, vllm
 from prism_megatron.rollout.vocabulary import Vocabulary
 from prism_megatron.types import Prompt
 
-PROMPT, IDS, LAYERS, CHOICES = 4, (11, 12, 13), 5, 2
+PROMPT, IDS, LONGEST, LAYERS, CHOICES = 4, (11, 12, 13), 6, 5, 2
 VOCABULARY = Vocabulary(stop=(13,), image=1, forbidden=(1, 2), size=20)
 
 
@@ -37,7 +37,7 @@ def by_sglang(routes: NDArray[Any]) -> Any:
         "cached_tokens": 2,
         "routed_experts": base64.b64encode(routes.astype(np.int32).tobytes()).decode(),
     }
-    return engine._rollout(meta, PROMPT)
+    return engine._rollout(meta, PROMPT, LONGEST)
 
 
 def by_vllm(routes: NDArray[Any]) -> Any:
@@ -50,7 +50,7 @@ def by_vllm(routes: NDArray[Any]) -> Any:
         "finish_reason": "stop",
         "routed_experts": base64.b64encode(file.getvalue()).decode(),
     }
-    return engine._rollout(choice, 3, PROMPT)
+    return engine._rollout(choice, 3, PROMPT, LONGEST)
 
 
 @pytest.mark.parametrize("engine", [by_sglang, by_vllm])
