@@ -158,7 +158,8 @@ _HALF_MOMENTS = dict(
 
 
 def build_scheduler(section: Optimizer, optimizer: Any, steps: int) -> OptimizerParamScheduler:
-    """Warm-up, then constant or cosine over `steps` updates."""
+    """Warm-up, then constant or cosine over `steps` updates; a checkpoint's is that of the section,
+    too, but for where it is."""
     return OptimizerParamScheduler(
         optimizer,
         init_lr=0.0,
@@ -172,4 +173,6 @@ def build_scheduler(section: Optimizer, optimizer: Any, steps: int) -> Optimizer
         end_wd=section.weight_decay,
         wd_incr_steps=0,
         wd_incr_style="constant",
+        use_checkpoint_opt_param_scheduler=False,
+        override_opt_param_scheduler=True,
     )

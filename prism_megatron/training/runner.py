@@ -197,6 +197,9 @@ class ModelRunner:
         Raises ValueError if it does not fit the model.
         """
         with self._state():
+            if self.scheduler is not None:
+                # megatron.core adds the checkpoint's position to what there is, as after a rewind
+                self.scheduler.num_steps = 0
             megatron_directory.load(path, self.model, self.optimizer, self.scheduler)
 
     @torch.no_grad()

@@ -64,7 +64,12 @@ def _train(
             "run": {"dir": out},
             "data": {"path": root / "sft.json", "num_workers": 0} | LIMITS,
             "model": {"path": root / "tiny"},
-            "optimizer": {"lr": 1e-3, "warmup_steps": 3},
+            # whose every step has a rate of its own; one that skips has its own number of steps
+            "optimizer": {
+                "lr": 1e-3,
+                "warmup_steps": 3,
+                "schedule": "constant" if guard.get("action") == "skip" else "cosine",
+            },
             "batch_size": 4,
             "train": {
                 "steps": steps,
