@@ -203,9 +203,13 @@ class LanguageModel(MegatronModule):
             self.score_head = head_type(
                 config.hidden_size, transformer.sequence_parallel, options.score_dtype
             )
-        if self.tied and self.post_process and not self.pre_process:
-            # a copy of the first chunk's, which the gradient norm counts already
-            self.embedding.word_embeddings.weight.shared = True
+        if self.tied and self.pre_process != self.post_process:
+            tied = self.embedding.word_embeddings.weight
+            # a bucket of its own at both ends of the pipeline, so that data-parallel ranks hold the
+            # same parts of its gradient there when the ends add theirs up
+            tied.shared_embedding = True
+            # the first chunk's is what the gradient norm counts
+            tied.shared = self.post_process
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: Any = None

@@ -28,11 +28,38 @@ from prism_megatron.training.runner import ModelRunner
 from prism_megatron.types import PackedBatch, Prompt, Rollout, Sequence
 from tests.dist import checks, hf_reference
 from tests.dist.ranks import Ranks
-from tests.tiny_models import IMAGE
+from tests.tiny_models import IMAGE, TEXT, save
 
 TP2SP = Layout(tensor=2, sequence_parallel=True)
 Worlds = Callable[[int], Ranks]
 Weights = dict[str, Tensor]
+
+
+def _tied(path: Path, layout: Layout) -> tuple[list[float], Weights, list[Tensor]]:
+    """Gradient norms of three steps, the weights, and this rank's copies of the embedding."""
+    batch = checks.mixed_batch()
+    tokens = float(sum(s.response_mask.sum() for s in batch))
+    runner = checks.make_runner(path, layout, optimizer=Optimizer(lr=1e-2, clip_grad=0.0))
+    norms = [runner.train_step(batch, checks.weighted_loss(tokens)).grad_norm for _ in range(3)]
+    copies = [
+        chunk.language_model.embedding.word_embeddings.weight.detach().clone()
+        for chunk in runner.model.chunks
+        if hasattr(chunk.language_model, "embedding")
+    ]
+    return norms, _weights(runner), copies
+
+
+def test_both_ends_of_a_pipeline_train_one_tied_embedding(ranks: Worlds, tmp_path: Path) -> None:
+    """Where data-parallel ranks share out the optimizer, and one's share ends within it."""
+    with mock.patch.dict(TEXT, vocab_size=1603):
+        path = save(tmp_path, "dense", tied=True)
+    world = ranks(4)
+    norms, weights, _ = world.run(_tied, path, Layout())[0]
+    found = world.run(_tied, path, Layout(pipeline=2, first_stage_layers=3, last_stage_layers=1))
+    assert found[0][0] == pytest.approx(norms, rel=1e-4)
+    assert _largest_gap(found[0][1], weights) < 2e-3
+    first, *others = [copy for _, _, copies in found for copy in copies]
+    assert len(others) == 3 and all(torch.equal(first, other) for other in others)
 
 
 def _weights(runner: ModelRunner) -> Weights:
