@@ -7,6 +7,8 @@ every megatron.core call gets the ProcessGroupCollection of its model.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from datetime import timedelta
+from functools import partial
 from typing import Literal
 
 import torch.distributed as dist
@@ -96,10 +98,11 @@ class ParallelState:
     these reductions differs from rank to rank."""
 
     @classmethod
-    def create(cls, layout: Layout) -> ParallelState:
+    def create(cls, layout: Layout, timeout: timedelta | None = None) -> ParallelState:
         """Build the groups; every rank of the world calls this, in the same order for each model.
 
-        Rank order is Megatron's: tensor fastest, then context, data, pipeline.
+        Rank order is Megatron's: tensor fastest, then context, data, pipeline. timeout: that of
+        their collectives, which torch does not take from the world's; None: torch's own.
         """
         world = dist.get_world_size()
         data, expert_data = layout.data(world), layout.expert_data(world)
@@ -112,31 +115,34 @@ class ParallelState:
             ["expt_tp", "ep", "expt_dp", "pp"],
             shared_dims=["pp"],
         )
+        create = partial(grid.create_pg, timeout=timeout)
         groups = ProcessGroupCollection(
-            tp=grid.create_pg("tp"),
-            cp=grid.create_pg("cp"),
-            pp=grid.create_pg("pp"),
-            dp=grid.create_pg("dp"),
-            mp=grid.create_pg(["tp", "pp"]),
-            tp_cp=grid.create_pg(["tp", "cp"]),
-            dp_cp=grid.create_pg(["cp", "dp"]),
-            tp_dp_cp=grid.create_pg(["tp", "cp", "dp"]),
-            ep=grid.create_pg("ep", view="expert"),
-            expt_tp=grid.create_pg("expt_tp", view="expert"),
-            expt_dp=grid.create_pg("expt_dp", view="expert"),
-            tp_ep=grid.create_pg(["expt_tp", "ep"], view="expert"),
-            tp_ep_pp=grid.create_pg(["expt_tp", "ep", "pp"], view="expert"),
+            tp=create("tp"),
+            cp=create("cp"),
+            pp=create("pp"),
+            dp=create("dp"),
+            mp=create(["tp", "pp"]),
+            tp_cp=create(["tp", "cp"]),
+            dp_cp=create(["cp", "dp"]),
+            tp_dp_cp=create(["tp", "cp", "dp"]),
+            ep=create("ep", view="expert"),
+            expt_tp=create("expt_tp", view="expert"),
+            expt_dp=create("expt_dp", view="expert"),
+            tp_ep=create(["expt_tp", "ep"], view="expert"),
+            tp_ep_pp=create(["expt_tp", "ep", "pp"], view="expert"),
         )
         groups.intra_dp_cp = groups.dp_cp
         groups.intra_expt_dp = groups.expt_dp
         # one optimizer instance spans the world
         groups.intra_dist_opt = dist.group.WORLD
-        groups.embd = _embedding_group(groups.pp)
+        groups.embd = _embedding_group(groups.pp, timeout)
         groups.pos_embd = None
-        alone, _ = dist.new_subgroups(group_size=1)
+        alone, _ = dist.new_subgroups(group_size=1, timeout=timeout)
         replicated = layout.vision == "replicated"
         sharing = ["tp", "cp", "dp"] if replicated else ["cp", "dp"]
-        features, _ = dist.new_subgroups_by_enumeration(grid.get_rank_enum(sharing))
+        features, _ = dist.new_subgroups_by_enumeration(
+            grid.get_rank_enum(sharing), timeout=timeout
+        )
         place = groups.dp.rank() * layout.context + groups.cp.rank()
         if replicated:
             place = place * layout.tensor + groups.tp.rank()
@@ -184,7 +190,9 @@ class ParallelState:
         return dist.get_process_group_ranks(self.groups.pp)[-1]
 
 
-def _embedding_group(pipeline: dist.ProcessGroup) -> dist.ProcessGroup | None:
+def _embedding_group(
+    pipeline: dist.ProcessGroup, timeout: timedelta | None
+) -> dist.ProcessGroup | None:
     """First and last stage of this rank's pipeline, which share tied embeddings.
 
     None on ranks of the stages between.
@@ -194,7 +202,7 @@ def _embedding_group(pipeline: dist.ProcessGroup) -> dist.ProcessGroup | None:
     mine = None
     for ranks in sorted(set(map(tuple, pipelines))):
         ends = sorted({ranks[0], ranks[-1]})
-        group = dist.new_group(ends)
+        group = dist.new_group(ends, timeout=timeout)
         if dist.get_rank() in ends:
             mine = group
     return mine

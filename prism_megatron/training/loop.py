@@ -33,8 +33,9 @@ from prism_megatron.training.guard import Guard, Unsound, UnsoundInference
 from prism_megatron.training.metrics_log import Metrics, MetricsLog, drop_after
 from prism_megatron.training.preemption import Preemption
 from prism_megatron.training.runner import ModelRunner
-from prism_megatron.training.saving import Checkpoints
-from prism_megatron.training.watchdog import Watchdog
+from prism_megatron.training.saving import SLOW_DISK_SECONDS, Checkpoints
+from prism_megatron.training.setup import collective_timeout
+from prism_megatron.training.watchdog import Watchdog, reached
 
 
 class EndOfData(Exception):
@@ -70,7 +71,7 @@ class TrainingLoop:
         self.is_writer = dist.get_rank() == 0
         self.step = self._rewinds = 0
         # ranks agree in host memory, so that no device is waited for
-        self._agreement = dist.new_group(backend="gloo")
+        self._agreement = dist.new_group(backend="gloo", timeout=collective_timeout(config.run))
 
     def resume(self) -> int:
         """Load the newest checkpoint of this run, if there is one; the steps already done."""
@@ -117,6 +118,7 @@ class TrainingLoop:
         if self.is_writer:
             print(f"{message}: back to {path}, past this batch", file=sys.stderr, flush=True)
         self._rewinds += 1
+        reached("a checkpoint's return", SLOW_DISK_SECONDS)
         self._load_newest()
         self.restore(None, self.step)
 

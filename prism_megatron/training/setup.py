@@ -4,6 +4,7 @@ refused here, before the first collective of training."""
 from __future__ import annotations
 
 import os
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
 
@@ -45,6 +46,11 @@ def layout_of(parallel: Parallel) -> Layout:
     """The configuration's section as megatron groups want it."""
     sizes = parallel.model_dump(exclude={"sequence"})
     return Layout(**sizes, sequence_parallel=parallel.sequence_parallel)
+
+
+def collective_timeout(run: Run) -> timedelta:
+    """Of every group: the watchdog says who is missing before a collective just fails."""
+    return timedelta(seconds=4 * (run.hang_timeout or DEFAULT_TIMEOUT))
 
 
 def options_of(
@@ -90,8 +96,7 @@ def start(backend_name: str, run: Run, *models: Model, wandb: Wandb | None = Non
         options.precision.check(backend, architecture, layout, options.recompute)
         if isinstance(model, Discriminator) and model.streams == "response":
             _check_whole_response(architecture, model)
-    # the watchdog says who is missing before a collective just fails
-    backend.init_process_group(4 * (run.hang_timeout or DEFAULT_TIMEOUT))
+    backend.init_process_group(collective_timeout(run).total_seconds())
     check_shared(run.dir)
     return backend
 
@@ -121,7 +126,7 @@ def build_runner(
     mrope: bool = True,
 ) -> ModelRunner:
     """The section's model with its weights, ready to train, or without an optimizer to infer."""
-    parallel = ParallelState.create(layout_of(section.parallel))
+    parallel = ParallelState.create(layout_of(section.parallel), collective_timeout(run))
     backend.seed(run.seed, parallel)
     options = options_of(section, aux_loss_coef, z_loss_coef, entropy)
     model = load_model(section.path, parallel, backend, head, options)
@@ -176,7 +181,7 @@ def build_encoder(path: Path, data: Data) -> PromptEncoder:
 def open_quarantine(run: Run, data: Data, name: str = "quarantine.jsonl") -> Quarantine:
     """The file `name` in run.dir; every rank reads the same rows, rank 0 writes them down."""
     run.dir.mkdir(parents=True, exist_ok=True)
-    group = dist.new_group(backend="gloo")
+    group = dist.new_group(backend="gloo", timeout=collective_timeout(run))
 
     def gather(bad: Bad) -> list[Bad]:
         found: list[Any] = [None] * dist.get_world_size()
