@@ -188,7 +188,9 @@ def _build(options: argparse.Namespace, config: Qwen3VLConfig, backend: Backend)
         model,
         micro_batch_tokens=options.micro_batch_tokens,
         pad_id=0,
-        optimizer=Optimizer(lr=1e-5, moments=options.moments, offload=options.offload),
+        optimizer=Optimizer(
+            lr=1e-5, betas=(0.9, 0.99), moments=options.moments, offload=options.offload
+        ),
         steps=100,
     )
 

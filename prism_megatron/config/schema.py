@@ -7,6 +7,7 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
+from prism_megatron.config.rewards import Judge, Rewards
 from prism_megatron.config.sections import (
     KL,
     NOT_SUPPORTED,
@@ -19,7 +20,6 @@ from prism_megatron.config.sections import (
     Discriminator,
     Freeze,
     Guard,
-    Judge,
     LossAggMode,
     LossMode,
     Model,
@@ -27,7 +27,6 @@ from prism_megatron.config.sections import (
     Parallel,
     PolicyUpdate,
     Recompute,
-    Rewards,
     Rollout,
     RolloutIS,
     RouterReplay,

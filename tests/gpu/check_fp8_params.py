@@ -80,7 +80,8 @@ class Case:
         return model.to(self.backend.device)
 
     def runner(self, model: Qwen3VLModel) -> ModelRunner:
-        settings = Optimizer(lr=1e-4, moments=self.options.moments, offload=self.options.offload)
+        state = {"moments": self.options.moments, "offload": self.options.offload}
+        settings = Optimizer(lr=1e-4, betas=(0.9, 0.99), **state)
         tokens = 8192 if self.head == "language" else 512
         return ModelRunner(
             model, micro_batch_tokens=tokens, pad_id=0, optimizer=settings, steps=STEPS

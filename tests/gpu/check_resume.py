@@ -81,7 +81,7 @@ def main() -> None:
     backend.init_process_group()
     box = [tempfile.mkdtemp()]
     dist.broadcast_object_list(box)
-    optimizer = {"moments": options.moments, "offload": options.offload}
+    optimizer = {"moments": options.moments, "offload": options.offload, "betas": (0.9, 0.99)}
     host_state.PIECE = 2**14
     result: dict[str, Any] = {"tensor": options.tensor, "expert": options.expert} | optimizer
     for head in ("language", "score"):
