@@ -16,7 +16,7 @@ import asyncio
 import contextlib
 import time
 import traceback
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -130,14 +130,23 @@ class Manager:
         """Whether an engine answers, but not with the weights of now."""
         return any(engine.state is EngineState.STALE for engine in self.router.engines)
 
-    async def confirm(self) -> None:
+    async def confirm(self, broken: Mapping[int, str]) -> None:
         """Ask the refitted engines for their version; those that have the expected one serve.
+
+        broken: see SyncFailed; those engines are started again, whatever version they answer with.
 
         One that answers with an older version is left to the next sync, one that does not answer to
         its supervisor. One with a newer version, from before the run went back to a checkpoint, is
         started again: its number will come once more, for other weights.
         """
         self._loading = {}
+        for lease in self._leases:
+            if lease.engine in broken and self._is_up(lease):
+                self.router.died(
+                    lease.engine,
+                    f"weights of version {self.router.expected} did not get to it: "
+                    f"{broken[lease.engine]}",
+                )
         # without asking for their health, which takes SGLang a second
         versions = await asyncio.gather(
             *(self._check(lease, ask_health=False) for lease in self._leases)

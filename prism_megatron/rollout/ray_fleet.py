@@ -52,6 +52,7 @@ from prism_megatron.rollout.manager import Manager
 from prism_megatron.rollout.router import Lease, Outcome
 from prism_megatron.rollout.server import ServerKind
 from prism_megatron.rollout.weight_check import Action
+from prism_megatron.rollout.weight_sync import SyncFailed
 from prism_megatron.types import Prompt, Rollout
 
 NAMESPACE = "prism_megatron"
@@ -60,8 +61,8 @@ ABORT_SECONDS = 1
 
 Refit = Callable[[Sequence[Lease], int], dict[str, float]]
 """Gives the engines behind the leases the policy's weights of now, as a version; all ranks call it.
-Returns seconds by phase. An engine that fails meanwhile may be left out: afterwards each is asked
-for its version."""
+Returns seconds by phase. An engine that fails meanwhile may be left out, since each is asked for
+its version afterwards, or be named by SyncFailed, on every rank."""
 
 
 class WrongAnswer(RuntimeError):
@@ -147,16 +148,27 @@ class RayFleet:
             dist.barrier(self._group)
             self._first(lambda: self._ask(self._manager.wake, "weights"))
         leases = self._ask(self._manager.refitting)
-        phases = self._refit(leases, version)
+        phases, broken = self._try_refit(leases, version)
         if self.config.sleep:
             self._first(lambda: self._ask(self._manager.wake, "kv_cache"))
-        self._first(lambda: self._ask(self._manager.confirm))
+        self._first(lambda: self._ask(self._manager.confirm, broken))
         self.restarts = self._first(lambda: self._ask(self._manager.restarts))
         self.weight_version = version
         self._report()
         if self._work is not None:
             self._running = self._run(self._play(self._work))
         return phases | {"total": time.perf_counter() - started}
+
+    def _try_refit(
+        self, leases: Sequence[Lease], version: int
+    ) -> tuple[dict[str, float], dict[int, str]]:
+        """Seconds by phase, and the engines that it broke."""
+        try:
+            return self._refit(leases, version), {}
+        except SyncFailed as error:
+            if self._is_first:
+                print(error, file=sys.stderr, flush=True)
+            return {}, error.broken
 
     def sleep(self) -> dict[str, float]:
         """See Fleet."""

@@ -91,7 +91,7 @@ class ServerRefit:
         self._clients: dict[Endpoint, Any] = {}
 
     def __call__(self, leases: Sequence[Lease], version: int) -> dict[str, float]:
-        """Seconds by phase; an engine that fails is left out, and asked for its version later."""
+        """Seconds by phase; SyncFailed, on every rank, if an engine did not get the weights."""
         # an engine that was down when the others were placed has its place to be found, too
         if self._sync is None or not self._placed >= {lease.engine for lease in leases}:
             if isinstance(self._sync, BroadcastSync):
@@ -99,13 +99,7 @@ class ServerRefit:
             self._sync = self._way(leases)
             self._placed = {lease.engine for lease in leases}
         servers = {lease.engine: self._client(lease.address) for lease in leases}
-        try:
-            return self._sync.sync(servers, version)
-        except RuntimeError as error:
-            # on every rank alike
-            if dist.get_rank() == 0:
-                print(error, file=sys.stderr, flush=True)
-            return {}
+        return self._sync.sync(servers, version)
 
     def _client(self, endpoint: Endpoint) -> Any:
         # a restarted server may get the same port, and has another key

@@ -68,6 +68,18 @@ class Server(Protocol):
     def load_disk(self, hf_dir: Path, version: int) -> None: ...
 
 
+class SyncFailed(RuntimeError):
+    """New weights did not get to some engine, which every rank learns alike.
+
+    broken: what went wrong with the engines of which nobody knows what weights they have, or
+    whether they sample; only a new start mends them. The others tell the version that they have.
+    """
+
+    def __init__(self, words: str, broken: Mapping[int, str]) -> None:
+        super().__init__(words)
+        self.broken = dict(broken)
+
+
 class WeightSync(Protocol):
     """One way of getting weights from the trainers to engines that are servers."""
 
@@ -75,7 +87,7 @@ class WeightSync(Protocol):
         """Load the policy's weights into the engines that are up; every trainer rank calls this.
 
         Returns the seconds of each phase, "total" among them, when the engines sample with the new
-        weights. RuntimeError, on every rank, if an engine failed or answers with another version.
+        weights. SyncFailed, on every rank, if an engine failed or answers with another version.
         """
         ...
 
@@ -149,17 +161,17 @@ class IpcSync:
     def sync(self, servers: Mapping[int, Server], version: int) -> dict[str, float]:
         """See WeightSync."""
         phase, rank = _Phases(), dist.get_rank()
-        members = [self.ranks[engine] for engine in servers if rank in self.ranks[engine]]
-        leads = [s for engine, s in servers.items() if rank == self.ranks[engine][0]]
+        members = {e: self.ranks[e] for e in servers if rank in self.ranks[e]}
+        leads = {e: servers[e] for e, ranks in members.items() if rank == ranks[0]}
         folder = Path(tempfile.mkdtemp(prefix="prism-sync-"))  # readable by this user alone
         address = f"ipc://{folder}/bucket"
         with phase("pause"):
             handles: list[Any] = [None] * dist.get_world_size()
             dist.all_gather_object(handles, (self.backend.device_uuid(), address))
-            error = _try(lambda: [self._pause(server) for server in leads])
+            error = _try(lambda: [self._pause(server) for server in leads.values()])
         with ThreadPoolExecutor(1) as pool:
-            lent = dict(handles[member] for group in members for member in group)
-            loading = [pool.submit(server.load_ipc, lent, version) for server in leads]
+            lent = dict(handles[member] for group in members.values() for member in group)
+            loading = [pool.submit(server.load_ipc, lent, version) for server in leads.values()]
             lender = _Lender(address, loading, self.timeout, error) if members else None
             try:
                 self._run(lender, phase)
@@ -169,7 +181,7 @@ class IpcSync:
                     error = lender.error
                 shutil.rmtree(folder)
         with phase("resume"):
-            _resume(leads, version, error)
+            _resume(leads, version, dict.fromkeys(members, error) if error else {})
         return phase.result()
 
     def _pause(self, server: Server) -> None:
@@ -376,7 +388,8 @@ class BroadcastSync:
     def sync(self, servers: Mapping[int, Server], version: int) -> dict[str, float]:
         """See WeightSync."""
         phase, sends = _Phases(), dist.get_rank() == 0
-        mine = list(servers.values()) if sends else []
+        led = servers if sends else {}
+        mine = list(led.values())
         with phase("pause"):
             error = _try(lambda: [server.pause() for server in mine])
             error = error or _try(lambda: self._join(mine) if mine else None)
@@ -399,7 +412,7 @@ class BroadcastSync:
             if error:
                 self.leave()
         with phase("resume"):
-            _resume(mine, version, error)
+            _resume(led, version, dict.fromkeys(led, error) if error else {})
         return phase.result()
 
     def _send(
@@ -444,15 +457,15 @@ class DiskSync:
         """See WeightSync."""
         phase = _Phases()
         leads = dist.get_rank() == 0
-        mine = list(servers.values()) if leads else []
+        mine = servers if leads else {}
         path = self.folder / f"version_{version}"
         with phase("write"):
             hf_writer.write(path, self.plan.weights(), self.plan.nbytes, self.config_from)
         with phase("load"):
-            error = _load_disk(mine, path, version)
+            error = _load_disk(list(mine.values()), path, version)
         if leads:
             shutil.rmtree(path)
-        _resume(mine, version, error)
+        _resume(mine, version, dict.fromkeys(mine, error) if error else {})
         return phase.result()
 
 
@@ -466,11 +479,11 @@ class StoredSync:
     def sync(self, servers: Mapping[int, Server], version: int) -> dict[str, float]:
         """See WeightSync; engines that have the version read nothing."""
         phase = _Phases()
-        mine = list(servers.values()) if dist.get_rank() == 0 else []
-        mine = [server for server in mine if server.version() != version]
+        mine = servers if dist.get_rank() == 0 else {}
+        mine = {engine: server for engine, server in mine.items() if server.version() != version}
         with phase("load"):
-            error = _load_disk(mine, self.hf_dir, version)
-        _resume(mine, version, error)
+            error = _load_disk(list(mine.values()), self.hf_dir, version)
+        _resume(mine, version, dict.fromkeys(mine, error) if error else {})
         return phase.result()
 
 
@@ -514,21 +527,38 @@ def _try(action: Callable[[], Any]) -> str:
     return ""
 
 
-def _resume(servers: Sequence[Server], version: int, error: str) -> None:
-    """Let this rank's servers sample again, with the new version; RuntimeError on every rank if
-    there is an error on any."""
+def _resume(servers: Mapping[int, Server], version: int, faults: Mapping[int, str]) -> None:
+    """Let this rank's servers sample again, with the new version; SyncFailed on every rank if
+    anything went wrong on any.
 
-    def resume(server: Server) -> None:
-        server.resume()
-        _check_version(server.version(), version, server.url)
+    faults: what this rank saw go wrong with an engine, whether it talks to the server or not.
+    """
+    # SGLang answers for its first rank alone: what failed on another one only that one's trainer
+    # knows, while the server has the new version already
+    broken = _gather(faults)
+    able = {engine: server for engine, server in servers.items() if engine not in broken}
+    paused = {e: words for e, server in able.items() if (words := _try(server.resume))}
+    broken |= _gather(paused)
+    check = {e: partial(_check, s, version) for e, s in able.items() if e not in broken}
+    others = _gather({e: words for e, ask in check.items() if (words := _try(ask))})
+    if broken or others:
+        found = "; ".join(f"engine {e}, {words}" for e, words in (broken | others).items())
+        raise SyncFailed(f"the weights did not get to the engines: {found}", broken)
 
-    for server in servers:
-        error = error or _try(partial(resume, server))
-    errors: list[str] = [""] * dist.get_world_size()
-    dist.all_gather_object(errors, error)
-    found = [f"rank {rank}: {text}" for rank, text in enumerate(errors) if text]
-    if found:
-        raise RuntimeError("the weights did not get to the engines: " + "; ".join(found))
+
+def _gather(faults: Mapping[int, str]) -> dict[int, str]:
+    """What any rank saw go wrong, by engine; on every rank."""
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, dict(faults))
+    words: dict[int, list[str]] = {}
+    for rank, seen in enumerate(found):
+        for engine, fault in seen.items():
+            words.setdefault(engine, []).append(f"rank {rank}: {fault}")
+    return {engine: "; ".join(faults) for engine, faults in words.items()}
+
+
+def _check(server: Server, version: int) -> None:
+    _check_version(server.version(), version, server.url)
 
 
 def _check_version(found: int, version: int, engine: str) -> None:

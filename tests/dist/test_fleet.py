@@ -13,7 +13,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,8 @@ from prism_megatron.rollout.actors import ActorClient
 from prism_megatron.rollout.engine import EngineClient
 from prism_megatron.rollout.local import LocalEngine
 from prism_megatron.rollout.ray_fleet import RayFleet, send_through_ray
+from prism_megatron.rollout.router import Lease
+from prism_megatron.rollout.weight_sync import SyncFailed
 from prism_megatron.types import Prompt, Rollout
 from tests.dist.ranks import Ranks
 from tests.engine_contract import CASES, SEEDED, VERSION, WEIGHTS_SEED
@@ -419,6 +421,31 @@ def test_an_engine_that_keeps_weights_of_a_run_that_went_back_is_started_again(
         assert versions_with_their_logprobs(found) == {6}
     [after, _] = fleet.run(_states)
     assert all(new[1] > old[1] for old, new in zip(before, after, strict=True))
+
+
+def _generate_after_a_sync_that_breaks_an_engine(step: int) -> list[list[Rollout]]:
+    """It has the new version, as the other engine, but a rank knows that it lacks weights."""
+    refit = _fleet._refit
+
+    def breaks(leases: Sequence[Lease], version: int) -> dict[str, float]:
+        refit(leases, version)
+        raise SyncFailed("engine 0 lacks weights", {0: "rank 1: no room"})
+
+    _fleet._refit = breaks
+    _sync(7)
+    _fleet._refit = refit
+    found = _generate(step)
+    while not all(engine["state"] in ("healthy", "stale") for engine in status()):
+        time.sleep(0.1)
+    return found
+
+
+def test_an_engine_that_a_sync_broke_is_started_again(fleet: Ranks) -> None:
+    [before, _] = fleet.run(_states)
+    for found in fleet.run(_generate_after_a_sync_that_breaks_an_engine, 10):
+        assert versions_with_their_logprobs(found) == {7}
+    [after, _] = fleet.run(_states)
+    assert [new[1] - old[1] for old, new in zip(before, after, strict=True)] == [1, 0]
 
 
 @pytest.mark.parametrize("case", [*CASES, *SEEDED], ids=lambda case: case.__name__)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import socket
 from collections.abc import Callable
-from contextlib import ExitStack
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -21,10 +22,17 @@ from model_providers.parallel import Layout
 from model_providers.qwen3_vl import Qwen3VLModel
 from model_providers.weight_map import load_hf_weights
 from prism_megatron.config.schema import Sampling
+from prism_megatron.rollout import ipc_load
 from prism_megatron.rollout.local import LocalEngine
 from prism_megatron.rollout.sglang import SGLangEngine
 from prism_megatron.rollout.vocabulary import Vocabulary
-from prism_megatron.rollout.weight_sync import BroadcastSync, DiskSync, IpcSync, StoredSync
+from prism_megatron.rollout.weight_sync import (
+    BroadcastSync,
+    DiskSync,
+    IpcSync,
+    StoredSync,
+    SyncFailed,
+)
 from prism_megatron.types import Prompt
 from tests import tiny_models
 from tests.dist import checks
@@ -231,6 +239,50 @@ def test_a_failed_sync_is_an_error_on_every_rank(
 ) -> None:
     found = ranks(2).run(_sync, hf_dir, Layout(tensor=2), refuse, forget, None)
     assert all(words in message for [message], _, _ in found), found
+
+
+class _AnswersForItsFirstRank(MockSGLang):
+    """As SGLang, whose ranks keep their errors to themselves; the second has no room."""
+
+    def answer(self, path: str, body: Any) -> Any:
+        if path != "/update_weights_from_ipc":
+            return super().answer(path, body)
+        (gpu, handle), (_, other) = body["zmq_handles"].items()
+        with ThreadPoolExecutor(1) as pool:
+            pool.submit(self._fail, other)
+            return super().answer(path, body | {"zmq_handles": {gpu: handle}})
+
+    def _fail(self, handle: str) -> None:
+        def take(tensors: object) -> None:
+            raise torch.OutOfMemoryError("no room")
+
+        with suppress(RuntimeError):
+            ipc_load.receive(handle, torch.device("cpu"), take, lambda: None)
+
+
+def _half_loaded(path: Path) -> Any:
+    """The engines that a sync broke, and the version that the server has, and whether it waits."""
+    model = _model(path, Layout(tensor=2))
+    with ExitStack() as stack:
+        mock, box = None, [""]
+        if dist.get_rank() == 0:
+            mock = _AnswersForItsFirstRank(path)
+            box = [stack.enter_context(serve(mock))]
+        dist.broadcast_object_list(box, src=0)
+        engine = SGLangEngine(box[0], KEY, Vocabulary.of(path))
+        sync = IpcSync(model, {1: [0, 1]}, bucket_bytes=2**15, timeout_seconds=20)
+        with pytest.raises(SyncFailed) as caught:
+            sync.sync({1: engine}, 3)
+        return caught.value.broken, mock and (mock.version, mock.paused)
+
+
+def test_an_engine_one_rank_of_which_failed_does_not_sample_whatever_version_it_tells(
+    ranks: Worlds, hf_dir: Path
+) -> None:
+    (broken, server), (others, _) = ranks(2).run(_half_loaded, hf_dir)
+    assert server == (3, True)
+    assert broken == others and list(broken) == [1]
+    assert broken[1].startswith("rank 1: ") and "no room" in broken[1]
 
 
 def test_a_server_samples_from_the_trainers_own_ids_and_pixels(hf_dir: Path) -> None:
