@@ -46,6 +46,7 @@ from prism_megatron.rollout import fused_experts, outer_group
 from prism_megatron.rollout.engine import RolloutEngine
 
 LEAVE_SECONDS = 30
+_SENDER = "rank 0"
 
 
 class Server(Protocol):
@@ -323,11 +324,11 @@ class BroadcastSync:
         self._group: Future[dist.ProcessGroup] | None = None
         self._name = ""
 
-    def _join(self, servers: list[Server]) -> None:
+    def _join(self, servers: list[Server]) -> dict[str, str]:
         """Make a group with these servers, which a restarted one is not in yet, also where it got
-        its predecessor's port."""
-        if self._joined == servers:
-            return
+        its predecessor's port; see _finish."""
+        if not servers or self._joined == servers:
+            return {}
         self.leave()
         # not what the host's own name leads to, which is loopback on many hosts
         host, port = self.host, _free_port()
@@ -340,12 +341,12 @@ class BroadcastSync:
         self._group = _begin(
             partial(outer_group.join, host, port, world, 0, self._name, backend, patience)
         )
-        joining: dict[Future[Any], str] = {self._group: "rank 0"}
+        joining: dict[Future[Any], str] = {self._group: _SENDER}
         for i, server in enumerate(servers):
             first = 1 + i * self.engine_ranks
             join = partial(server.join_group, host, port, first, world, self._name, backend)
             joining[_begin(join)] = server.url
-        self._finish(joining, f"joined the group of {world} ranks at {host}:{port}")
+        return self._finish(joining, f"joined the group of {world} ranks at {host}:{port}")
 
     def leave(self) -> None:
         """Leave the group, on both sides; the next sync makes another. A server that can't is
@@ -357,7 +358,7 @@ class BroadcastSync:
         leaving = {
             _begin(partial(server.leave_group, self._name)): server.url for server in servers
         }
-        leaving[_begin(self._leave)] = "rank 0"
+        leaving[_begin(self._leave)] = _SENDER
         seconds = min(LEAVE_SECONDS, self.timeout)
         done, late = wait(leaving, seconds)
         failed = {leaving[f]: _in_words(e) for f in done if (e := f.exception())}
@@ -372,68 +373,72 @@ class BroadcastSync:
         if group is not None and group.exception() is None:
             outer_group.leave(group.result())
 
-    def _finish(self, doing: Mapping[Future[Any], str], what: str) -> None:
-        """Wait until all have done it; RuntimeError with those that failed, or else are late."""
+    def _finish(self, doing: Mapping[Future[Any], str], what: str) -> dict[str, str]:
+        """Wait until all have done it, or one failed; what went wrong, by who failed or else is
+        late."""
         done, late = wait(doing, self.timeout, FIRST_EXCEPTION)
         failed = {doing[f]: _in_words(e) for f in done if (e := f.exception())}
-        if failed:
-            raise RuntimeError(f"{', '.join(failed)} has not {what}: {'; '.join(failed.values())}")
-        if late:
-            names = ", ".join(doing[future] for future in late)
-            raise RuntimeError(
-                f"{names} has not {what} within {self.timeout:.0f} s; look into the server's log, "
-                f"and whether it reaches {self.host} (rollout.interface)"
+        if not failed:
+            advice = (
+                f"no answer within {self.timeout:.0f} s; look into the server's log, and whether "
+                f"it reaches {self.host} (rollout.interface)"
             )
+            failed = {doing[future]: advice for future in late}
+        return {who: f"{who} has not {what}: {words}" for who, words in failed.items()}
 
     def sync(self, servers: Mapping[int, Server], version: int) -> dict[str, float]:
         """See WeightSync."""
         phase, sends = _Phases(), dist.get_rank() == 0
-        led = servers if sends else {}
-        mine = list(led.values())
+        mine = servers if sends else {}
         with phase("pause"):
-            error = _try(lambda: [server.pause() for server in mine])
-            error = error or _try(lambda: self._join(mine) if mine else None)
+            faults = _each(mine, lambda server: server.pause())
+            able = [server for engine, server in mine.items() if engine not in faults]
+            failed = self._join(able)
         buffers = [self.plan.buffer() if sends else None for _ in range(2)]
-        finish: Callable[[], None] = partial(self._finish, {}, "")
+        finish: Callable[[], dict[str, str]] = dict
         for index, bucket in enumerate(self.plan.buckets):
             with phase("gather"):
                 tensors = self.plan.fill(bucket, buffers[index % 2])
                 self.backend.synchronize()
-            if not mine or error:
+            if not able or failed:
                 continue
             with phase("load"):
-                error = _try(finish)
+                failed = finish()
                 last = index + 1 == len(self.plan.buckets)
-                if not error:
+                if not failed:
                     finish = self._send(tensors, version if last else None)
         with phase("load"):
-            error = error or _try(finish)
+            failed = failed or finish()
             # ranks may be anywhere in it
-            if error:
+            if failed:
                 self.leave()
         with phase("resume"):
-            _resume(led, version, dict.fromkeys(led, error) if error else {})
+            # one that did not fail has all weights, and tells so, or its earlier version
+            faults |= {e: failed[s.url] for e, s in mine.items() if s.url in failed}
+            _resume(mine, version, faults, failed.get(_SENDER, ""))
         return phase.result()
 
     def _send(
         self, tensors: Sequence[tuple[str, Tensor]], version: int | None
-    ) -> Callable[[], None]:
-        """Begin to send a bucket; what waits until the servers have loaded it."""
+    ) -> Callable[[], dict[str, str]]:
+        """Begin to send a bucket; what waits until the servers have loaded it, see _finish."""
         assert self._group is not None
         group = self._group.result()
         sending = _begin(lambda: [outer_group.broadcast(tensor, group) for _, tensor in tensors])
-        doing: dict[Future[Any], str] = {sending: "rank 0"}
+        doing: dict[Future[Any], str] = {sending: _SENDER}
         named = [(fused_experts.sent_name(name), tensor) for name, tensor in tensors]
         for server in self._joined:
             load = partial(server.load_broadcast, named, self._name, version)
             doing[_begin(load)] = server.url
         mib = sum(tensor.nbytes for _, tensor in tensors) / 2**20
 
-        def finish() -> None:
-            self._finish(doing, f"loaded {len(tensors)} tensors of {mib:.1f} MiB")
+        def finish() -> dict[str, str]:
+            failed = self._finish(doing, f"loaded {len(tensors)} tensors of {mib:.1f} MiB")
+            if failed:
+                return failed
             # the broadcasts are over, but torch keeps their tensors until it is asked
-            for work in sending.result():
-                work.wait()
+            words = _try(lambda: [work.wait() for work in sending.result()])
+            return {_SENDER: words} if words else {}
 
         return finish
 
@@ -462,10 +467,10 @@ class DiskSync:
         with phase("write"):
             hf_writer.write(path, self.plan.weights(), self.plan.nbytes, self.config_from)
         with phase("load"):
-            error = _load_disk(list(mine.values()), path, version)
+            faults = _each(mine, partial(_load_disk, hf_dir=path, version=version))
         if leads:
             shutil.rmtree(path)
-        _resume(mine, version, dict.fromkeys(mine, error) if error else {})
+        _resume(mine, version, faults)
         return phase.result()
 
 
@@ -480,24 +485,28 @@ class StoredSync:
         """See WeightSync; engines that have the version read nothing."""
         phase = _Phases()
         mine = servers if dist.get_rank() == 0 else {}
-        mine = {engine: server for engine, server in mine.items() if server.version() != version}
+
+        def load(server: Server) -> None:
+            if server.version() != version:
+                _load_disk(server, self.hf_dir, version)
+
         with phase("load"):
-            error = _load_disk(list(mine.values()), self.hf_dir, version)
-        _resume(mine, version, dict.fromkeys(mine, error) if error else {})
+            faults = _each(mine, load)
+        # those that read nothing, too, so that none stays paused
+        _resume(mine, version, faults)
         return phase.result()
 
 
-def _load_disk(servers: Sequence[Server], hf_dir: Path, version: int) -> str:
-    """Have paused servers read a directory, all at once; what went wrong, or nothing."""
+def _load_disk(server: Server, hf_dir: Path, version: int) -> None:
+    server.pause()
+    server.load_disk(hf_dir, version)
+
+
+def _each(servers: Mapping[int, Server], action: Callable[[Server], None]) -> dict[int, str]:
+    """Do it with all servers at once; what went wrong, by engine."""
     with ThreadPoolExecutor(max(1, len(servers))) as pool:
-        error = _try(lambda: [server.pause() for server in servers])
-        loading = [] if error else [pool.submit(s.load_disk, hf_dir, version) for s in servers]
-        return error or _first_error(loading)
-
-
-def _first_error(futures: Sequence[Future[None]]) -> str:
-    errors = [str(error) for error in (future.exception() for future in futures) if error]
-    return errors[0] if errors else ""
+        words = pool.map(lambda server: _try(partial(action, server)), servers.values())
+        return {e: fault for e, fault in zip(servers, words, strict=True) if fault}
 
 
 def _begin[T](action: Callable[[], T]) -> Future[T]:
@@ -527,23 +536,29 @@ def _try(action: Callable[[], Any]) -> str:
     return ""
 
 
-def _resume(servers: Mapping[int, Server], version: int, faults: Mapping[int, str]) -> None:
+def _resume(
+    servers: Mapping[int, Server], version: int, faults: Mapping[int, str], error: str = ""
+) -> None:
     """Let this rank's servers sample again, with the new version; SyncFailed on every rank if
     anything went wrong on any.
 
-    faults: what this rank saw go wrong with an engine, whether it talks to the server or not.
+    faults: what this rank saw go wrong with an engine, whether it talks to the server or not;
+    error: what went wrong with none in particular.
     """
     # SGLang answers for its first rank alone: what failed on another one only that one's trainer
     # knows, while the server has the new version already
     broken = _gather(faults)
     able = {engine: server for engine, server in servers.items() if engine not in broken}
-    paused = {e: words for e, server in able.items() if (words := _try(server.resume))}
+    paused = _each(able, lambda server: server.resume())
     broken |= _gather(paused)
-    check = {e: partial(_check, s, version) for e, s in able.items() if e not in broken}
-    others = _gather({e: words for e, ask in check.items() if (words := _try(ask))})
-    if broken or others:
-        found = "; ".join(f"engine {e}, {words}" for e, words in (broken | others).items())
-        raise SyncFailed(f"the weights did not get to the engines: {found}", broken)
+    awake = {engine: server for engine, server in able.items() if engine not in paused}
+    words = [*_each(awake, partial(_check, version=version)).values(), error]
+    others: list[list[str]] = [[]] * dist.get_world_size()
+    dist.all_gather_object(others, words)
+    found = [f"engine {engine}, {words}" for engine, words in broken.items()]
+    found += [f"rank {r}: {text}" for r, texts in enumerate(others) for text in texts if text]
+    if found:
+        raise SyncFailed("the weights did not get to the engines: " + "; ".join(found), broken)
 
 
 def _gather(faults: Mapping[int, str]) -> dict[int, str]:

@@ -24,12 +24,13 @@ from prism_megatron.config import schema
 from prism_megatron.rollout.refit import ServerRefit
 from prism_megatron.rollout.router import Lease
 from prism_megatron.rollout.server import Endpoint
-from prism_megatron.rollout.weight_sync import BroadcastSync
+from prism_megatron.rollout.weight_sync import BroadcastSync, SyncFailed
 from tests.dist.ranks import Ranks
 from tests.dist.test_weight_sync import _model
 from tests.mock_sglang import KEY, MockSGLang, serve
 from tests.unit.test_local_engine import save, tiny_model
 
+PAUSE = "/pause_generation"
 JOIN, LOAD = "/init_weights_update_group", "/update_weights_from_distributed"
 
 # of the trainer's process
@@ -72,7 +73,8 @@ class Served:
         self.process.join()
 
     def look(self, factor: int) -> Any:
-        """Tensors that are not the directory's times a factor, the version, and what is held."""
+        """Tensors that are not the directory's times a factor, the version, what is held, and
+        whether it waits."""
         self.pipe.send(factor)
         return self.pipe.recv()
 
@@ -90,7 +92,7 @@ def _serve(hf_dir: Path, path: str, hangs: bool, pipe: Any) -> None:
 def _look(mock: MockSGLang, weights: dict[str, torch.Tensor], pipe: Any) -> None:
     factor, got = pipe.recv(), mock.loaded
     same = {n for n, t in got.items() if n in weights and t.equal(weights[n] * factor)}
-    pipe.send((sorted(set(weights) ^ same), mock.version, _held()))
+    pipe.send((sorted(set(weights) ^ same), mock.version, _held(), mock.paused))
 
 
 def _held() -> tuple[int, int]:
@@ -151,7 +153,7 @@ def test_restarts_leave_nothing_behind(trainer: Ranks, hf_dir: Path) -> None:
     for version in range(2, 6):
         held += trainer.run(_sync, [server.port for server in servers], version)
         found = [server.look(2**version) for server in servers]
-        assert [(wrong, got) for wrong, got, _ in found] == [([], version)] * 2
+        assert [(wrong, got) for wrong, got, *_ in found] == [([], version)] * 2
         held.append(found[0][2])
         servers[1].kill()
         servers[1] = Served(hf_dir)
@@ -161,18 +163,18 @@ def test_restarts_leave_nothing_behind(trainer: Ranks, hf_dir: Path) -> None:
     assert trainer.run(_leave)[0][0] == servers[0].look(1)[2][0] == 0
 
 
-def _fail(ports: list[int], seconds: float) -> str:
-    """What a sync with so much time says, once its group is gone."""
+def _fail(ports: list[int], seconds: float, group_goes: bool = True) -> tuple[str, list[int]]:
+    """What a sync with so much time says, once its group is gone, and the engines it broke."""
     _refit._sync = sync = BroadcastSync(_weights, 1, bucket_bytes=2**15, timeout_seconds=seconds)
     _refit._placed = set(range(len(ports)))
     clients = {i: _refit._client(Endpoint("127.0.0.1", port, KEY)) for i, port in enumerate(ports)}
-    with pytest.raises(RuntimeError) as caught:
+    with pytest.raises(SyncFailed) as caught:
         sync.sync(clients, 7)
-    while _held()[0] or sync._group is not None:
+    while group_goes and (_held()[0] or sync._group is not None):
         time.sleep(0.1)
     # enough for the next one
     sync.timeout = 60
-    return str(caught.value)
+    return str(caught.value), sorted(caught.value.broken)
 
 
 @pytest.mark.parametrize("hangs", [False, True], ids=["ends", "hangs"])
@@ -181,7 +183,12 @@ def test_a_server_that_fails_in_a_sync_is_named_and_the_next_sync_goes_on(
     trainer: Ranks, hf_dir: Path, path: str, what: str, hangs: bool
 ) -> None:
     servers = [Served(hf_dir), Served(hf_dir, path, hangs)]
-    [error] = trainer.run(_fail, [s.port for s in servers], 5 if hangs else 20, timeout=60)
+    [(error, broken)] = trainer.run(
+        _fail, [s.port for s in servers], 5 if hangs else 20, timeout=60
+    )
+    # where one hangs the other may be late, too
+    assert broken == [1] or (hangs and broken == [0, 1])
+    assert servers[0].look(1)[3] == (0 in broken)
     assert f"http://127.0.0.1:{servers[1].port}" in error
     assert f" has not {what}" in error
     assert ("within 5 s; look into the server's log" in error) == hangs
@@ -189,3 +196,11 @@ def test_a_server_that_fails_in_a_sync_is_named_and_the_next_sync_goes_on(
     servers[1] = Served(hf_dir)
     trainer.run(_sync, [server.port for server in servers], 1)
     assert [server.look(2)[:2] for server in servers] == [([], 1)] * 2
+
+
+def test_a_server_that_can_not_pause_is_left_out(trainer: Ranks, hf_dir: Path) -> None:
+    servers = [Served(hf_dir), Served(hf_dir, PAUSE)]
+    [(_, broken)] = trainer.run(_fail, [s.port for s in servers], 20, False, timeout=60)
+    assert broken == [1]
+    wrong, version, _, waits = servers[0].look(1)
+    assert (wrong, version, waits) == ([], 7, False)

@@ -224,7 +224,7 @@ def test_engines_read_a_directory_unless_they_have_it(ranks: Worlds, hf_dir: Pat
             "/model_info",
         ]
     )
-    assert again == ["/model_info"]
+    assert again == ["/model_info", "/continue_generation", "/model_info"]
 
 
 @pytest.mark.parametrize(
@@ -239,6 +239,33 @@ def test_a_failed_sync_is_an_error_on_every_rank(
 ) -> None:
     found = ranks(2).run(_sync, hf_dir, Layout(tensor=2), refuse, forget, None)
     assert all(words in message for [message], _, _ in found), found
+
+
+def _beside_others(path: Path) -> Any:
+    """The engines that a sync broke of one that reads, one that refuses, one that has the version
+    and is paused, and one that is not there; version of the first and whether they wait."""
+    mocks = [MockSGLang(path) for _ in range(3)]
+    mocks[1].refuse = "/update_weights_from_disk"
+    mocks[2].version, mocks[2].paused = 4, True
+    with ExitStack() as stack:
+        urls = [stack.enter_context(serve(mock)) for mock in mocks]
+        with serve(MockSGLang(path)) as gone:
+            urls.append(gone)
+        vocabulary = Vocabulary.of(path)
+        servers = {i: SGLangEngine(url, KEY, vocabulary) for i, url in enumerate(urls)}
+        with pytest.raises(SyncFailed) as caught:
+            StoredSync(path).sync(servers, 4)
+    broken = caught.value.broken
+    return broken, mocks[0].version, [mock.paused for mock in mocks]
+
+
+def test_an_engine_that_does_not_load_leaves_the_others_sampling(
+    ranks: Worlds, hf_dir: Path
+) -> None:
+    [(broken, version, paused)] = ranks(1).run(_beside_others, hf_dir)
+    assert sorted(broken) == [1, 3]
+    assert "told to refuse" in broken[1] and "ConnectError" in broken[3]
+    assert version == 4 and paused == [False, True, False]
 
 
 class _AnswersForItsFirstRank(MockSGLang):
