@@ -170,17 +170,22 @@ class IpcSync:
             handles: list[Any] = [None] * dist.get_world_size()
             dist.all_gather_object(handles, (self.backend.device_uuid(), address))
             error = _try(lambda: [self._pause(server) for server in leads.values()])
-        with ThreadPoolExecutor(1) as pool:
-            lent = dict(handles[member] for group in members.values() for member in group)
-            loading = [pool.submit(server.load_ipc, lent, version) for server in leads.values()]
-            lender = _Lender(address, loading, self.timeout, error) if members else None
-            try:
-                self._run(lender, phase)
-            finally:
-                if lender is not None:
-                    lender.abandon()
-                    error = lender.error
-                shutil.rmtree(folder)
+        lent = dict(handles[member] for group in members.values() for member in group)
+        # an engine that is broken may never answer, and is not waited for
+        loading = [_begin(partial(s.load_ipc, lent, version)) for s in leads.values()]
+        lender = _Lender(address, loading, self.timeout, error) if members else None
+        try:
+            self._run(lender, phase)
+        except BaseException as failure:
+            # of this rank alone, which ends of it; its engine is told, and does not wait for more
+            if lender:
+                lender.error = lender.error or _in_words(failure)
+            raise
+        finally:
+            if lender:
+                lender.abandon()
+                error = lender.error
+            shutil.rmtree(folder)
         with phase("resume"):
             _resume(leads, version, dict.fromkeys(members, error) if error else {})
         return phase.result()
@@ -275,7 +280,12 @@ class _Lender:
     def abandon(self) -> None:
         """Let go of the engine, which waits for more after an error."""
         if self.error:
-            with suppress(zmq.ZMQError):  # it owes an answer still, and may never give it
+            self.timeout = min(self.timeout, LEAVE_SECONDS)
+            with suppress(Exception):  # it may be gone
+                # it may owe an answer, before which nothing can be sent
+                self._until(zmq.POLLIN | zmq.POLLOUT)
+                if self.socket.poll(0, zmq.POLLIN):
+                    self.socket.recv()
                 self.socket.send_pyobj(RuntimeError(self.error), zmq.NOBLOCK)
         self.socket.close(linger=1000 if self.error else 0)
 

@@ -448,6 +448,24 @@ def test_an_engine_that_a_sync_broke_is_started_again(fleet: Ranks) -> None:
     assert [new[1] - old[1] for old, new in zip(before, after, strict=True)] == [1, 0]
 
 
+def _out_of_memory() -> str:
+    def fails(leases: Sequence[Lease], version: int) -> dict[str, float]:
+        raise torch.OutOfMemoryError("no room")
+
+    refit, _fleet._refit = _fleet._refit, fails
+    try:
+        _sync(8)
+    except torch.OutOfMemoryError as error:
+        return str(error)
+    finally:
+        _fleet._refit = refit
+    return "no error"
+
+
+def test_an_error_of_a_rank_itself_ends_the_run(fleet: Ranks) -> None:
+    assert fleet.run(_out_of_memory) == ["no room"] * 2
+
+
 @pytest.mark.parametrize("case", [*CASES, *SEEDED], ids=lambda case: case.__name__)
 def test_contract_of_the_client_of_an_actor(
     fleet: Ranks, case: Callable[[EngineClient], Awaitable[None]]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
@@ -310,6 +311,53 @@ def test_an_engine_one_rank_of_which_failed_does_not_sample_whatever_version_it_
     assert server == (3, True)
     assert broken == others and list(broken) == [1]
     assert broken[1].startswith("rank 1: ") and "no room" in broken[1]
+
+
+class _Told(MockSGLang):
+    """Keeps what its ranks were told instead of weights."""
+
+    def __init__(self, hf_dir: Path) -> None:
+        super().__init__(hf_dir)
+        self.told: list[str] = []
+
+    def _update(self, handle: str) -> dict[str, torch.Tensor]:
+        try:
+            return super()._update(handle)
+        except RuntimeError as error:
+            self.told.append(str(error))
+            return {}
+
+
+def _out_of_memory(path: Path) -> Any:
+    """What an engine is told when its trainers have no memory for the third bucket."""
+    model = _model(path, Layout(tensor=2))
+    with ExitStack() as stack:
+        mock, box = None, [""]
+        if dist.get_rank() == 0:
+            mock = _Told(path)
+            box = [stack.enter_context(serve(mock))]
+        dist.broadcast_object_list(box, src=0)
+        engine = SGLangEngine(box[0], KEY, Vocabulary.of(path))
+        sync = IpcSync(model, {1: [0, 1]}, bucket_bytes=2**15)
+        fill, third = sync.plan.fill, sync.plan.buckets[2]
+
+        def fails(bucket: Any, *arguments: Any) -> Any:
+            if bucket is third:
+                raise torch.OutOfMemoryError("no room")
+            return fill(bucket, *arguments)
+
+        stack.enter_context(patch.object(sync.plan, "fill", fails))
+        with pytest.raises(torch.OutOfMemoryError):
+            sync.sync({1: engine}, 3)
+        deadline = time.monotonic() + 60
+        while mock and len(mock.told) < 2 and time.monotonic() < deadline:
+            time.sleep(0.1)
+        return mock and mock.told
+
+
+def test_an_error_of_a_rank_itself_ends_it_and_the_load(ranks: Worlds, hf_dir: Path) -> None:
+    told, _ = ranks(2).run(_out_of_memory, hf_dir)
+    assert told == ["OutOfMemoryError: no room"] * 2
 
 
 def test_a_server_samples_from_the_trainers_own_ids_and_pixels(hf_dir: Path) -> None:
