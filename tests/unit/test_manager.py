@@ -10,6 +10,7 @@ from typing import Any
 from unittest.mock import patch
 
 import pytest
+import ray
 
 from prism_megatron.config import schema
 from prism_megatron.rollout import manager
@@ -109,7 +110,7 @@ def in_world(test: Callable[[World], Coroutine[Any, Any, None]]) -> Callable[[],
         with (
             patch.object(world.manager, "_place", placed),
             patch.object(world.manager, "_create", world.create),
-            patch.object(manager.ray, "kill", lambda actor: None),
+            patch.object(ray, "kill", lambda actor: None),
         ):
             async with asyncio.timeout(60):
                 await world.open()
