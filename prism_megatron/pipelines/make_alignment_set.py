@@ -46,10 +46,10 @@ def run(config: schema.MakeAlignmentSet) -> None:
     places: list[tuple[Source[Any], int]] = []
     contents: list[list[bytes]] = []
     types: dict[pa.DataType, None] = {}
-    for source, index, item in _items(config, quarantine):
+    for source, index, item, extra_info in _items(config, quarantine):
         places.append((source, index))
         contents.append(digests(item))
-        types[pa.infer_type([item["extra_info"]])] = None
+        types[extra_info] = None
     names = groups(contents)
     is_heldout = [drawn(name, config.run.seed, config.heldout_share) for name in names]
     if all(is_heldout):
@@ -73,8 +73,8 @@ def run(config: schema.MakeAlignmentSet) -> None:
 
 def _items(
     config: schema.MakeAlignmentSet, quarantine: Quarantine
-) -> Iterator[tuple[Source[Any], int, dict[str, Any]]]:
-    """Every usable row: where it is, and what becomes of it."""
+) -> Iterator[tuple[Source[Any], int, dict[str, Any], pa.DataType]]:
+    """Every usable row: where it is, what becomes of it, and the type of its extra_info."""
     sources: list[Any] = (
         open_sources(config.data, read_sft)
         if config.rows == "sft"
@@ -83,9 +83,19 @@ def _items(
     places = ((source, index) for source in sources for index in range(len(source)))
     for source, index in track(places, "reading", sum(map(len, sources))):
         try:
-            yield source, index, alignment_item(source[index])
+            item = alignment_item(source[index])
+            yield source, index, item, _type(item["extra_info"])
         except RowError as error:
             quarantine.add(source, index, str(error))
+
+
+def _type(extra_info: dict[str, Any]) -> pa.DataType:
+    """RowError if a parquet file can't hold it: lists there have values of one type."""
+    try:
+        # infer_type would take the type of the first value of a list for that of all
+        return pa.array([extra_info]).type
+    except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
+        raise RowError(f"malformed extra_info: {error}") from error
 
 
 def _schema(extra_info: Iterable[pa.DataType]) -> pa.Schema:

@@ -424,6 +424,29 @@ def test_a_teachers_responses_to_prompts_become_alignment_rows(tmp_path: Path, d
     assert read[1].extra_info == items[1]["extra_info"] | {"index": "p:1", "level": None}
 
 
+def test_extra_info_that_parquet_can_not_hold(tmp_path: Path, data: Path) -> None:
+    response = json.loads((data / "sft.json").read_text())[0]["messages"][1]["content"]
+    rows = [
+        {
+            "prompt": [{"role": "user", "content": "q"}],
+            "reward_model": {"ground_truth": "1"},
+            "teacher_response": response,
+            "extra_info": {"level": level},
+        }
+        for level in (1, [1, "a"], None, "hard")
+    ]
+    path = tmp_path / "p.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows[:3])))
+    config = alignment_config(tmp_path, path, rows="prompts", heldout_share=0.0)
+    make_alignment_set.run(config)
+    found = alignment_rows(tmp_path)["train"]
+    assert [row["extra_info"]["level"] for row in found] == [1, None]
+    assert "malformed extra_info" in (tmp_path / "run" / "quarantine.jsonl").read_text()
+    path.write_text("\n".join(map(json.dumps, rows)))
+    with pytest.raises(ValueError, match="extra_info can't be written to one file: .*level"):
+        make_alignment_set.run(config)
+
+
 def stats(out: Path, model: Path, **values: Any) -> dict[str, Any]:
     config = schema.DataStats.model_validate({"run": {"dir": out}, "model": model} | values)
     out.mkdir(exist_ok=True)
