@@ -50,9 +50,7 @@ class Rewards(Section):
     rules: Defect = "corrected"
     """corrected: one comparison for all answers, by meaning; reference: those of the reference's
     reward functions, chosen by data_source, with their errors."""
-    sources: dict[str, Literal["mm_gad", "geo3k", "math_verify", "llm_judge"]] = Field(
-        default_factory=dict
-    )
+    sources: dict[str, Literal["mm_gad", "geo3k", "math_verify", "llm_judge"]] = Field({})
     """Reward function of a data_source, beside those that the reference registers (mm_gad,
     hiyouga/geometry3k, math-77k, visual_logic-26k); mm_gad for all others. With rules=corrected
     only llm_judge makes a difference."""

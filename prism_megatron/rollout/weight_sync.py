@@ -169,7 +169,7 @@ class IpcSync:
         with phase("pause"):
             handles: list[Any] = [None] * dist.get_world_size()
             dist.all_gather_object(handles, (self.backend.device_uuid(), address))
-            error = _try(lambda: [self._pause(server) for server in leads.values()])
+            error = "; ".join(_each(leads, self._pause).values())
         lent = dict(handles[member] for group in members.values() for member in group)
         # an engine that is broken may never answer, and is not waited for
         loading = [_begin(partial(s.load_ipc, lent, version)) for s in leads.values()]

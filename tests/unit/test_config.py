@@ -187,9 +187,14 @@ def test_a_wrong_precision_is_refused(write: Write, override: str, wanted: str) 
 def test_what_the_cpu_backend_cannot_do_with_optimizer_state_is_refused(
     write: Write, override: str
 ) -> None:
-    own, key = write("sft.yaml", SFT), f"optimizer.{override}"
-    assert "but backend=cpu keeps float32 moments in host memory" in message(own, key)
-    assert load_sft(own, key, "backend=cuda").backend == "cuda"
+    own, keys = write("sft.yaml", SFT), (f"optimizer.{override}", "optimizer.betas=[0.9,0.995]")
+    assert "but backend=cpu keeps float32 moments in host memory" in message(own, *keys)
+    assert load_sft(own, *keys, "backend=cuda").backend == "cuda"
+
+
+def test_second_moments_that_would_only_rise_are_refused(write: Write) -> None:
+    keys = ("backend=cuda", "optimizer.moments=bfloat16", "optimizer.betas=[0.8,0.999]")
+    assert "moments=bfloat16 with betas=[0.8, 0.999]" in message(write("sft.yaml", SFT), *keys)
 
 
 @pytest.mark.parametrize("key", schema.NOT_SUPPORTED)

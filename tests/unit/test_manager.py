@@ -86,7 +86,7 @@ class World:
     async def open(self) -> None:
         await self.manager.start()
         await self.manager.expect(0)
-        await self.manager.confirm()
+        await self.manager.confirm({})
         assert self.states() == ["healthy", "healthy"]
 
     def create(self, number: int) -> Actor:
@@ -141,7 +141,7 @@ async def test_an_engine_that_loads_is_not_asked_for_its_health(world: World) ->
     world.actors[0].idle.set()
     for actor in world.actors:
         actor.version = 1
-    await world.manager.confirm()
+    await world.manager.confirm({})
     assert world.states() == ["healthy", "healthy"]
     # afterwards one that hangs is noticed
     world.actors[0].idle.clear()

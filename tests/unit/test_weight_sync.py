@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from prism_megatron.config.schema import Sampling
-from prism_megatron.rollout.http_engine import CONTROL_SECONDS, LOAD_SECONDS
+from prism_megatron.rollout.engine import LOAD_SECONDS
+from prism_megatron.rollout.http_engine import CONTROL_SECONDS
 from prism_megatron.rollout.sglang import SGLangEngine
 from prism_megatron.rollout.vllm import VLLMEngine
 from prism_megatron.rollout.vocabulary import Vocabulary
