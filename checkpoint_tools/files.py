@@ -9,7 +9,7 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import IO, Any
@@ -80,6 +80,22 @@ def new_folder(name: str) -> Path:
     if path.exists():
         raise argparse.ArgumentTypeError(f"{path} exists; remove it or choose another folder")
     return path
+
+
+def check_replaceable(
+    out: Path, sources: Sequence[Path], is_result: Callable[[Path], bool]
+) -> None:
+    """ValueError if writing the folder `out` would remove anything but an earlier result."""
+    for source in sources:
+        if source.resolve().is_relative_to(out.resolve()):
+            raise ValueError(f"out={out} would replace {source}, which it is made from")
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"out={out} is a file; choose another place")
+    if out.exists() and any(out.iterdir()) and not is_result(out):
+        raise ValueError(
+            f"out={out} holds something else than an earlier result of this stage, which would be "
+            "lost; choose another folder, or remove it"
+        )
 
 
 def staging_of(out: Path) -> Path:

@@ -182,7 +182,16 @@ def _with_stage(job: Job, has_ray: bool) -> Job:
                 "set rollout.kind, or leave ENGINE_NODES out"
             )
         return job
+    if job.nodes > 1 and rollout.kind != "local" and rollout.interface is None:
+        if job.interface is None:
+            raise ValueError(
+                f"{rollout.kind} servers listen on loopback, which ranks of other nodes do not "
+                "reach; set INTERFACE, or rollout.interface where servers have one of their own"
+            )
+        job = replace(job, arguments=(*job.arguments, f"rollout.interface={job.interface}"))
     if not job.engine_nodes:
+        if not has_ray and rollout.nodes > job.nodes:
+            raise ValueError(f"rollout.nodes={rollout.nodes}, but the job has {job.nodes} (NNODES)")
         resource = rollout.node_resource
         return replace(job, ray=job.nodes > 1 and not has_ray, resource=resource)
     if has_ray:

@@ -18,6 +18,7 @@ import atexit
 import contextlib
 import os
 import signal
+import socket
 import sys
 import threading
 import time
@@ -94,6 +95,16 @@ class _Work:
     interrupted: bool = False
 
 
+def check_reachable(config: schema.Rollout, hosts: Sequence[str]) -> None:
+    """ValueError if servers would listen where ranks do not reach them. hosts: of each rank."""
+    if config.interface is None and (len(set(hosts)) > 1 or config.nodes > 1):
+        raise ValueError(
+            f"{config.kind} servers on {config.nodes} nodes listen on loopback, which ranks on "
+            f"{len(set(hosts))} hosts ({', '.join(sorted(set(hosts))[:8])}) do not all reach; set "
+            "rollout.interface to the network interface between them"
+        )
+
+
 class RayFleet:
     """See the top of this file, and Fleet."""
 
@@ -124,6 +135,10 @@ class RayFleet:
         # ranks wait for the slowest one and for restarts, longer than any training collective
         patience = config.request_timeout * config.max_attempts + config.start_timeout
         self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=patience))
+        if server is not None:
+            hosts: list[str] = [""] * dist.get_world_size()
+            dist.all_gather_object(hosts, socket.gethostname(), group=self._group)
+            check_reachable(config, hosts)
         address, name = self._first(lambda: self._start(model, seed, logs))
         if not self._is_first:
             if not ray.is_initialized():

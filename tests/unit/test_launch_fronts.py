@@ -14,6 +14,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 SFT = "sft --config configs/quickstart/sft.yaml vars.dir=/r"
 RLVR = "rlvr --config configs/quickstart/rlvr.yaml vars.dir=/r rollout.kind=local"
+SERVERS = RLVR.replace("kind=local", "kind=sglang rollout.gpus=[0]")
+QUOTED = SERVERS.replace("rollout.gpus=[0]", "'rollout.gpus=[0]'")
 MLP = "MLP_WORKER_NUM=2 MLP_WORKER_RACK_RANK_INDEX=1 MLP_WORKER_0_HOST=worker-0 MLP_WORKER_GPU=8"
 ALONE_AT = "--standalone --local-addr 127.0.0.1"
 ALONE = f"python launch/ranks.py {ALONE_AT}"
@@ -49,6 +51,18 @@ ray start --address ADDRESS_OF_NODE_0:29502 \
 RAY_ADDRESS=ADDRESS_OF_NODE_0:29502 python launch/ranks.py --nnodes 2 --node-rank 1 \
 --master-addr node-a --master-port 29500 --nproc-per-node gpu -m prism_megatron {RLVR} \
 rollout.engines=2 rollout.nodes=2
+""",
+    # servers listen where other nodes reach them
+    f"""RAY_ADDRESS=ray:1 NNODES=2 NODE_RANK=0 MASTER_ADDR=node-a INTERFACE=ib0 \
+bash launch/torchrun.sh --dry-run {SERVERS}""": f"""
+# node 0 of 2: trainer
+GLOO_SOCKET_IFNAME=ib0 NCCL_SOCKET_IFNAME=ib0 python launch/ranks.py --nnodes 2 --node-rank 0 \
+--master-addr node-a --master-port 29500 --nproc-per-node gpu -m prism_megatron {QUOTED} \
+rollout.interface=ib0
+# node 1 of 2: trainer
+GLOO_SOCKET_IFNAME=ib0 NCCL_SOCKET_IFNAME=ib0 python launch/ranks.py --nnodes 2 --node-rank 1 \
+--master-addr node-a --master-port 29500 --nproc-per-node gpu -m prism_megatron {QUOTED} \
+rollout.interface=ib0
 """,
     # a running Ray cluster is not started again
     f"""RAY_ADDRESS=ray:1 NNODES=2 NODE_RANK=0 MASTER_ADDR=node-a \

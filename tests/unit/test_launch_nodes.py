@@ -349,6 +349,16 @@ def test_a_port_in_use_is_named(start: Callable[..., subprocess.Popen[str]]) -> 
             RLVR,
             "RAY_ADDRESS names a running one",
         ),
+        (
+            {"NNODES": "2", "INTERFACE": ""},
+            (*RLVR[:-1], "rollout.kind=sglang", "rollout.gpus=[0]"),
+            "sglang servers listen on loopback, which ranks of other nodes do not reach; set I",
+        ),
+        (
+            {},
+            (*RLVR, "rollout.engines=4", "rollout.nodes=4"),
+            "rollout.nodes=4, but the job has 1 (NNODES)",
+        ),
         ({"INTERFACE": "no0", "NNODES": "2"}, SFT, "INTERFACE=no0"),
         ({"INTERFACE": "", "NNODES": "2"}, SFT, "MASTER_ADDR=127.0.0.1 is 127.0.0.1 on node 0"),
         ({}, ("stf",), "did you mean sft"),

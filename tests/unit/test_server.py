@@ -21,6 +21,7 @@ from prism_megatron.config import schema
 from prism_megatron.config.schema import Sampling
 from prism_megatron.rollout import guard, outer_group, refit, sglang, vllm
 from prism_megatron.rollout.engine import EngineDied
+from prism_megatron.rollout.ray_fleet import check_reachable
 from prism_megatron.rollout.server import Endpoint, Server, ServerKind, address_of, outside_of_ranks
 from prism_megatron.rollout.weight_sync import BroadcastSync
 from prism_megatron.types import Prompt, Rollout
@@ -257,3 +258,15 @@ def test_an_interface_is_named_by_what_the_machine_has() -> None:
     assert address_of(None) == address_of("lo") == "127.0.0.1"
     with pytest.raises(ValueError, match=r"no IPv4 interface 'eth99'; it has .*lo"):
         address_of("eth99")
+
+
+def test_servers_that_other_hosts_cannot_reach_are_refused() -> None:
+    rollout = schema.Rollout(kind="sglang", gpus=(0,))
+    check_reachable(rollout, ["a", "a"])
+    with pytest.raises(
+        ValueError, match=r"on 2 hosts \(a, b\) do not all reach; set rollout.inter"
+    ):
+        check_reachable(rollout, ["a", "a", "b"])
+    check_reachable(rollout.model_copy(update={"interface": "ib0"}), ["a", "b"])
+    with pytest.raises(ValueError, match="sglang servers on 2 nodes listen on loopback"):
+        check_reachable(rollout.model_copy(update={"nodes": 2, "engines": 2}), ["a"])
