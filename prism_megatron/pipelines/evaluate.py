@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from rich.progress import track
-from transformers import Qwen3VLForConditionalGeneration
+from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from checkpoint_tools.files import write_atomically
@@ -125,7 +125,7 @@ def write_results(config: schema.Evaluate, scored: list[ScoredRow], quarantined:
 
 
 def greedy_responses(
-    model: Qwen3VLForConditionalGeneration,
+    model: PreTrainedModel,
     encoder: PromptEncoder,
     examples: list[Example],
     config: schema.Evaluate,

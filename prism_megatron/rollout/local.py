@@ -20,8 +20,9 @@ import torch
 from torch import Tensor
 from transformers import (
     AutoConfig,
+    AutoModelForImageTextToText,
     DynamicCache,
-    Qwen3VLForConditionalGeneration,
+    PreTrainedModel,
 )
 from transformers.initialization import no_init_weights
 
@@ -313,14 +314,12 @@ def sample_tokens(logits: Tensor, uniforms: Tensor, temperature: float, top_p: f
     return torch.searchsorted(cumulative, targets[:, None], right=True)[:, 0]
 
 
-def load_qwen3_vl(
-    hf_dir: Path, *, dtype: torch.dtype | Literal["auto"]
-) -> Qwen3VLForConditionalGeneration:
+def load_qwen3_vl(hf_dir: Path, *, dtype: torch.dtype | Literal["auto"]) -> PreTrainedModel:
     """from_pretrained that takes no missing, surplus or misshapen weight: ValueError naming them.
 
     dtype "auto" is the one that the weights were saved in.
     """
-    model, info = Qwen3VLForConditionalGeneration.from_pretrained(
+    model, info = AutoModelForImageTextToText.from_pretrained(
         hf_dir, dtype=dtype, output_loading_info=True
     )
     problems = {name: sorted(map(str, keys)) for name, keys in info.items() if keys}
@@ -330,9 +329,9 @@ def load_qwen3_vl(
     return model
 
 
-def _without_weights(hf_dir: Path, dtype: torch.dtype) -> Qwen3VLForConditionalGeneration:
+def _without_weights(hf_dir: Path, dtype: torch.dtype) -> PreTrainedModel:
     with no_init_weights():
-        model = Qwen3VLForConditionalGeneration._from_config(
+        model = AutoModelForImageTextToText.from_config(
             AutoConfig.from_pretrained(hf_dir), dtype=dtype
         )
     model.tie_weights()

@@ -11,6 +11,7 @@ from tokenizers import Tokenizer, models
 from torch import Tensor
 from transformers import (
     GenerationConfig,
+    PreTrainedModel,
     PreTrainedTokenizerFast,
     Qwen3VLForConditionalGeneration,
 )
@@ -34,7 +35,7 @@ def tiny_model(*, tied: bool = False, seed: int = 0) -> Qwen3VLForConditionalGen
     return model
 
 
-def save(model: Qwen3VLForConditionalGeneration, folder: Path) -> Path:
+def save(model: PreTrainedModel, folder: Path) -> Path:
     model.save_pretrained(folder)
     vocabulary = {f"t{i}": i for i in range(TOKENIZER_SIZE)}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="t0"))
@@ -82,9 +83,7 @@ def sampling(**changes: object) -> Sampling:
     return Sampling(**{"n": 3, "max_new_tokens": 12, "batch_size": 64, **changes})
 
 
-def full_forward_logits(
-    model: Qwen3VLForConditionalGeneration, prompt: Prompt, response: Sequence[int]
-) -> Tensor:
+def full_forward_logits(model: PreTrainedModel, prompt: Prompt, response: Sequence[int]) -> Tensor:
     """[len(response), vocab]: logits that predict the response, from one uncached forward."""
     input_ids = torch.tensor([[*prompt.input_ids, *response]])
     images = {}
@@ -100,9 +99,7 @@ def full_forward_logits(
     return logits[len(prompt.input_ids) - 1 : -1]
 
 
-def full_forward_logprobs(
-    model: Qwen3VLForConditionalGeneration, prompt: Prompt, rollout: Rollout
-) -> Tensor:
+def full_forward_logprobs(model: PreTrainedModel, prompt: Prompt, rollout: Rollout) -> Tensor:
     logits = full_forward_logits(model, prompt, rollout.ids)
     return logits.log_softmax(-1).gather(-1, torch.tensor(rollout.ids)[:, None])[:, 0]
 
@@ -244,6 +241,22 @@ def test_loaded_weights_are_sampled_with_and_versioned(hf_dir: Path) -> None:
     assert rollout.weight_version == engine.weight_version == 5
     expected = full_forward_logprobs(tiny_model(seed=99), prompts()[0], rollout)
     torch.testing.assert_close(torch.tensor(rollout.logprobs), expected, atol=1e-4, rtol=0)
+
+
+def test_a_mixture_of_experts_is_sampled_from(tmp_path: Path) -> None:
+    """From a directory, and from weights that come later."""
+    model = tiny_models.build("moe", seed=3)
+    model.generation_config = GenerationConfig(eos_token_id=[IM_END], pad_token_id=ENDOFTEXT)
+    path = save(model, tmp_path)
+    stored, loaded = LocalEngine(path, seed=7), LocalEngine(path, seed=7, pretrained=False)
+    loaded.load_weights(model.named_parameters(), 0)
+    found = stored.generate(prompts(), sampling(), step=0)
+    others = loaded.generate(prompts(), sampling(), step=0)
+    for prompt, group, other in zip(prompts(), found, others, strict=True):
+        assert [rollout.ids for rollout in group] == [rollout.ids for rollout in other]
+        for rollout in group:
+            expected = full_forward_logprobs(model, prompt, rollout)
+            torch.testing.assert_close(torch.tensor(rollout.logprobs), expected, atol=1e-4, rtol=0)
 
 
 def test_the_engine_keeps_its_weights_while_the_trainer_goes_on(hf_dir: Path) -> None:
