@@ -312,7 +312,7 @@ def test_ranks_that_read_alike_ask_each_other_once_a_batch(tmp_path: Path) -> No
 
 def test_all_ranks_convert_what_all_can_read(tmp_path: Path) -> None:
     def converted(rank: int, gather: Any) -> list[str]:
-        quarantine = Quarantine(tmp_path / f"{rank}.jsonl", 0.5, gather=gather)
+        quarantine = Quarantine(tmp_path / f"{rank}.jsonl", 0.6, gather=gather)
         sources: Any = [Numbers(5, bad=(rank,)), Numbers(2, name="more", first=1000)]
         return convert_all(sources, str, quarantine)
 
