@@ -76,7 +76,7 @@ class Source[R: Row]:
     def row_id(self, index: int) -> str:
         """Name of a row, also of one that can't be read; no other row has it, whatever its files
         are called."""
-        return f"{self.name}:{index}"
+        return f"{self.name}:{index if self._chosen is None else self._chosen[index]}"
 
     def __getitem__(self, index: int) -> R:
         rows, place = self.place(index)
@@ -102,10 +102,11 @@ def open_sources[R: Row](data: schema.Data, read: Read[R]) -> list[Source[R]]:
 
 def find_row[R: Row](sources: Sequence[Source[R]], name: str) -> R:
     """The row of that name; ValueError if no source has it."""
-    of, _, number = name.rpartition(":")
     for source in sources:
-        if source.name == of and number.isdecimal() and int(number) < len(source):
-            return source[int(number)]
+        if name.rpartition(":")[0] == source.name:
+            for index in range(len(source)):
+                if source.row_id(index) == name:
+                    return source[index]
     raise ValueError(
         f"no row is called {name}, which a checkpoint carries along; give it the same data, or "
         "start a new run.dir from the exported model"
