@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -288,16 +288,22 @@ class _AnswersForItsFirstRank(MockSGLang):
             ipc_load.receive(handle, torch.device("cpu"), take, lambda: None)
 
 
-def _half_loaded(path: Path) -> Any:
-    """The engines that a sync broke, and the version that the server has, and whether it waits."""
-    model = _model(path, Layout(tensor=2))
+@contextmanager
+def _served[M: MockSGLang](kind: Callable[[Path], M], path: Path) -> Iterator[tuple[M | None, Any]]:
+    """A server of rank 0's, which other ranks do not have, and a client of it."""
     with ExitStack() as stack:
         mock, box = None, [""]
         if dist.get_rank() == 0:
-            mock = _AnswersForItsFirstRank(path)
+            mock = kind(path)
             box = [stack.enter_context(serve(mock))]
         dist.broadcast_object_list(box, src=0)
-        engine = SGLangEngine(box[0], KEY, Vocabulary.of(path))
+        yield mock, SGLangEngine(box[0], KEY, Vocabulary.of(path))
+
+
+def _half_loaded(path: Path) -> Any:
+    """The engines that a sync broke, and the version that the server has, and whether it waits."""
+    model = _model(path, Layout(tensor=2))
+    with _served(_AnswersForItsFirstRank, path) as (mock, engine):
         sync = IpcSync(model, {1: [0, 1]}, bucket_bytes=2**15, timeout_seconds=20)
         with pytest.raises(SyncFailed) as caught:
             sync.sync({1: engine}, 3)
@@ -331,13 +337,7 @@ class _Told(MockSGLang):
 def _out_of_memory(path: Path) -> Any:
     """What an engine is told when its trainers have no memory for the third bucket."""
     model = _model(path, Layout(tensor=2))
-    with ExitStack() as stack:
-        mock, box = None, [""]
-        if dist.get_rank() == 0:
-            mock = _Told(path)
-            box = [stack.enter_context(serve(mock))]
-        dist.broadcast_object_list(box, src=0)
-        engine = SGLangEngine(box[0], KEY, Vocabulary.of(path))
+    with _served(_Told, path) as (mock, engine):
         sync = IpcSync(model, {1: [0, 1]}, bucket_bytes=2**15)
         fill, third = sync.plan.fill, sync.plan.buckets[2]
 
@@ -346,8 +346,8 @@ def _out_of_memory(path: Path) -> Any:
                 raise torch.OutOfMemoryError("no room")
             return fill(bucket, *arguments)
 
-        stack.enter_context(patch.object(sync.plan, "fill", fails))
-        with pytest.raises(torch.OutOfMemoryError):
+        broken = patch.object(sync.plan, "fill", fails)
+        with broken, pytest.raises(torch.OutOfMemoryError):
             sync.sync({1: engine}, 3)
         deadline = time.monotonic() + 60
         while mock and len(mock.told) < 2 and time.monotonic() < deadline:
