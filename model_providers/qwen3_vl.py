@@ -364,13 +364,7 @@ class Qwen3VLChunk(MegatronModule):
         self.architecture, self.parallel, self.backend, self.head = config, parallel, backend, head
         self.pre_process = language_model.pre_process
         self.post_process = language_model.post_process
-        self.language_model = language_model
-        self.entropy = options.entropy
-        self.routers = [m for m in self.modules() if isinstance(m, SectionRouter)]
-        for place, router in enumerate(self.routers):
-            router.place = place
-        self.first_router = 0
-        self.routes: Tensor | None = None
+        # in the order of use: gradients are reduced in the reverse of it (gradient_overlap.py)
         if self.pre_process:
             self.vision_model = VisionModel(
                 vision_transformer_config(config, parallel.layout, backend, options.recompute),
@@ -378,6 +372,13 @@ class Qwen3VLChunk(MegatronModule):
                 parallel,
                 backend,
             )
+        self.language_model = language_model
+        self.entropy = options.entropy
+        self.routers = [m for m in self.modules() if isinstance(m, SectionRouter)]
+        for place, router in enumerate(self.routers):
+            router.place = place
+        self.first_router = 0
+        self.routes: Tensor | None = None
         self._payload: Tensor | None = None
 
     @property
@@ -509,11 +510,12 @@ class Qwen3VLChunk(MegatronModule):
 
     def _embed(self, batch: Batch, share: ContextShare, rows: _VisualRows) -> tuple[Tensor, Tensor]:
         """-> hidden [T_local, 1, h] with the images in place, deepstack features [F, V, h]."""
+        # first, so that its gradients come last: the others' are reduced meanwhile
+        features = self._image_features(batch)
         ids = share.take(batch.input_ids, 0)
         hidden = self.language_model.embedding.word_embeddings(ids.unsqueeze(0))
         if not self.config.sequence_parallel:
             hidden = hidden.transpose(0, 1).contiguous()
-        features = self._image_features(batch)
         if self.parallel.layout.vision == "sharded" and self.config.sequence_parallel:
             features = tensor_parallel.copy_to_tensor_model_parallel_region(
                 features, group=self.parallel.groups.tp

@@ -3,6 +3,7 @@ objectives, and to one rank."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
@@ -604,6 +605,29 @@ def _rates(path: Path) -> list[float]:
     runner = checks.make_runner(path, Layout(), optimizer=settings)
     loss = checks.weighted_loss(30)
     return [runner.train_step(checks.mixed_batch()[:1], loss).lr for _ in range(10)]
+
+
+def _places(path: Path) -> tuple[list[str], list[str]]:
+    """The model's parts as they were registered, and as the last gradient of each was there."""
+    runner = checks.make_runner(path, Layout(), micro_batch_tokens=4096)
+    arrived: list[str] = []
+    defined: list[str] = []
+    for name, parameter in runner.model.chunks[0].named_parameters():
+        part = re.sub(
+            r"^(vision_model|.*?embedding|.*layers\.\d+|.*norm|.*output_layer)\..*", r"\1", name
+        )
+        defined += [part] * (part not in defined)
+        parameter.register_hook(lambda _, part=part: arrived.append(part))
+    runner.forward_backward(checks.mixed_batch(), checks.weighted_loss(30))
+    return defined, sorted(defined, key=lambda part: len(arrived) - arrived[::-1].index(part))
+
+
+def test_gradients_come_in_the_reverse_order_of_the_parameters(
+    ranks: Worlds, hf_models: dict[str, Path]
+) -> None:
+    """In which buckets are reduced: one that waits for a late gradient keeps all others waiting."""
+    [(defined, arrived)] = ranks(1).run(_places, hf_models["dense"])
+    assert len(defined) == 8 and arrived == defined[::-1]
 
 
 def _update_with_idle_responses(path: Path, layout: Layout) -> tuple[Weights, Any]:

@@ -1,12 +1,14 @@
 r"""The CUDA backend against the CPU backend: the same weights and batch, loss and gradients.
 
-    python -m tests.gpu.check_cuda_backend reference DIR        # anywhere: model, loss, gradients
-    torchrun --nproc-per-node N -m tests.gpu.check_cuda_backend compare DIR --tensor T --expert E \
-        --context C --pipeline P --virtual-pipeline V --vision replicated
+    # anywhere: model, loss, gradients
+    python -m tests.gpu.check_cuda_backend reference DIR [--tied]
+    torchrun --nproc-per-node N -m tests.gpu.check_cuda_backend compare DIR [--tied] --tensor T \
+        --expert E --context C --pipeline P --virtual-pipeline V --vision replicated
 
 BF16 with Transformer Engine can't equal fp32 to the last bit: what is asked is that every gradient
 points where the fp32 one points (cosine above 0.98), as long as it (within 6 percent), and that ten
-optimizer steps lower the loss. The experts' tokens are those that fp32 chose, replayed: where two
+optimizer steps lower the loss; with --tied, after which all ranks still have one embedding, those
+of a pipeline's last stage too. The experts' tokens are those that fp32 chose, replayed: where two
 experts are nearly as good, a last bit decides, and tokens that go elsewhere move the loss by as
 much as all rounding does. How many would, and the loss then, are told besides. Prints one JSON
 object.
@@ -67,14 +69,14 @@ TEXT = dict(
 EXPERTS = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=384)
 
 
-def raw_config(moe: bool) -> dict[str, Any]:
+def raw_config(moe: bool, tied: bool = False) -> dict[str, Any]:
     return dict(
         model_type="qwen3_vl_moe" if moe else "qwen3_vl",
         text_config=TEXT | (EXPERTS if moe else {}),
         vision_config=VISION,
         image_token_id=IMAGE,
         video_token_id=501,
-        tie_word_embeddings=False,
+        tie_word_embeddings=tied,
     )
 
 
@@ -115,12 +117,17 @@ def loss_of(head: Head) -> Any:
 
 
 def build(
-    backend: Any, layout: Layout, directory: Path, head: Head, **optimizer: Any
+    backend: Any,
+    layout: Layout,
+    directory: Path,
+    head: Head,
+    tied: bool = False,
+    **optimizer: Any,
 ) -> ModelRunner:
     parallel = ParallelState.create(layout)
     backend.seed(1, parallel)
     kind = "moe" if head == "score" else "dense"
-    config = Qwen3VLConfig.from_dict(raw_config(head == "score"), kind)
+    config = Qwen3VLConfig.from_dict(raw_config(head == "score", tied), kind)
     model = Qwen3VLModel(config, parallel, backend, head).to(backend.device)
     file = directory / f"{kind}.safetensors"
     if not file.exists():
@@ -165,12 +172,24 @@ def gradients(
     return sums["loss"], grads
 
 
-def reference(directory: Path) -> None:
+def embeddings(runner: ModelRunner) -> list[Tensor]:
+    """Every copy of every rank's part of the embedding, gathered on all ranks."""
+    held = [
+        chunk.language_model.embedding.word_embeddings.weight.detach().float().cpu()
+        for chunk in runner.model.chunks
+        if hasattr(chunk.language_model, "embedding")
+    ]
+    box: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(box, held)
+    return [copy for copies in box for copy in copies]
+
+
+def reference(directory: Path, tied: bool) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     backend = backends.create("cpu")
     backend.init_process_group()
     for head in ("language", "score"):
-        runner = build(backend, Layout(), directory, head)
+        runner = build(backend, Layout(), directory, head, tied)
         loss, grads = gradients(runner, head, batch())
         save_file(grads, directory / f"{head}_grads.safetensors")
         if head == "score":
@@ -180,16 +199,16 @@ def reference(directory: Path) -> None:
         print(head, "loss", loss, "gradients", len(grads))
 
 
-def compare(directory: Path, sizes: dict[str, Any]) -> dict[str, Any]:
+def compare(directory: Path, sizes: dict[str, Any], tied: bool) -> dict[str, Any]:
     backend = backends.create("cuda")
     backend.init_process_group()
-    result: dict[str, Any] = dict(sizes)
+    result: dict[str, Any] = sizes | {"tied": tied}
     for head in ("language", "score"):
         layout = Layout(**sizes, sequence_parallel=sizes["tensor"] > 1)
         if head == "language":
             # the dense model has no experts
             layout = replace(layout, expert=1, expert_tensor=1)
-        runner = build(backend, layout, directory, head)
+        runner = build(backend, layout, directory, head, tied)
         sequences = batch()
         own: dict[str, float] = {}
         if head == "score":
@@ -230,10 +249,15 @@ def compare(directory: Path, sizes: dict[str, Any]) -> dict[str, Any]:
             "training_losses": losses,
             "ten_steps_s": time.monotonic() - started,
         }
+        if tied and head == "language":
+            first, *others = embeddings(runner)
+            gaps = [float((first - other).abs().max()) for other in others]
+            result["embeddings"] = {"copies": 1 + len(gaps), "largest_gap": max(gaps, default=0.0)}
     return result
 
 
 def check(result: dict[str, Any]) -> None:
+    assert result.get("embeddings", {}).get("largest_gap", 0.0) == 0.0, result["embeddings"]
     for head in ("language", "score"):
         part = result[head]
         assert abs(part["loss"] / part["loss_fp32"] - 1) < 0.02, part
@@ -251,13 +275,16 @@ def main() -> None:
     for size in SIZES:
         parser.add_argument(f"--{size.replace('_', '-')}", type=int, default=1)
     parser.add_argument("--vision", choices=("sharded", "replicated"), default="sharded")
+    parser.add_argument("--tied", action="store_true", help="the dense model's embedding and head")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     if options.what == "reference":
-        reference(options.directory)
+        reference(options.directory, options.tied)
         return
+    if options.tied and options.tensor > 1:
+        parser.error("--tied compares whole embeddings: --tensor 1")
     sizes = {size: getattr(options, size) for size in (*SIZES, "vision")}
-    result = compare(options.directory, sizes)
+    result = compare(options.directory, sizes, options.tied)
     names = ("torch", "megatron-core", "transformer-engine")
     result["versions"] = {name: importlib.metadata.version(name) for name in names}
     result["device"] = torch.cuda.get_device_name()

@@ -1,5 +1,7 @@
 r"""A training checkpoint on GPUs: three steps, save, three more against load and three more.
 
+It is written in the background, beside the steps that follow, of which it must have nothing.
+
     torchrun --nproc-per-node N -m tests.gpu.check_resume [--tensor T --expert E] \
         [--moments bfloat16] [--offload] --out FILE
 
@@ -47,8 +49,9 @@ def resumed(
         (hf / "config.json").write_text(json.dumps(check.raw_config(head == "score")))
     dist.barrier()
     path = folder / f"checkpoint-{head}"
-    first.save(path, hf)
+    saving = first.begin_save(path, hf, in_background=True)
     undisturbed = train(first)
+    saving.finish()
     plain = check.build(backend, layout, folder, head, **optimizer | {"offload": False})
     second = check.build(backend, layout, folder, head, **optimizer)
     second.load(path)

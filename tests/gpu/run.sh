@@ -74,12 +74,17 @@ bench() {
 # from FIRST COUNT: FIRST, or 0 where there are not COUNT more, for jobs that can share a GPU
 from() { echo $(($1 + $2 <= gpus ? $1 : 0)); }
 
+# reference_run DIR [--tied]: what the CPU backend finds in fp32
+reference_run() {
+    PYTHONPATH=${CPU_PYTHONPATH:-${PYTHONPATH:-}} CUDA_VISIBLE_DEVICES="" \
+        python3 -m tests.gpu.check_cuda_backend reference "$@" >"$out/reference.log" 2>&1 ||
+        { echo "reference: FAILED"; tail -n 3 "$out/reference.log"; touch "$out/failed"; return 1; }
+}
+
 parity() {
     local reference
     reference=$(mktemp -d)
-    PYTHONPATH=${CPU_PYTHONPATH:-${PYTHONPATH:-}} CUDA_VISIBLE_DEVICES="" \
-        python3 -m tests.gpu.check_cuda_backend reference "$reference" >"$out/reference.log" 2>&1 ||
-        { echo "reference: FAILED"; tail -n 3 "$out/reference.log"; touch "$out/failed"; return; }
+    reference_run "$reference" || return
     job parity-1 0 1 check_cuda_backend compare "$reference" &
     job parity-cp2 "$(from 1 2)" 2 check_cuda_backend compare "$reference" --context 2 &
     wait
@@ -93,6 +98,10 @@ parity() {
     job parity-tp2-tower 0 2 check_cuda_backend compare "$reference" --tensor 2 --vision replicated
     job parity-tp2-cp2 0 4 check_cuda_backend compare "$reference" --tensor 2 --context 2
     job parity-ep4 0 4 check_cuda_backend compare "$reference" --expert 4
+    rm -rf "$reference"/*
+    if reference_run "$reference" --tied; then
+        job tied-pp2 0 4 check_cuda_backend compare "$reference" --tied --pipeline 2
+    fi
     rm -rf "$reference"
 }
 
@@ -101,6 +110,7 @@ resume() {
     job resume-tp2-ep2 "$(from 1 2)" 2 check_resume --tensor 2 --expert 2 &
     job resume-bf16-moments "$(from 3 1)" 1 check_resume --moments bfloat16 --offload &
     wait
+    job resume-offload-tp2-ep2 0 2 check_resume --tensor 2 --expert 2 --moments bfloat16 --offload
 }
 
 fp8params() {
@@ -153,7 +163,11 @@ save() {
         --save "${SAVES:-$out}"
 }
 
-dense() { bench dense-bf16 4 --model qwen3-vl-8b --rows 8 --profile "$out/dense-bf16.txt"; }
+dense() {
+    bench dense-bf16 4 --model qwen3-vl-8b --rows 8 --profile "$out/dense-bf16.txt"
+    bench dense-2gpu 2 --model qwen3-vl-8b --rows 8 --moments bfloat16 \
+        --profile "$out/dense-2gpu.txt"
+}
 fp8() {
     local recipe
     for recipe in tensorwise blockwise delayed; do
