@@ -1,7 +1,7 @@
 """The backend seam: device, collectives, layer kernels and precision, chosen once at start.
 
-Nothing else asks where it runs. What a backend can't do is data (`supports`), compared with the
-configuration before a model is built.
+Nothing else asks where it runs. What a backend can do is data (`Abilities`), compared with the
+configuration before a model is built, and known where its device is not.
 """
 
 from __future__ import annotations
@@ -21,21 +21,15 @@ from megatron.core.models.backends import BackendSpecProvider
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from torch import Tensor
 
-from model_providers.parallel import Layout, ParallelState
+from model_providers.parallel import ParallelState
 
 
 @dataclass(frozen=True)
-class Backend:
-    """Where models run and out of what they are built."""
+class Abilities:
+    """What a backend can do."""
 
     name: str
-    device: torch.device
     dtype: torch.dtype
-    process_group_backend: str
-    layers: BackendSpecProvider
-    cross_entropy: Callable[[Tensor, Tensor, dist.ProcessGroup], Tensor]
-    """(logits [T, vocab / tensor], labels [T], tensor group) -> -log p(labels) [T] in fp32; may
-    overwrite the logits."""
     moe_dispatcher: str
     fp8: bool
     """Whether its linear layers can compute in FP8."""
@@ -47,18 +41,44 @@ class Backend:
     """Whether a decoder layer's activations can lie in host memory until its backward pass."""
     async_collectives: bool
     """Whether a collective can run beside the computation."""
-    supports: dict[str, int]
-    """Largest size of each parallel dimension that this backend can run; absent means any."""
 
-    def check(self, layout: Layout) -> None:
-        """ValueError if the layout asks for what this backend can't do."""
-        for name, largest in self.supports.items():
-            asked = getattr(layout, name)
-            if asked > largest:
-                raise ValueError(
-                    f"backend {self.name!r} runs {name} parallelism up to {largest}, the layout "
-                    f"asks for {asked}; lower it or choose another backend"
-                )
+
+ABILITIES = {
+    "cpu": Abilities(
+        name="cpu",
+        dtype=torch.float32,
+        # alltoall wants CUDA streams
+        moe_dispatcher="allgather",
+        fp8=False,
+        fused_kernels=False,
+        # megatron.core's recomputation of norms and activations wants Transformer Engine
+        recompute_modules=frozenset({"core_attn", "mlp", "moe"}),
+        activation_offload=False,
+        async_collectives=False,
+    ),
+    "cuda": Abilities(
+        name="cuda",
+        dtype=torch.bfloat16,
+        moe_dispatcher="alltoall",
+        fp8=True,
+        fused_kernels=True,
+        recompute_modules=frozenset({"core_attn", "mlp", "moe", "layernorm", "moe_act"}),
+        activation_offload=True,
+        async_collectives=True,
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Backend(Abilities):
+    """Where models run and out of what they are built."""
+
+    device: torch.device
+    process_group_backend: str
+    layers: BackendSpecProvider
+    cross_entropy: Callable[[Tensor, Tensor, dist.ProcessGroup], Tensor]
+    """(logits [T, vocab / tensor], labels [T], tensor group) -> -log p(labels) [T] in fp32; may
+    overwrite the logits."""
 
     def to_device(self, host: Tensor) -> Tensor:
         """The same on the device; the host does not wait for the copy."""
@@ -181,21 +201,11 @@ def _cpu() -> Backend:
 
     megatron_cpu.apply()
     return Backend(
-        name="cpu",
+        **vars(ABILITIES["cpu"]),
         device=torch.device("cpu"),
-        dtype=torch.float32,
         process_group_backend="gloo",
         layers=TorchSpecProvider(),
         cross_entropy=cross_entropy,
-        # alltoall wants CUDA streams
-        moe_dispatcher="allgather",
-        fp8=False,
-        fused_kernels=False,
-        # megatron.core's recomputation of norms and activations wants Transformer Engine
-        recompute_modules=frozenset({"core_attn", "mlp", "moe"}),
-        activation_offload=False,
-        async_collectives=False,
-        supports={},
     )
 
 
@@ -217,17 +227,9 @@ def _cuda() -> Backend:
 
     use_fused_norm()
     return Backend(
-        name="cuda",
+        **vars(ABILITIES["cuda"]),
         device=torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))),
-        dtype=torch.bfloat16,
         process_group_backend="nccl",
         layers=TransformerEngineSpecProvider(),
         cross_entropy=cross_entropy,
-        moe_dispatcher="alltoall",
-        fp8=True,
-        fused_kernels=True,
-        recompute_modules=frozenset({"core_attn", "mlp", "moe", "layernorm", "moe_act"}),
-        activation_offload=True,
-        async_collectives=True,
-        supports={},
     )

@@ -8,9 +8,22 @@ import torch
 from megatron.core.transformer.moe.fused_a2a import HAVE_DEEP_EP, HAVE_HYBRIDEP
 
 from model_providers.architecture import Qwen3VLConfig
-from model_providers.backend import Backend
-from model_providers.config import Dispatcher, Recompute
+from model_providers.backend import Abilities
+from model_providers.config import Dispatcher, Recompute, TrainingOptions
 from model_providers.parallel import Layout
+
+
+def check_model(
+    config: Qwen3VLConfig, layout: Layout, options: TrainingOptions, backend: Abilities
+) -> None:
+    """ValueError if a backend of these abilities can't lay this model out and train it so."""
+    check_layout(config, layout)
+    dtype = torch.float8_e4m3fn if options.precision.fp8 else backend.dtype
+    check_experts(config, layout, dtype)
+    check_recompute(config, options.recompute, backend)
+    check_offload(config, options.offload_layers, layout, options.recompute, backend)
+    check_dispatcher(config, options.dispatcher, layout, backend)
+    options.precision.check(backend, config, layout, options.recompute)
 
 
 def check_layout(config: Qwen3VLConfig, layout: Layout) -> None:
@@ -62,7 +75,7 @@ def check_experts(config: Qwen3VLConfig, layout: Layout, dtype: torch.dtype) -> 
             )
 
 
-def check_recompute(config: Qwen3VLConfig, recompute: Recompute, backend: Backend) -> None:
+def check_recompute(config: Qwen3VLConfig, recompute: Recompute, backend: Abilities) -> None:
     """ValueError if the backend or this model has no such module to compute again."""
     asked = set(recompute.modules)
     if missing := asked - backend.recompute_modules:
@@ -80,7 +93,7 @@ def check_recompute(config: Qwen3VLConfig, recompute: Recompute, backend: Backen
 
 
 def check_offload(
-    config: Qwen3VLConfig, layers: int, layout: Layout, recompute: Recompute, backend: Backend
+    config: Qwen3VLConfig, layers: int, layout: Layout, recompute: Recompute, backend: Abilities
 ) -> None:
     """ValueError if the activations of so many decoder layers can't lie in host memory."""
     if not layers:
@@ -105,7 +118,7 @@ def check_offload(
 
 
 def check_dispatcher(
-    config: Qwen3VLConfig, dispatcher: Dispatcher, layout: Layout, backend: Backend
+    config: Qwen3VLConfig, dispatcher: Dispatcher, layout: Layout, backend: Abilities
 ) -> None:
     """ValueError if tokens can't be sent to this model's experts so."""
     if dispatcher == "alltoall":
@@ -121,7 +134,11 @@ def check_dispatcher(
             f"{config.num_experts} experts at expert={layout.expert}, expert_tensor="
             f"{layout.expert_tensor}; leave it out or spread experts over ranks"
         )
-    if not {"deepep": HAVE_DEEP_EP, "hybridep": HAVE_HYBRIDEP}[dispatcher]:
+
+
+def check_installed(dispatcher: Dispatcher) -> None:
+    """ValueError if this environment does not have the dispatcher's kernels."""
+    if not {"alltoall": True, "deepep": HAVE_DEEP_EP, "hybridep": HAVE_HYBRIDEP}[dispatcher]:
         raise ValueError(
             f"dispatcher={dispatcher!r} needs DeepEP with its kernels for it, which can't be "
             "imported; install it from github.com/deepseek-ai/DeepEP (branch hybrid-ep for "

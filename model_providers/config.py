@@ -13,7 +13,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
 from model_providers.architecture import SECTIONS, Qwen3VLConfig
-from model_providers.backend import Backend
+from model_providers.backend import Abilities, Backend
 from model_providers.parallel import Layout
 
 Dispatcher = Literal["alltoall", "deepep", "hybridep"]
@@ -61,7 +61,7 @@ class Precision:
         return {None: 1, "blockwise": 128}.get(self.fp8, 16)
 
     def check(
-        self, backend: Backend, config: Qwen3VLConfig, layout: Layout, recompute: Recompute
+        self, backend: Abilities, config: Qwen3VLConfig, layout: Layout, recompute: Recompute
     ) -> None:
         """ValueError if backend, model or layout can't compute so, or recompute it."""
         if self.fp8 is None:

@@ -241,16 +241,8 @@ class Qwen3VLModel(nn.Module):
         options: TrainingOptions = DEFAULT_OPTIONS,
     ) -> None:
         """Raises ValueError if layout or options do not fit the model or the backend."""
-        backend.check(parallel.layout)
-        checks.check_layout(config, parallel.layout)
-        dtype = torch.float8_e4m3fn if options.precision.fp8 else backend.dtype
-        checks.check_experts(config, parallel.layout, dtype)
-        checks.check_recompute(config, options.recompute, backend)
-        checks.check_offload(
-            config, options.offload_layers, parallel.layout, options.recompute, backend
-        )
-        checks.check_dispatcher(config, options.dispatcher, parallel.layout, backend)
-        options.precision.check(backend, config, parallel.layout, options.recompute)
+        checks.check_model(config, parallel.layout, options, backend)
+        checks.check_installed(options.dispatcher)
         super().__init__()
         self.architecture, self.parallel, self.backend, self.head = config, parallel, backend, head
         self.precision = options.precision

@@ -30,7 +30,7 @@ from typing import Any, NoReturn
 
 from checkpoint_tools.command import exit_status, rank, requeued_when_asked
 from prism_megatron.config import load as configuration
-from prism_megatron.config.schema import Evaluate, Section
+from prism_megatron.config.schema import Evaluate, Optimizer, Section
 
 ENTRY_POINTS = {
     "digit-sums": "prism_megatron.data.digit_sums:build",
@@ -152,6 +152,9 @@ def _stage(name: str, arguments: Sequence[str]) -> int:
             print(configuration.to_yaml(config), end="")
         return 0
     with requeued_when_asked():
+        if any(isinstance(section, Optimizer) and section.offload for _, section in config):
+            ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+            _function("prism_megatron.plan:check_host_memory")(config, world or 1, ranks)
         _save(config)
         _function(ENTRY_POINTS[name])(config)
     return 0
@@ -205,7 +208,7 @@ def _stage_parser(name: str) -> argparse.ArgumentParser:
         "--gpus",
         type=int,
         metavar="N",
-        help="with --dry-run: check layouts for N GPUs, and print batches and memory",
+        help="with --dry-run: check models and layouts for N GPUs, print batches and memory",
     )
     parser.add_argument(
         "overrides", nargs="*", metavar="section.field=value", help="win over the files"

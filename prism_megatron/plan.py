@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from checkpoint_tools.headers import hf_directory
-from model_providers import checks, memory
+from model_providers import memory
 from model_providers.architecture import Qwen3VLConfig
+from model_providers.backend import ABILITIES
 from model_providers.config import Recompute
 from model_providers.memory import Memory
 from model_providers.presets import PRESETS
@@ -24,8 +25,9 @@ from prism_megatron.config.schema import (
     Stage,
     Warmup,
 )
+from prism_megatron.environment import room_for
 from prism_megatron.objectives.sections import STREAMS
-from prism_megatron.training.setup import layout_of
+from prism_megatron.training.setup import check_models, layout_of, models_of
 
 GB = 1e9
 
@@ -104,18 +106,31 @@ def _sync(config: Align | RLVR, found: dict[str, Need]) -> str:
 def needs(config: Stage, gpus: int) -> tuple[dict[str, Need], dict[str, Path]]:
     """What each model of a stage takes, and the paths of those that are not there yet.
 
-    ValueError if a model can't be laid out so.
+    ValueError if a model can't be laid out and trained so.
     """
-    found, unknown = {}, {}
-    for name, model in config:
-        if not isinstance(model, Model):
-            continue
+    known, unknown = {}, {}
+    for name, model in models_of(config).items():
         if (architecture := _architecture(model.path)) is None:
             unknown[name] = model.path
         else:
-            checks.check_layout(architecture, layout_of(model.parallel))
-            found[name] = _need(config, name, model, architecture, gpus)
+            known[name] = architecture
+    check_models(config, known, ABILITIES[config.backend])
+    found = {name: _need(config, name, getattr(config, name), known[name], gpus) for name in known}
     return found, unknown
+
+
+def check_host_memory(config: Stage, gpus: int, ranks: int) -> None:
+    """ValueError if this host, which has so many of the ranks, has no room for the optimizers that
+    lie in its memory: Linux would kill a rank that wants more, without a word."""
+    found = needs(config, gpus)[0]
+    offloaded = {name: need.memory.optimizer for name, need in found.items() if need.offload}
+    wanted, there = ranks * sum(offloaded.values()), room_for(config.run.dir).memory
+    if wanted > there:
+        raise ValueError(
+            f"optimizers in host memory ({', '.join(offloaded)}) take {wanted / GB:.1f} GB of this "
+            f"host for its {ranks} rank(s), and {there / GB:.1f} GB are free; spread the run over "
+            "more GPUs, set moments=bfloat16, or leave offload out"
+        )
 
 
 def _architecture(path: Path) -> Qwen3VLConfig | None:

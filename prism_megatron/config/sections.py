@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -34,10 +34,15 @@ Defect = Literal["reference", "corrected"]
 """Something that the reference implementation gets wrong: as it does it, or put right."""
 
 
-class Section(BaseModel):
-    """Base of all configuration sections: frozen, and a misspelt key fails."""
+Decay = Annotated[float, Field(ge=0, lt=1)]
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+class Section(BaseModel):
+    """Base of all configuration sections: frozen; a misspelt key, inf and nan fail."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True
+    )
 
 
 class Run(Section):
@@ -230,7 +235,7 @@ class Optimizer(Section):
     """Peak learning rate."""
     weight_decay: float = Field(0.01, ge=0)
     """Decoupled weight decay; biases and norms are exempt."""
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[Decay, Decay] = (0.9, 0.999)
     """Adam's exponential decay rates."""
     eps: float = Field(1e-8, gt=0)
     """Adam's denominator offset."""

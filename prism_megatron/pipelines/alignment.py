@@ -79,9 +79,7 @@ class Task:
 def run(config: schema.Align) -> None:
     """Play the game for train.steps steps and export the policy to run.dir/hf."""
     discriminator.check_shown(config.discriminator)
-    backend = start(
-        config.backend, config.run, config.policy, config.discriminator, wandb=config.wandb
-    )
+    backend = start(config)
     encoder = build_encoder(config.policy.path, config.data)
     reader = discriminator.Reader(
         encoder,

@@ -47,7 +47,7 @@ class Task:
 
 def run(config: schema.RLVR) -> None:
     """Train config.policy for train.steps steps and export it to run.dir/hf."""
-    backend = start(config.backend, config.run, config.policy, wandb=config.wandb)
+    backend = start(config)
     encoder = build_encoder(config.policy.path, config.data)
     quarantine = open_quarantine(config.run, config.data)
 

@@ -96,7 +96,7 @@ def open_engines(config: schema.PolicySampling) -> fleet.Fleet:
         )
     # before engines that take minutes to start: all files are there
     SafetensorsDirectory(path)
-    backend = start(config.backend, config.run)
+    backend = start(config)
     engines = fleet.build(
         config.rollout,
         None,

@@ -21,7 +21,7 @@ from prism_megatron.types import PackedBatch, Sequence
 
 def run(config: schema.SFT) -> None:
     """Train config.model and export it to run.dir/hf."""
-    backend = start(config.backend, config.run, config.model, wandb=config.wandb)
+    backend = start(config)
     encoder = build_encoder(config.model.path, config.data)
     quarantine = open_quarantine(config.run, config.data)
 

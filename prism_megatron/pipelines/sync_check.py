@@ -57,7 +57,7 @@ class Parts:
 
 def build(config: schema.SyncCheck) -> Parts:
     """All of them as configured; the engines have no weights yet."""
-    backend = start(config.backend, config.run, config.policy)
+    backend = start(config)
     encoder = build_encoder(config.policy.path, config.data)
     stream = BatchStream(
         open_sources(config.data, read_prompts),

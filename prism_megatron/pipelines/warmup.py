@@ -38,7 +38,7 @@ class Pair:
 
 def run(config: schema.Warmup) -> None:
     """Train the discriminator config.model and export it to run.dir/hf, with what it was shown."""
-    backend = start(config.backend, config.run, config.model, wandb=config.wandb)
+    backend = start(config)
     encoder = build_encoder(config.model.path, config.data)
     reader = discriminator.Reader(
         encoder, config.model, line_end=config.section_ends == "reference"

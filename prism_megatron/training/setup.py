@@ -4,6 +4,7 @@ refused here, before the first collective of training."""
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
@@ -16,7 +17,7 @@ from checkpoint_tools.megatron_directory import load_model
 from model_providers import backend as backends
 from model_providers import checks, fp8_weights
 from model_providers.architecture import Qwen3VLConfig
-from model_providers.backend import Backend
+from model_providers.backend import Abilities, Backend
 from model_providers.config import Precision, Recompute, TrainingOptions
 from model_providers.parallel import Layout, ParallelState
 from model_providers.qwen3_vl import Head
@@ -28,9 +29,13 @@ from prism_megatron.config.schema import (
     Model,
     Optimizer,
     Parallel,
+    PolicySampling,
+    PolicyUpdate,
     Run,
+    Section,
+    Stage,
+    SyncCheck,
     Train,
-    Wandb,
 )
 from prism_megatron.data.prompts import PromptEncoder
 from prism_megatron.data.stream import Bad, Quarantine
@@ -75,39 +80,55 @@ def options_of(
     )
 
 
-def start(backend_name: str, run: Run, *models: Model, wandb: Wandb | None = None) -> Backend:
+def start(config: Stage | PolicySampling | SyncCheck) -> Backend:
     """Check this host, and what every model asks for against its architecture and the backend, then
     join the world and see that all its hosts share run.dir."""
-    backend = backends.create(backend_name)
-    check_host(run.dir, backend.device)
+    backend = backends.create(config.backend)
+    check_host(config.run.dir, backend.device)
+    wandb = config.wandb if isinstance(config, Stage) else None
     if wandb is not None and os.environ.get("RANK", "0") == "0":
         check_account(wandb)
-    for model in models:
-        layout = layout_of(model.parallel)
-        backend.check(layout)
-        architecture = Qwen3VLConfig.from_hf(hf_directory(model.path))
-        checks.check_layout(architecture, layout)
-        options = options_of(model)
-        checks.check_recompute(architecture, options.recompute, backend)
-        checks.check_offload(
-            architecture, options.offload_layers, layout, options.recompute, backend
-        )
-        checks.check_dispatcher(architecture, options.dispatcher, layout, backend)
-        options.precision.check(backend, architecture, layout, options.recompute)
-        if isinstance(model, Discriminator) and model.streams == "response":
-            _check_whole_response(architecture, model)
-    backend.init_process_group(collective_timeout(run).total_seconds())
-    check_shared(run.dir)
+    models = models_of(config)
+    check_models(
+        config,
+        {name: Qwen3VLConfig.from_hf(hf_directory(one.path)) for name, one in models.items()},
+        backend,
+    )
+    for model in models.values():
+        checks.check_installed(model.dispatcher)
+    backend.init_process_group(collective_timeout(config.run).total_seconds())
+    check_shared(config.run.dir)
     return backend
 
 
-def _check_whole_response(architecture: Qwen3VLConfig, model: Discriminator) -> None:
-    if architecture.dedicated:
-        raise ValueError(
-            f"{model.path} is a dedicated discriminator: an expert judges perception or reasoning, "
-            "but streams=response shows both at once; set streams=sections, or upcycle with "
-            "architecture=shared"
-        )
+def models_of(config: Section) -> dict[str, Model]:
+    """The models that a stage builds, by the names of their sections."""
+    return {name: section for name, section in config if isinstance(section, Model)}
+
+
+def check_models(
+    config: Section, architectures: Mapping[str, Qwen3VLConfig], backend: Abilities
+) -> None:
+    """ValueError if one of the stage's models, by the names of their sections, can't be what it is
+    asked to be. Needs no device."""
+    for name, architecture in architectures.items():
+        model: Model = getattr(config, name)
+        try:
+            checks.check_model(architecture, layout_of(model.parallel), options_of(model), backend)
+        except ValueError as error:
+            raise ValueError(f"{name} ({model.path}): {error}") from error
+        whole = isinstance(model, Discriminator) and model.streams == "response"
+        if whole and architecture.dedicated:
+            raise ValueError(
+                f"{model.path} is a dedicated discriminator: an expert judges perception or "
+                "reasoning, but streams=response shows both at once; set streams=sections, or "
+                "upcycle with architecture=shared"
+            )
+        replayed = name == "policy" and isinstance(config, PolicyUpdate)
+        if replayed and config.router_replay != "disabled" and not architecture.num_experts:
+            raise ValueError(
+                f"router_replay={config.router_replay}, but {model.path} is dense; leave it out"
+            )
 
 
 def build_runner(
@@ -149,10 +170,7 @@ def build_policy(
     config: Align | RLVR, backend: Backend, pad_id: int
 ) -> tuple[ModelRunner, ModelRunner | None]:
     """config.policy ready to train and, if the KL divergence from them counts, a frozen copy of its
-    start weights.
-
-    ValueError if router_replay is asked of a model without experts.
-    """
+    start weights."""
     policy = build_runner(
         config.policy,
         config.policy_optimizer,
@@ -163,10 +181,6 @@ def build_policy(
         updates_per_step=config.updates_per_step,
         entropy="loss" if config.entropy_coef else "metric",
     )
-    if config.router_replay != "disabled" and not policy.model.architecture.num_experts:
-        raise ValueError(
-            f"router_replay={config.router_replay}, but {config.policy.path} is dense; leave it out"
-        )
     if not config.kl_coef:
         return policy, None
     frozen = build_runner(config.policy, None, backend, config.train, config.run, pad_id=pad_id)

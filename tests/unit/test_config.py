@@ -134,6 +134,12 @@ def test_an_unknown_key_names_the_nearest_known_one(
         ("train.steps=1.5", "train.steps: 1.5 given, a valid integer wanted"),
         ("run.seed=true", "run.seed: True given, a valid integer wanted"),
         ("optimizer.lr=0", "optimizer.lr: 0 given, greater than 0 wanted"),
+        ("optimizer.lr=.inf", "optimizer.lr: inf given, a finite number wanted"),
+        (
+            "optimizer.weight_decay=.nan",
+            "optimizer.weight_decay: nan given, a finite number wanted",
+        ),
+        ("optimizer.betas=[0.9,1]", "optimizer.betas.1: 1 given, less than 1 wanted"),
         ("optimizer.lr='\"1e-3\"'", "optimizer.lr: '\"1e-3\"' given, a valid number wanted"),
         ("backend=gpu", "backend: 'gpu' given, 'cpu' or 'cuda' wanted"),
         ("model.freeze.vision=1", "model.freeze.vision: 1 given, a valid boolean wanted"),

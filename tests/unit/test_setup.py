@@ -10,7 +10,9 @@ import torch.distributed as dist
 
 from model_providers.config import Precision, Recompute, TrainingOptions
 from model_providers.parallel import Layout
+from prism_megatron import plan
 from prism_megatron.config import schema
+from prism_megatron.environment import Room
 from prism_megatron.training import setup
 from tests import tiny_models
 
@@ -33,10 +35,75 @@ def test_a_second_model_is_refused_before_the_first_collective(
     tmp_path: Path, options: dict[str, object], message: str
 ) -> None:
     path = tiny_models.save(tmp_path, "dense")
-    wrong = schema.Model.model_validate({"path": path, **options})
-    with pytest.raises(ValueError, match=message):
-        setup.start("cpu", schema.Run(dir=tmp_path), schema.Model(path=path), wrong)
+    config = _game(tmp_path, path, discriminator={"path": path, **options})
+    with pytest.raises(ValueError, match=f"discriminator \\({path}\\): .*{message}"):
+        setup.start(config)
     assert not dist.is_initialized()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"policy": {"fp8": "delayed", "parallel": {"pipeline": 2}}}, "fp8='delayed' reduces its"),
+        ({"policy": {"offload_layers": 36}}, "offload_layers=36, but the last of 36 decoder"),
+        ({"policy": {"dispatcher": "deepep"}}, "sends tokens to experts .* there are 0 experts"),
+        ({"policy": {"parallel": {"tensor": 3}}}, "attention heads can't be split in 3"),
+        (
+            {"discriminator": {"recompute": {"granularity": "selective", "modules": ["mlp"]}}},
+            "has mlp",
+        ),
+        (
+            {"router_replay": "R2", "mini_batches": 2},
+            "router_replay=R2, but Qwen3-VL-4B-Instruct is dense; leave",
+        ),
+    ],
+)
+def test_a_plan_refuses_what_a_run_would_refuse(
+    tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    """On a host without GPUs, and without what a dispatcher needs."""
+    config = _game(tmp_path, Path("Qwen3-VL-4B-Instruct"), backend="cuda", **changes)
+    with pytest.raises(ValueError, match=message):
+        list(plan.lines(config, 6))
+    expert = {"parallel": {"expert": 2}, "dispatcher": "hybridep", "fp8": "blockwise"}
+    own = _game(tmp_path, Path("Qwen3-VL-4B-Instruct"), backend="cuda", discriminator=expert)
+    assert list(plan.lines(own, 4))
+
+
+def test_optimizers_that_a_host_has_no_room_for_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    free = Room(memory=int(300e9), shm=0, shm_total=0, disk=0)
+    monkeypatch.setattr(plan, "room_for", lambda folder: free)
+    offload = {"lr": 1e-3, "offload": True}
+    path = Path("Qwen3-VL-32B-Instruct")
+    config = _game(tmp_path, path, backend="cuda", policy_optimizer=offload)
+    # 12 bytes of each of 33.4e9 parameters, shared by 16 ranks
+    plan.check_host_memory(config, 16, 8)
+    message = r"host memory \(policy\) take 40\d.\d GB of this host for its 16 .* and 300.0 GB"
+    with pytest.raises(ValueError, match=message):
+        plan.check_host_memory(config, 16, 16)
+
+
+def _game(folder: Path, path: Path, **changes: Any) -> schema.Align:
+    model = {"policy": {}, "discriminator": {}} | changes
+    moe = path.with_name("Qwen3-VL-30B-A3B-Instruct") if not path.exists() else path
+    return schema.Align.model_validate(
+        {
+            "run": {"dir": folder},
+            "data": {"path": "x.parquet", "system_prompt": "x.txt"},
+            "train": {"steps": 3},
+            "sampling": {"n": 2, "max_new_tokens": 64},
+            "policy_optimizer": {"lr": 1e-3},
+            "discriminator_optimizer": {"lr": 1e-3},
+            "prompts_per_step": 4,
+        }
+        | model
+        | {
+            "policy": {"path": path} | model["policy"],
+            "discriminator": {"path": moe} | model["discriminator"],
+        }
+    )
 
 
 def test_a_host_that_is_not_fit_is_refused_before_the_first_collective(
@@ -44,7 +111,7 @@ def test_a_host_that_is_not_fit_is_refused_before_the_first_collective(
 ) -> None:
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "no0")
     with pytest.raises(ValueError, match="GLOO_SOCKET_IFNAME=no0 names no interface"):
-        setup.start("cpu", schema.Run(dir=tmp_path))
+        setup.start(_game(tmp_path, tmp_path))
     assert not dist.is_initialized()
 
 

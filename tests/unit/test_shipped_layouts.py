@@ -7,14 +7,14 @@ from pathlib import Path
 import pytest
 import yaml
 
-from model_providers import checks
+from model_providers.backend import ABILITIES
 from model_providers.config import Recompute
 from model_providers.memory import CONTEXT, training_bytes
 from model_providers.presets import PRESETS
 from prism_megatron.config import load as configuration
 from prism_megatron.config import schema
 from prism_megatron.planner.search import FILL
-from prism_megatron.training.setup import layout_of
+from prism_megatron.training.setup import check_models, layout_of
 
 FILES = sorted((Path(__file__).resolve().parents[2] / "configs" / "layouts").glob("*.yaml"))
 SFT = """
@@ -43,7 +43,7 @@ def test_a_shipped_layout_fits(path: Path, tmp_path: Path) -> None:
     facts = yaml.safe_load(path.read_text())["vars"]
     assert path.stem.startswith(facts["model"])
     layout = layout_of(config.model.parallel)
-    checks.check_layout(PRESETS[facts["model"]], layout)
+    check_models(config, {"model": PRESETS[facts["model"]]}, ABILITIES["cuda"])
     assert facts["gpus"]
     recompute = Recompute(**config.model.recompute.model_dump())
     offload = config.optimizer.offload
