@@ -299,24 +299,25 @@ def copy_config(source: Path, target: Path) -> None:
 
 
 def in_dialect(raw: dict[str, Any], layout: TransformersLayout) -> dict[str, Any]:
-    """config.json as that transformers writes it.
+    """config.json as that transformers writes it, from either; the keys tell which it is.
 
     The text part says of tied embeddings what the whole does, which decides in transformers: vLLM
     reads it there and would otherwise sample with a head of its own that no checkpoint has.
     """
     text = raw["text_config"] | {"tie_word_embeddings": raw.get("tie_word_embeddings", False)}
-    if str(raw.get("transformers_version", "")).startswith(layout.partition(".")[0]):
-        return raw | {"text_config": text}
-    if layout == "4.57":
+    if layout == "4.57" and "rope_parameters" in text:
         rope = dict(text.pop("rope_parameters"))
         text["rope_theta"] = rope.pop("rope_theta")
         text["rope_scaling"] = rope
         if "num_local_experts" in text:
             text["num_experts"] = text.pop("num_local_experts")
-    else:
+    elif layout == "5" and "rope_scaling" in text:
         rope = dict(text.pop("rope_scaling"))
         text["rope_parameters"] = rope | {"rope_theta": text.pop("rope_theta")}
-    return raw | {"text_config": text, "transformers_version": VERSIONS[layout]}
+    raw = raw | {"text_config": text}
+    if str(raw.get("transformers_version")).startswith(layout.partition(".")[0]):
+        return raw
+    return raw | {"transformers_version": VERSIONS[layout]}
 
 
 def add_layout(parser: argparse.ArgumentParser) -> None:

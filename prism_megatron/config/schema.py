@@ -503,7 +503,7 @@ class Evaluate(Section):
     """Hugging Face directory."""
     stage: str
     """Name that the result carries in the summary."""
-    max_new_tokens: int = Field(64, ge=1)
+    max_new_tokens: int = Field(6144, ge=1)
     """Longest response."""
     batch_size: int = Field(64, ge=1)
     """Prompts decoded at once."""

@@ -10,9 +10,11 @@ Images stay encoded bytes or a path until a row is turned into tokens.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -51,6 +53,12 @@ def read_system_prompt(file: Path | None) -> str | None:
     return file.read_text().removesuffix("\n") if file else None
 
 
+RETRIES = (0.5, 2.0, 8.0)
+"""Seconds before a file is read again that storage did not give."""
+TRANSIENT = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.EBUSY, errno.EREMOTEIO}
+"""What network file systems say while a server is away."""
+
+
 @dataclass(frozen=True)
 class ImageSource:
     """An image that is not decoded yet: its encoded bytes, or the file that holds them."""
@@ -59,16 +67,22 @@ class ImageSource:
     path: Path | None = None
 
     def read(self) -> bytes:
-        """The encoded bytes; RowError if the file can't be read."""
+        """The encoded bytes; RowError if the file can't be read, after some more attempts where
+        storage is at fault."""
         if self.data is not None:
             return self.data
         assert self.path is not None
-        try:
-            return self.path.read_bytes()
-        except (OSError, ValueError) as error:
-            # ValueError: the path has a NUL, or can't be encoded
-            reason = error.strerror if isinstance(error, OSError) else error
-            raise RowError(f"missing image: {self.path} ({reason})") from error
+        for pause in (*RETRIES, None):
+            try:
+                return self.path.read_bytes()
+            except OSError as error:
+                if pause is None or error.errno not in TRANSIENT:
+                    raise RowError(f"missing image: {self.path} ({error.strerror})") from error
+                time.sleep(pause)
+            except ValueError as error:
+                # the path has a NUL, or can't be encoded
+                raise RowError(f"missing image: {self.path} ({error})") from error
+        raise AssertionError("the last attempt returns or raises")
 
 
 @dataclass(frozen=True)

@@ -35,6 +35,8 @@ from prism_megatron.rollout.server import Server, ServerKind
 
 STOP_SECONDS = 20
 """How long an engine may take to end by itself before its actor is killed."""
+PROCESS_SECONDS = 300
+"""How long Ray may take to find an actor a node and to start its process there."""
 
 
 class Manager:
@@ -333,7 +335,15 @@ class Manager:
         actor = self._actors[number] = self._create(number)
         self._awake.add(number)
         try:
-            address = await actor.start.remote(self.config.start_timeout)
+            limit = PROCESS_SECONDS + self.config.start_timeout
+            try:
+                async with asyncio.timeout(limit):
+                    address = await actor.start.remote(self.config.start_timeout)
+            except TimeoutError:
+                return (
+                    f"it did not start within {limit:.0f} s: Ray has no node for it, or its actor "
+                    "hangs (`ray status` lists nodes and what waits for one)"
+                )
             # once more where the next sleep comes while it wakes
             while self._asleep:
                 await actor.sleep.remote()

@@ -133,8 +133,7 @@ class RayFleet:
         self.weight_version = -1
         self.restarts = 0
         # ranks wait for the slowest one and for restarts, longer than any training collective
-        patience = config.request_timeout * config.max_attempts + config.start_timeout
-        self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=patience))
+        self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=config.patience))
         if server is not None:
             hosts: list[str] = [""] * dist.get_world_size()
             dist.all_gather_object(hosts, socket.gethostname(), group=self._group)

@@ -215,3 +215,19 @@ async def test_sleep_waits_for_the_process_of_a_dead_engine(world: World) -> Non
     world.actors[0].ended.set()
     await asleep
     assert not world.actors[0].memory and len(world.actors) == 2
+
+
+def test_an_engine_that_ray_finds_no_node_for_does_not_start(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    @in_world
+    async def run(world: World) -> None:
+        monkeypatch.setattr(manager, "PROCESS_SECONDS", 0.05)
+        world.manager.config = CONFIG.model_copy(update={"start_timeout": 0.05, "max_restarts": 2})
+        world.actors[0].is_dead = True
+        # started twice, of which neither is ever ready
+        await world.until(lambda: world.manager.router.engines[0].given_up)
+        assert len(world.actors) == 4
+        assert "Ray has no node for it" in world.manager.router.engines[0].fault
+
+    run()

@@ -78,10 +78,13 @@ def test_an_unknown_preset_is_named() -> None:
 @pytest.mark.parametrize("name, tied", [("qwen3-vl-4b", True), ("qwen3-vl-30b-a3b", False)])
 @pytest.mark.parametrize("written", ["4.57", "5"])
 @pytest.mark.parametrize("exported", ["4.57", "5"])
+@pytest.mark.parametrize("version", [None, "4.57.0", "5.2.0"])
 def test_both_parts_of_an_exported_configuration_say_whether_embeddings_are_tied(
-    name: str, tied: bool, written: Dialect, exported: Dialect
+    name: str, tied: bool, written: Dialect, exported: Dialect, version: str | None
 ) -> None:
     raw = hf_config(name, written)
+    # a file that does not say who wrote it, or a wrong one, is read by its keys
+    raw |= {"transformers_version": version} if version else {}
     # as transformers 4.57 leaves it out, and 5 has its own default there
     text = {key: v for key, v in raw["text_config"].items() if key != "tie_word_embeddings"}
     if written == "5":
@@ -91,3 +94,6 @@ def test_both_parts_of_an_exported_configuration_say_whether_embeddings_are_tied
         tied,
         tied,
     )
+    assert ("rope_parameters" in found["text_config"]) == (exported == "5")
+    assert ("rope_theta" in found["text_config"]) == (exported == "4.57")
+    assert found["transformers_version"].startswith(exported[0])

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import errno
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -212,6 +214,32 @@ def test_a_path_that_no_file_can_have_is_a_row_error(tmp_path: Path, name: str) 
 def test_missing_image_file_is_a_row_error(tmp_path: Path) -> None:
     with pytest.raises(RowError, match=r"missing image: .*gone\.png"):
         ImageSource(path=tmp_path / "gone.png").read()
+
+
+@pytest.mark.parametrize(
+    ("reason", "attempts"),
+    [(errno.ESTALE, 4), (errno.EIO, 4), (errno.ENOENT, 1), (errno.EACCES, 1)],
+)
+def test_storage_that_is_away_for_a_while_costs_no_row(
+    monkeypatch: pytest.MonkeyPatch, reason: int, attempts: int
+) -> None:
+    failures, slept = [OSError(reason, os.strerror(reason)) for _ in range(4)], []
+    reads = iter([*failures, *failures[:3], b"image"])
+
+    def read(path: Path) -> bytes:
+        found = next(reads)
+        if isinstance(found, OSError):
+            raise found
+        return found
+
+    monkeypatch.setattr(Path, "read_bytes", read)
+    monkeypatch.setattr("time.sleep", slept.append)
+    source = ImageSource(path=Path("x.png"))
+    with pytest.raises(RowError, match=f"missing image: x.png .{os.strerror(reason)}"):
+        source.read()
+    assert slept == [0.5, 2.0, 8.0][: attempts - 1]
+    if attempts > 1:
+        assert source.read() == b"image"
 
 
 @pytest.mark.parametrize(
