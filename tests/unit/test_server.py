@@ -101,8 +101,11 @@ def test_a_server_agrees_with_the_trainer_on_what_nccl_needs(
 def test_sglang_gets_its_key_as_the_argument_that_it_takes_it_by(tmp_path: Path) -> None:
     """From a stand-in for SGLang, which says what it was given and what others see of that."""
     package = tmp_path / "sglang"
-    package.mkdir()
-    (package / "__init__.py").touch()
+    managers = package / "srt" / "managers"
+    managers.mkdir(parents=True)
+    (managers / "tokenizer_manager.py").write_text(
+        "class TokenizerManager:\n    def _handle_abort_req(self, request): pass\n"
+    )
     says = "import json, pathlib, sys\n"
     says += "seen = pathlib.Path('/proc/self/cmdline').read_text()\n"
     says += "assert __name__ == '__main__'\n"

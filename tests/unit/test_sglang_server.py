@@ -1,10 +1,11 @@
-"""What an SGLang server of ours does before its memory goes."""
+"""What an SGLang server of ours does that SGLang does not."""
 
 from __future__ import annotations
 
+import asyncio
 import importlib
 import sys
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -49,3 +50,35 @@ def test_a_server_does_not_start_without_our_model(monkeypatch: pytest.MonkeyPat
         monkeypatch.delitem(sys.modules, name, raising=False)
     with pytest.raises(ImportError, match="sglang"):
         importlib.import_module(PACKAGE + "models")
+
+
+def test_a_request_that_was_cut_off_in_the_queue_is_forgotten_once_it_is_answered(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    answered: list[str] = []
+
+    class TokenizerManager:
+        def __init__(self) -> None:
+            self.rid_to_state = {"one": "its images", "other": "runs"}
+
+        def _handle_abort_req(self, request: SimpleNamespace) -> None:
+            answered.append(self.rid_to_state[request.rid])
+
+    module = ModuleType("sglang.srt.managers.tokenizer_manager")
+    vars(module).update(TokenizerManager=TokenizerManager)
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    requests = importlib.import_module(PACKAGE + "requests")
+    del sys.modules[requests.__name__]
+    monkeypatch.setattr(requests, "KEPT_SECONDS", 0.05)
+    requests.forget_what_is_cut_off()
+
+    async def run() -> None:
+        manager = TokenizerManager()
+        manager._handle_abort_req(SimpleNamespace(rid="one"))
+        # who waits for the answer finds it still
+        assert set(manager.rid_to_state) == {"one", "other"}
+        await asyncio.sleep(0.2)
+        assert set(manager.rid_to_state) == {"other"}
+
+    asyncio.run(run())
+    assert answered == ["its images"]
