@@ -69,8 +69,10 @@ def upcycle(
         raise ValueError(f"{hf} has experts already; upcycling starts from a dense model")
     if head_of(source) == "score":
         raise ValueError(f"{hf} has a value head already; upcycling starts from a language model")
-    if top_k > num_experts:
-        raise ValueError(f"top_k={top_k} of num_experts={num_experts} experts; lower top_k")
+    if not 1 <= top_k <= num_experts:
+        raise ValueError(
+            f"top_k={top_k} of num_experts={num_experts} experts; give at least 1, and at most all"
+        )
     if architecture == "dedicated":
         check_dedicated(num_experts, top_k, "upcycle")
     marked = source.raw_config | {"prism_discriminator": {"architecture": architecture}}

@@ -8,6 +8,7 @@ What the file does not say is an error, since class defaults differ between tran
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -106,7 +107,7 @@ class Qwen3VLConfig:
         experts = text.values.get("num_experts", text.values.get("num_local_experts"))
         if moe and experts is None:
             raise ValueError(f"{source}: text_config lacks num_experts")
-        return cls(
+        found = cls(
             vocab_size=text["vocab_size"],
             hidden_size=text["hidden_size"],
             num_layers=text["num_hidden_layers"],
@@ -139,6 +140,39 @@ class Qwen3VLConfig:
                 deepstack_visual_indexes=tuple(vision["deepstack_visual_indexes"]),
             ),
         )
+        if wrong := list(found._contradictions()):
+            raise ValueError(f"{source}: {'; '.join(wrong)}")
+        return found
+
+    def _contradictions(self) -> Iterator[str]:
+        """Sizes that do not fit each other, in words."""
+        vision, heads, groups = self.vision, self.num_heads, self.num_kv_heads
+        if heads % groups:
+            yield f"{heads} attention heads can't share {groups} key-value heads"
+        if 2 * sum(self.mrope_section) != self.head_dim:
+            yield (
+                f"mrope_section {list(self.mrope_section)} does not add up to half of head_dim "
+                f"{self.head_dim}"
+            )
+        if self.num_experts and not 1 <= self.top_k <= self.num_experts:
+            yield f"a token can't take {self.top_k} of {self.num_experts} experts"
+        indexes = [*vision.deepstack_visual_indexes]
+        if indexes != sorted({*indexes} & {*range(vision.depth)}):
+            yield (
+                f"deepstack_visual_indexes {indexes} are not ascending numbers of the vision "
+                f"tower's {vision.depth} blocks"
+            )
+        if len(indexes) > self.num_layers:
+            yield f"{len(indexes)} deepstack features for {self.num_layers} decoder layers"
+        if vision.hidden_size % vision.num_heads:
+            yield f"{vision.hidden_size} channels of images can't be split in {vision.num_heads} heads"
+        if vision.out_hidden_size != self.hidden_size:
+            yield (
+                f"the vision tower gives {vision.out_hidden_size} channels to a decoder of "
+                f"{self.hidden_size}"
+            )
+        if round(vision.num_position_embeddings**0.5) ** 2 != vision.num_position_embeddings:
+            yield f"num_position_embeddings {vision.num_position_embeddings} is no square"
 
     @property
     def token_weights(self) -> int:

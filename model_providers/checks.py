@@ -28,6 +28,9 @@ def check_model(
 
 def check_layout(config: Qwen3VLConfig, layout: Layout) -> None:
     """ValueError if this model can't be split as `layout` says, before any collective."""
+    for name in ("tensor", "expert", "expert_tensor", "context", "pipeline", "virtual_pipeline"):
+        if (size := getattr(layout, name)) < 1:
+            raise ValueError(f"{name}={size} is no size; give 1 or more")
     divisible = {
         "attention heads": (config.num_heads, layout.tensor),
         "key-value heads": (config.num_kv_heads, layout.tensor),

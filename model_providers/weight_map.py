@@ -450,6 +450,11 @@ def load_hf_weights(model: Qwen3VLModel, tensors: Mapping[str, Tensor], source: 
 
 def check_names(model: Qwen3VLModel, wanted: set[str], given: set[str], source: str) -> None:
     """ValueError if `source` gives other names than the model wants."""
+    if any(name.endswith("_scale_inv") for name in given):
+        raise ValueError(
+            f"{source} holds weights in FP8, with scales beside them; give the BF16 release, from "
+            "which rollout.quantization and `checkpoint quantize` make FP8"
+        )
     found = given - unused_names(model.architecture, model.head)
     if wanted != found:
         raise ValueError(
