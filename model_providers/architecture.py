@@ -165,7 +165,9 @@ class Qwen3VLConfig:
         if len(indexes) > self.num_layers:
             yield f"{len(indexes)} deepstack features for {self.num_layers} decoder layers"
         if vision.hidden_size % vision.num_heads:
-            yield f"{vision.hidden_size} channels of images can't be split in {vision.num_heads} heads"
+            yield (
+                f"{vision.hidden_size} channels of images do not divide by {vision.num_heads} heads"
+            )
         if vision.out_hidden_size != self.hidden_size:
             yield (
                 f"the vision tower gives {vision.out_hidden_size} channels to a decoder of "

@@ -153,8 +153,7 @@ def _stage(name: str, arguments: Sequence[str]) -> int:
         return 0
     with requeued_when_asked():
         if any(isinstance(section, Optimizer) and section.offload for _, section in config):
-            ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-            _function("prism_megatron.plan:check_host_memory")(config, world or 1, ranks)
+            _function("prism_megatron.plan:check_host")(config, world or 1)
         _save(config)
         _function(ENTRY_POINTS[name])(config)
     return 0

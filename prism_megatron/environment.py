@@ -36,6 +36,12 @@ CLOCK_SKEW = 2.0
 CHECKED_PACKAGES = ("torch", "transformers", "transformer-engine", "kernels", "apex")
 
 
+BLOCKS = 1.04
+"""Host memory that offloaded state takes, over its bytes (model_providers/host_memory.py)."""
+PROCESS = 8e9
+"""Bytes of host memory that a rank takes besides: packages, CUDA's and NCCL's buffers, batches."""
+
+
 @dataclass(frozen=True)
 class Finding:
     """Something about a host; bad: a run would fail or compute something else."""
@@ -205,8 +211,12 @@ def room_for(folder: Path) -> Room:
     shm = psutil.disk_usage("/dev/shm")
     while not folder.exists() and folder != folder.parent:
         folder = folder.parent
-    memory = min(psutil.virtual_memory().available, _container_memory())
-    return Room(int(memory), shm.free, shm.total, psutil.disk_usage(str(folder)).free)
+    return Room(free_memory(), shm.free, shm.total, psutil.disk_usage(str(folder)).free)
+
+
+def free_memory() -> int:
+    """Bytes of host memory that this process may still take."""
+    return int(min(psutil.virtual_memory().available, _container_memory()))
 
 
 def _container_memory(cgroup: Path = Path("/sys/fs/cgroup")) -> float:
@@ -317,6 +327,21 @@ def check_host(run_dir: Path, device: torch.device) -> None:
     if words := [finding.what for finding in findings if finding.severity == "bad"]:
         listed = "\n".join(f"- {word}" for word in words)
         raise ValueError(f"{socket.gethostname()} is not fit for a run:\n{listed}")
+
+
+def check_host_memory(state: float) -> None:
+    """ValueError if this host has no room for so many bytes of optimizer state of each of its
+    ranks: Linux would kill them in the middle of the start, without a word."""
+    ranks, free = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), free_memory()
+    wanted = ranks * (BLOCKS * state + PROCESS)
+    if wanted > free:
+        raise ValueError(
+            f"{socket.gethostname()} has {free / 1e9:.1f} GB of memory free, and its {ranks} "
+            f"rank(s) want {wanted / 1e9:.1f} GB: {state / 1e9:.1f} GB of optimizer state each, "
+            f"which offload=true keeps there, {BLOCKS - 1:.0%} more for the blocks it lies in, and "
+            f"{PROCESS / 1e9:.0f} GB for the process; spread the run over more GPUs, set "
+            "moments=bfloat16, or leave offload out"
+        )
 
 
 def check_shared(run_dir: Path) -> None:

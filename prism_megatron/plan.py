@@ -25,7 +25,7 @@ from prism_megatron.config.schema import (
     Stage,
     Warmup,
 )
-from prism_megatron.environment import room_for
+from prism_megatron.environment import check_host_memory
 from prism_megatron.objectives.sections import STREAMS
 from prism_megatron.training.setup import check_models, layout_of, models_of
 
@@ -119,18 +119,10 @@ def needs(config: Stage, gpus: int) -> tuple[dict[str, Need], dict[str, Path]]:
     return found, unknown
 
 
-def check_host_memory(config: Stage, gpus: int, ranks: int) -> None:
-    """ValueError if this host, which has so many of the ranks, has no room for the optimizers that
-    lie in its memory: Linux would kill a rank that wants more, without a word."""
-    found = needs(config, gpus)[0]
-    offloaded = {name: need.memory.optimizer for name, need in found.items() if need.offload}
-    wanted, there = ranks * sum(offloaded.values()), room_for(config.run.dir).memory
-    if wanted > there:
-        raise ValueError(
-            f"optimizers in host memory ({', '.join(offloaded)}) take {wanted / GB:.1f} GB of this "
-            f"host for its {ranks} rank(s), and {there / GB:.1f} GB are free; spread the run over "
-            "more GPUs, set moments=bfloat16, or leave offload out"
-        )
+def check_host(config: Stage, gpus: int) -> None:
+    """ValueError if this host has no room for the optimizers that are to lie in its memory."""
+    found = needs(config, gpus)[0].values()
+    check_host_memory(sum(need.memory.optimizer for need in found if need.offload))
 
 
 def _architecture(path: Path) -> Qwen3VLConfig | None:

@@ -29,12 +29,14 @@ from model_providers import checks
 from model_providers.architecture import Qwen3VLConfig
 from model_providers.backend import Backend
 from model_providers.config import Precision, Recompute, TrainingOptions
+from model_providers.memory import training_bytes
 from model_providers.parallel import Layout, ParallelState
 from model_providers.presets import PRESETS, hf_config
 from model_providers.qwen3_vl import Qwen3VLModel
 from prism_megatron.bench import workload
 from prism_megatron.bench.workload import Shape
 from prism_megatron.config.schema import Optimizer
+from prism_megatron.environment import check_host_memory
 from prism_megatron.training.runner import ModelRunner
 from prism_megatron.types import PackedBatch, Sequence
 
@@ -169,11 +171,6 @@ def _build(options: argparse.Namespace, config: Qwen3VLConfig, backend: Backend)
         sequence_parallel=options.tensor > 1,
         vision=options.vision,
     )
-    # before the first collective
-    layout.data(dist.get_world_size()), layout.expert_data(dist.get_world_size())
-    checks.check_layout(config, layout)
-    parallel = ParallelState.create(layout)
-    backend.seed(1, parallel)
     training = TrainingOptions(
         recompute=Recompute(options.recompute, vision=options.recompute_vision),
         offload_layers=options.offload_layers,
@@ -181,6 +178,16 @@ def _build(options: argparse.Namespace, config: Qwen3VLConfig, backend: Backend)
             None if options.fp8 == "off" else options.fp8, param_gather=options.fp8_param_gather
         ),
     )
+    # before the first collective
+    world = dist.get_world_size()
+    layout.data(world), layout.expert_data(world)
+    checks.check_model(config, layout, training, backend)
+    if options.offload:
+        tokens, moment = options.micro_batch_tokens, 2 if options.moments == "bfloat16" else 4
+        needed = training_bytes(config, layout, world, tokens=tokens, moment_bytes=moment)
+        check_host_memory(needed.optimizer)
+    parallel = ParallelState.create(layout)
+    backend.seed(1, parallel)
     with torch.device(backend.device):
         model = Qwen3VLModel(config, parallel, backend, options=training).to(backend.device)
     workload.randomise(model)

@@ -264,6 +264,10 @@ def _dtype(weights: dict[str, Tensor]) -> None:
     weights[LAYER + "self_attn.o_proj.weight"] = torch.zeros(56, 96, dtype=torch.bfloat16)
 
 
+def _scales(weights: dict[str, Tensor]) -> None:
+    weights[LAYER + "mlp.up_proj.weight_scale_inv"] = torch.ones(1, 1)
+
+
 def _quantised(weights: dict[str, Tensor]) -> None:
     weights[LAYER + "mlp.up_proj.weight"] = torch.zeros(112, 56, dtype=torch.float8_e4m3fn)
 
@@ -277,6 +281,7 @@ def _quantised(weights: dict[str, Tensor]) -> None:
         (_surplus, ["1 surplus", LAYER + "self_attn.q_proj.bias"]),
         (_shape, [LAYER + "self_attn.k_proj.weight", "(31, 56)", "(32, 56)"]),
         (_dtype, [LAYER + "self_attn.o_proj.weight", "bfloat16", "float32"]),
+        (_scales, ["weights in FP8, with scales beside them; give the BF16 release"]),
         (_quantised, [LAYER + "mlp.up_proj.weight", "F8_E4M3"]),
     ],
     ids=lambda value: value.__name__[1:] if callable(value) else None,

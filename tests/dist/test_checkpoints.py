@@ -627,6 +627,8 @@ def test_upcycled_configuration_says_what_the_weights_are(
 def test_upcycling_refuses_what_it_cannot_do(hf_models: dict[str, Path], tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="top_k=4 of num_experts=3"):
         upcycle(hf_models["dense"], tmp_path / "moe", 3, 4, 0.0, 0.02, 1)
+    with pytest.raises(ValueError, match="top_k=0 of num_experts=3"):
+        upcycle(hf_models["dense"], tmp_path / "moe", 3, 0, 0.0, 0.02, 1)
     with pytest.raises(ValueError, match="has experts already"):
         upcycle(hf_models["moe"], tmp_path / "moe", 3, 2, 0.0, 0.02, 1)
     with pytest.raises(ValueError, match="num_experts=6 .* top_k=4 of its section's"):

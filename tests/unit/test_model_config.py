@@ -44,6 +44,7 @@ def configs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Qwen3VLConfig
         ("dense", Layout(pipeline=3), "4 decoder layers can't be split in 3"),
         ("dense", Layout(expert=2), "expert parallel size 2, but the model is dense"),
         ("moe", Layout(expert=3), "4 experts can't be split in 3"),
+        ("moe", Layout(expert_tensor=0), "expert_tensor=0 is no size; give 1 or more"),
         ("moe", Layout(tensor=2), "experts with tensor parallelism need sequence parallelism"),
     ],
 )
@@ -298,6 +299,30 @@ def test_a_discriminator_that_its_experts_contradict_is_refused(
     raw["prism_discriminator"] = {"architecture": architecture}
     raw["text_config"]["num_experts"] = experts
     with pytest.raises(ValueError, match=message):
+        Qwen3VLConfig.from_dict(raw, "config.json")
+
+
+@pytest.mark.parametrize(
+    "part, changes, message",
+    [
+        ("text", {"num_key_value_heads": 4}, "6 attention heads can't share 4 key-value heads"),
+        ("text", {"head_dim": 18}, r"\[4, 2, 2\] does not add up to half of head_dim 18"),
+        ("text", {"num_experts_per_tok": 5}, "can't take 5 of 4 experts"),
+        ("text", {"num_experts_per_tok": 0}, "can't take 0 of 4 experts"),
+        ("text", {"num_hidden_layers": 2}, "3 deepstack features for 2 decoder layers"),
+        ("text", {"hidden_size": 64}, "gives 56 channels to a decoder of 64"),
+        ("vision", {"depth": 2}, r"\[0, 1, 2\] are not ascending numbers .* 2 blocks"),
+        ("vision", {"deepstack_visual_indexes": [1, 0, 2]}, r"\[1, 0, 2\] are not ascending"),
+        ("vision", {"num_heads": 5}, "48 channels of images do not divide by 5 heads"),
+        ("vision", {"num_position_embeddings": 35}, "num_position_embeddings 35 is no square"),
+    ],
+)
+def test_sizes_that_contradict_each_other_are_refused(
+    tmp_path: Path, part: str, changes: dict[str, Any], message: str
+) -> None:
+    raw = json.loads((tiny_models.save(tmp_path, "moe") / "config.json").read_text())
+    raw[f"{part}_config"] |= changes
+    with pytest.raises(ValueError, match=f"config.json: .*{message}"):
         Qwen3VLConfig.from_dict(raw, "config.json")
 
 

@@ -10,9 +10,8 @@ import torch.distributed as dist
 
 from model_providers.config import Precision, Recompute, TrainingOptions
 from model_providers.parallel import Layout
-from prism_megatron import plan
+from prism_megatron import environment, plan
 from prism_megatron.config import schema
-from prism_megatron.environment import Room
 from prism_megatron.training import setup
 from tests import tiny_models
 
@@ -73,16 +72,16 @@ def test_a_plan_refuses_what_a_run_would_refuse(
 def test_optimizers_that_a_host_has_no_room_for_are_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    free = Room(memory=int(300e9), shm=0, shm_total=0, disk=0)
-    monkeypatch.setattr(plan, "room_for", lambda folder: free)
+    monkeypatch.setattr(environment, "free_memory", lambda: int(300e9))
     offload = {"lr": 1e-3, "offload": True}
     path = Path("Qwen3-VL-32B-Instruct")
     config = _game(tmp_path, path, backend="cuda", policy_optimizer=offload)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    plan.check_host(config, 16)
     # 12 bytes of each of 33.4e9 parameters, shared by 16 ranks
-    plan.check_host_memory(config, 16, 8)
-    message = r"host memory \(policy\) take 40\d.\d GB of this host for its 16 .* and 300.0 GB"
+    message = r"has 300.0 GB .* its 8 rank.* want 48\d.\d GB: 50.\d GB of optimizer state each"
     with pytest.raises(ValueError, match=message):
-        plan.check_host_memory(config, 16, 16)
+        plan.check_host(config, 8)
 
 
 def _game(folder: Path, path: Path, **changes: Any) -> schema.Align:
