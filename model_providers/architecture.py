@@ -162,8 +162,6 @@ class Qwen3VLConfig:
                 f"deepstack_visual_indexes {indexes} are not ascending numbers of the vision "
                 f"tower's {vision.depth} blocks"
             )
-        if len(indexes) > self.num_layers:
-            yield f"{len(indexes)} deepstack features for {self.num_layers} decoder layers"
         if vision.hidden_size % vision.num_heads:
             yield (
                 f"{vision.hidden_size} channels of images do not divide by {vision.num_heads} heads"

@@ -13,6 +13,7 @@ import argparse
 import asyncio
 import json
 import os
+import shutil
 import tempfile
 import time
 from pathlib import Path
@@ -40,6 +41,8 @@ def watch(file):
             module.KEPT_SECONDS = float(os.environ["WATCH_KEPT"])
             kind = module.TokenizerManager
             manager = next((one for one in gc.get_objects() if type(one) is kind), None)
+    while not hasattr(manager, "rid_to_state"):
+        time.sleep(0.1)
     while True:
         with open(file + ".new", "w") as out:
             out.write(str(len(manager.rid_to_state)))
@@ -65,11 +68,11 @@ def main() -> None:
         table = Path(folder) / "table"
         os.environ["PYTHONPATH"] = os.pathsep.join([folder, os.environ.get("PYTHONPATH", "")])
         os.environ |= {"WATCH_FILE": str(table), "WATCH_KEPT": str(KEPT)}
+        model = Path(shutil.copytree(options.directory / "dense" / "bf16", Path(folder) / "model"))
+        shutil.copy(options.directory / "tiny" / "generation_config.json", model)
         few = OPTIONS["sglang"].replace("running-requests 256", "running-requests 2").split()
         log = options.out.with_suffix(".server.log")
-        server = ServerProcess(
-            "sglang", options.directory / "dense" / "bf16", ["0"], few, log, 31400
-        )
+        server = ServerProcess("sglang", model, ["0"], few, log, 31400)
         try:
             started = server.wait(400)
             rounds = [_cut(server, prompts, table) for _ in range(ROUNDS)]

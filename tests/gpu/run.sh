@@ -98,7 +98,7 @@ parity() {
     job parity-tp2-tower 0 2 check_cuda_backend compare "$reference" --tensor 2 --vision replicated
     job parity-tp2-cp2 0 4 check_cuda_backend compare "$reference" --tensor 2 --context 2
     job parity-ep4 0 4 check_cuda_backend compare "$reference" --expert 4
-    rm -rf "$reference"/*
+    rm -rf "${reference:?}"/*
     if reference_run "$reference" --tied; then
         job tied-pp2 0 4 check_cuda_backend compare "$reference" --tied --pipeline 2
     fi
@@ -294,6 +294,7 @@ sync() {
 rollouts() {
     has_sglang rollouts && made || return 0
     job rollouts-4b 0 1 check_rollouts "$checkpoints"
+    finish cut-off python3 -m tests.gpu.check_cut_off "$checkpoints" --out "$out/cut-off.json"
     local model
     model=$(mktemp -d)
     cp "$checkpoints"/dense/bf16/* "$model"

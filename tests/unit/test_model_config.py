@@ -309,7 +309,6 @@ def test_a_discriminator_that_its_experts_contradict_is_refused(
         ("text", {"head_dim": 18}, r"\[4, 2, 2\] does not add up to half of head_dim 18"),
         ("text", {"num_experts_per_tok": 5}, "can't take 5 of 4 experts"),
         ("text", {"num_experts_per_tok": 0}, "can't take 0 of 4 experts"),
-        ("text", {"num_hidden_layers": 2}, "3 deepstack features for 2 decoder layers"),
         ("text", {"hidden_size": 64}, "gives 56 channels to a decoder of 64"),
         ("vision", {"depth": 2}, r"\[0, 1, 2\] are not ascending numbers .* 2 blocks"),
         ("vision", {"deepstack_visual_indexes": [1, 0, 2]}, r"\[1, 0, 2\] are not ascending"),
