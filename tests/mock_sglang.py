@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import sys
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -249,8 +250,10 @@ def _image(item: Any) -> VisualInputs:
 
 
 @contextmanager
-def serve(mock: MockSGLang, port: int = 0, key: str = KEY) -> Iterator[str]:
-    """The mock at a loopback address, for as long as the block lasts; its URL."""
+def serve(
+    mock: MockSGLang, port: int = 0, key: str = KEY, host: str = "127.0.0.1"
+) -> Iterator[str]:
+    """The mock for as long as the block lasts; its URL."""
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
@@ -277,23 +280,34 @@ def serve(mock: MockSGLang, port: int = 0, key: str = KEY) -> Iterator[str]:
         def log_message(self, *arguments: object) -> None:
             pass
 
-    server = ThreadingHTTPServer(("127.0.0.1", port), Handler)
+    server = ThreadingHTTPServer((host, port), Handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
-        yield f"http://127.0.0.1:{server.server_port}"
+        yield f"http://{host}:{server.server_port}"
     finally:
         server.shutdown()
         server.server_close()
+
+
+def python(file: Path) -> Path:
+    """Write a "python" that starts the mock where it is asked for a module, as for SGLang's."""
+    root = Path(__file__).parents[1]
+    start = f"PYTHONPATH={root} exec {sys.executable} -m tests.mock_sglang"
+    file.write_text(f'#!/bin/sh\nshift 2\n{start} "$@"\n')
+    file.chmod(0o755)
+    return file
 
 
 def main() -> None:
     """Serve until the process is ended."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--model-path", type=Path)
+    parser.add_argument("--host")
     parser.add_argument("--port", type=int)
     options, _ = parser.parse_known_args()
     torch.set_num_threads(1)
-    with serve(MockSGLang(options.model_path), options.port, os.environ["SGLANG_API_KEY"]):
+    mock, key = MockSGLang(options.model_path), os.environ["SGLANG_API_KEY"]
+    with serve(mock, options.port, key, options.host):
         threading.Event().wait()
 
 

@@ -19,6 +19,7 @@ import yaml
 from checkpoint_tools import tiny_qwen3vl
 from prism_megatron.config import schema
 from prism_megatron.data import digit_sums
+from tests import mock_sglang
 from tests.processes import started_by
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -39,9 +40,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     digit_sums.build(schema.DigitSums(out=out / "data", train_rows=PROMPTS, heldout_rows=2))
     texts = [digit_sums.demonstration("sum", (a, b)) for a in range(10) for b in range(10)]
     tiny_qwen3vl.create(out / "model", texts, "Answer in sections.", vocab_size=320, seed=3)
-    python = out / "python"
-    python.write_text(f'#!/bin/sh\nshift 2\nexec {sys.executable} -m tests.mock_sglang "$@"\n')
-    python.chmod(0o755)
+    mock_sglang.python(out / "python")
     return out
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from tests import mock_sglang
 from tests.e2e.stages import metrics
 from tests.processes import started_by
 
@@ -192,9 +193,13 @@ def test_the_pipeline_over_hosts_each_stage_with_what_the_one_before_wrote(
     submit(cluster, 2, stage("warmup", "batch_size=8"))
     assert [entry["grad_norm"] > 0 for entry in metrics(quickstart / "warmup")] == [True, True]
 
-    small = ["prompts_per_step=8", "sampling.n=2", "rollout.kind=local"]
+    # servers listen where the launcher says, and take weights from ranks of other hosts
+    # (BroadcastSync), then from a folder (DiskSync)
+    python = mock_sglang.python(quickstart / "python")
+    small = ["prompts_per_step=8", "sampling.n=2", "rollout.kind=sglang", "rollout.gpus=[0]"]
+    small.append(f"rollout.python={python}")
     submit(cluster, 3, stage("align", *small), ENGINE_NODES="1")
-    beside = ["rollout.engines=2", "rollout.nodes=2"]
+    beside = ["rollout.engines=2", "rollout.nodes=2", f"rollout.sync_folder={quickstart / 'sync'}"]
     submit(cluster, 2, stage("rlvr", *small, *beside))
     for name in ("align", "rlvr"):
         entries = metrics(quickstart / name)
