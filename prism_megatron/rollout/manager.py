@@ -337,9 +337,12 @@ class Manager:
         try:
             limit = PROCESS_SECONDS + self.config.start_timeout
             try:
-                async with asyncio.timeout(limit):
+                async with asyncio.timeout(limit) as waiting:
                     address = await actor.start.remote(self.config.start_timeout)
             except TimeoutError:
+                # the actor's own is one, too, in Ray's words
+                if not waiting.expired():
+                    raise
                 return (
                     f"it did not start within {limit:.0f} s: Ray has no node for it, or its actor "
                     "hangs (`ray status` lists nodes and what waits for one)"

@@ -41,6 +41,7 @@ class Actor:
             self.ready.set()
         self.is_dead, self.ends_at_once, self.version, self.asked = False, True, 0, 0
         self.memory = {"weights", "kv_cache"}
+        self.start_fails = ""
 
     def __getattr__(self, name: str) -> Any:
         """As Ray's handles have methods."""
@@ -48,6 +49,8 @@ class Actor:
 
     async def do_start(self, timeout: float) -> str:
         await self.ready.wait()
+        if self.start_fails:
+            raise TimeoutError(self.start_fails)
         return "address"
 
     async def do_alive(self) -> None:
@@ -215,6 +218,16 @@ async def test_sleep_waits_for_the_process_of_a_dead_engine(world: World) -> Non
     world.actors[0].ended.set()
     await asleep
     assert not world.actors[0].memory and len(world.actors) == 2
+
+
+@in_world
+async def test_an_engine_says_itself_why_it_did_not_start(world: World) -> None:
+    world.actors[0].is_dead = True
+    await world.until(lambda: len(world.actors) == 3)
+    world.actors[2].start_fails = "no answer within 600 s"
+    world.actors[2].ready.set()
+    await world.until(lambda: len(world.actors) == 4)
+    assert any("no answer within 600 s" in event for event in world.manager._events)
 
 
 def test_an_engine_that_ray_finds_no_node_for_does_not_start(
