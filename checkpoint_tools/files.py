@@ -11,6 +11,7 @@ import shutil
 import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -68,9 +69,9 @@ def forget(file: Path, start: int = 0, length: int = 0) -> None:
 
     A conversion goes through many times the memory of a machine once. Left alone, its pages push
     out everybody else's, and each is a new one: a virtual machine, which has to ask its host for
-    it, then takes most of its time for that.
+    it, then takes most of its time for that. Of a file that is gone there are none.
     """
-    with file.open("rb") as stream:
+    with suppress(FileNotFoundError), file.open("rb") as stream:
         os.posix_fadvise(stream.fileno(), start, length, os.POSIX_FADV_DONTNEED)
 
 
