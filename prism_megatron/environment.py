@@ -39,7 +39,8 @@ CHECKED_PACKAGES = ("torch", "transformers", "transformer-engine", "kernels", "a
 BLOCKS = 1.04
 """Host memory that offloaded state takes, over its bytes (model_providers/host_memory.py)."""
 PROCESS = 8e9
-"""Bytes of host memory that a rank takes besides: packages, CUDA's and NCCL's buffers, batches."""
+"""An allowance for what a rank takes of host memory besides: packages, CUDA's and NCCL's buffers,
+batches."""
 
 
 @dataclass(frozen=True)

@@ -72,17 +72,18 @@ class ImageSource:
         if self.data is not None:
             return self.data
         assert self.path is not None
-        for pause in (*RETRIES, None):
+        pauses = iter(RETRIES)
+        while True:
             try:
                 return self.path.read_bytes()
             except OSError as error:
-                if pause is None or error.errno not in TRANSIENT:
+                pause = next(pauses, None) if error.errno in TRANSIENT else None
+                if pause is None:
                     raise RowError(f"missing image: {self.path} ({error.strerror})") from error
                 time.sleep(pause)
             except ValueError as error:
                 # the path has a NUL, or can't be encoded
                 raise RowError(f"missing image: {self.path} ({error})") from error
-        raise AssertionError("the last attempt returns or raises")
 
 
 @dataclass(frozen=True)
